@@ -1,0 +1,87 @@
+// Looks at every param, gradient and state tensor before each step, through Python's C API and
+// torch's DLPack exchange functions: no libtorch, and about 20 ns a tensor.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <string>
+#include <vector>
+
+#include "../plan.h"
+
+namespace fusedopt {
+
+// An owned reference; copies are not needed and not offered.
+class PyRef {
+ public:
+  PyRef() = default;
+  explicit PyRef(PyObject* owned) : object_(owned) {}
+  PyRef(PyRef&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
+  PyRef& operator=(PyRef&& other) noexcept {
+    PyObject* spent = object_;
+    object_ = other.object_;
+    other.object_ = nullptr;
+    Py_XDECREF(spent);
+    return *this;
+  }
+  ~PyRef() { Py_XDECREF(object_); }
+  static PyRef borrow(PyObject* object) {
+    Py_XINCREF(object);
+    return PyRef(object);
+  }
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_ = nullptr;
+};
+
+// What a plan was built for, to be compared with what is there now. The optimizer's lists and dicts
+// are compared by identity, in order; tensors by address as well, since `t.data = other` keeps the
+// object and changes the memory.
+class Watch {
+ public:
+  enum class RowKind { kReady = 0, kAwaitsState = 1, kStaged = 2 };
+
+  // groups: optimizer.param_groups; state: optimizer.state; kinds: one RowKind a row, rows being
+  // the params of all groups in order. Throws std::runtime_error.
+  Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds);
+
+  // Fills grads[row] for every row. Returns false when the plan no longer describes the optimizer.
+  // Rows whose gradient the kernels cannot read as it lies are appended to `odd`, marked absent.
+  bool refresh(PyObject* groups, PyObject* state, Grad* grads, std::vector<int64_t>& odd) const;
+
+ private:
+  struct Item {  // one entry of a row's state dict
+    PyRef key, value;
+    const void* data = nullptr;
+    bool is_tensor = false;
+  };
+  struct WatchedRow {
+    PyRef param;
+    RowKind kind;
+    const void* data;
+    int32_t device_type, device_id;
+    int dtype_code, dtype_bits;
+    std::vector<int64_t> shape, strides;
+  };
+  struct StateEntry {  // one entry of optimizer.state
+    PyRef key, value;
+    std::vector<Item> items;
+  };
+
+  bool same_groups(PyObject* groups) const;
+  bool same_state(PyObject* state) const;
+  bool same_param(const WatchedRow& row) const;
+  bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const;
+
+  std::vector<Py_ssize_t> group_sizes_;
+  std::vector<WatchedRow> rows_;
+  PyRef state_;
+  std::vector<StateEntry> entries_;
+};
+
+// The capsule torch.Tensor.__dlpack_c_exchange_api__; throws when its version is not understood.
+void use_dlpack_exchange(PyObject* capsule);
+
+}  // namespace fusedopt

@@ -1,0 +1,57 @@
+// The few words that differ between a C++ and a CUDA compiler.
+//
+// Everything in csrc/*.h is compiled several times with different instruction sets and linked into
+// one library. A function that is merely `inline` would be merged by the linker, and the copy it
+// keeps might hold instructions the running CPU lacks; hence FUSEDOPT_FN forces inlining.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FUSEDOPT_FN __host__ __device__ __forceinline__
+#else
+#define FUSEDOPT_FN static inline __attribute__((always_inline))
+#endif
+
+namespace fusedopt {
+
+// Multiply-add with one rounding, written out because contraction is off: the compiler must never
+// choose where a rounding happens (numeric contract).
+FUSEDOPT_FN float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
+FUSEDOPT_FN float sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fsqrt_rn(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+
+FUSEDOPT_FN float div(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+FUSEDOPT_FN uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FUSEDOPT_FN float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,26 @@
+"""fusedopt: the training step after ``backward()``, done once.
+
+``FusedAdamW`` and ``FusedSGD`` replace ``torch.optim.AdamW`` and ``torch.optim.SGD``; unscaling,
+inf/NaN check, gradient clipping, weight decay, update and the low-precision copy of fp32 masters
+are one step over the parameters.
+"""
+
+import torch as _torch  # noqa: F401  first: the native module then shares torch's OpenMP pool
+
+from .adamw import FusedAdamW
+from .backends import FusedOptFallbackWarning
+from .grad_scaler import GradScaler, fuse_scaler
+from .param_groups import param_groups
+from .sgd import FusedSGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedAdamW",
+    "FusedOptFallbackWarning",
+    "FusedSGD",
+    "GradScaler",
+    "__version__",
+    "fuse_scaler",
+    "param_groups",
+]

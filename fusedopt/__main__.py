@@ -1,0 +1,158 @@
+"""`python -m fusedopt [--json]`: what is installed and what it will use, for a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fusedopt
+from fusedopt import backends
+
+MAPS = Path("/proc/self/maps")
+
+
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote; empty when the package runs from sources that nobody built."""
+    try:
+        from fusedopt._build_config import BUILD_CONFIG
+    except ImportError:
+        return {}
+    return dict(BUILD_CONFIG)
+
+
+def openmp_libraries(maps: str) -> list[str]:
+    """The OpenMP runtimes among the mapped files. Two mean two thread pools that fight."""
+    return sorted(set(re.findall(r"/\S*/lib(?:gomp|omp|iomp5)[-.]\S*", maps)))
+
+
+def cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def devices() -> Iterator[tuple[torch.device, str]]:
+    yield torch.device("cpu"), cpu_name()
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            yield torch.device("cuda", index), torch.cuda.get_device_name(index)
+
+
+def self_test(device: torch.device) -> tuple[str, str]:
+    """One clipped AdamW step against torch's: the backend that took it, and what is wrong."""
+    start, grad = (torch.randn(1000).to(device) for _ in range(2))
+    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+    ours.grad, theirs.grad = grad.clone(), grad.clone()
+    opt = fusedopt.FusedAdamW([ours], max_grad_norm=1.0)
+    opt.step()
+    torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+    torch.optim.AdamW([theirs]).step()
+    moved = (theirs - start).abs().max().item()
+    error = (ours - theirs).abs().max().item()
+    agrees = error <= 1e-3 * moved  # false for NaN
+    problem = "" if agrees else f"off by {error:.3g} where torch moved by {moved:.3g}"
+    return opt.backend or "none", problem
+
+
+def examine(device: torch.device, name: str) -> dict[str, str]:
+    try:
+        backend, problem = self_test(device)
+    except Exception as error:  # a report that ends in a traceback reports nothing
+        backend, problem = "none", f"{type(error).__name__}: {error}"
+    return {"name": name, "backend": backend, "self_test": problem or "ok"}
+
+
+def collect() -> dict[str, Any]:
+    build = build_record()
+    examined = {str(device): examine(device, name) for device, name in devices()}
+    return {
+        "fusedopt": fusedopt.__version__,
+        "commit": build.get("commit") or None,
+        "location": str(Path(fusedopt.__file__).parent),
+        "build": build.get("modules"),
+        "backends": backends.report(),
+        "devices": examined,
+        "threads": torch.get_num_threads(),
+        # read after the self-test: by then everything is loaded
+        "openmp_libraries": openmp_libraries(MAPS.read_text()) if MAPS.exists() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FUSEDOPT_")},
+    }
+
+
+def warnings_in(report: dict[str, Any]) -> list[str]:
+    found = []
+    if report["build"] is None:
+        found.append(
+            "this is a source tree that was not built: `pip install -e .` builds it, and outside "
+            "this directory Python finds the installed package"
+        )
+    if len(report["openmp_libraries"] or []) > 1:
+        found.append(
+            "two OpenMP runtimes are loaded, so two thread pools compete and steps may be several "
+            "times slower: import torch before anything else that brings one"
+        )
+    for device, facts in report["devices"].items():
+        if facts["self_test"] != "ok":
+            found.append(f"the self-test failed on {device}: {facts['self_test']}")
+    return found
+
+
+def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "fusedopt", f"{report['fusedopt']}, commit {report['commit'] or 'unknown'}"
+    yield "location", report["location"]
+    for name, built in (report["build"] or {}).items():
+        how = f"built with {built['compiler']}" if built["built"] else built["reason"]
+        yield f"module {name}", how
+    for name, facts in report["backends"].items():
+        reason = f": {facts['reason']}" if facts["reason"] else ""
+        yield f"backend {name}", ("available" if facts["available"] else "not available") + reason
+        for key in sorted(facts.keys() - {"available", "reason"}):
+            value = facts[key]
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            yield f"  {key}", text
+    for device, facts in report["devices"].items():
+        yield device, f"{facts['name']}: {facts['backend']}, self-test {facts['self_test']}"
+    yield "threads", str(report["threads"])
+    libraries = report["openmp_libraries"]
+    yield "openmp", "unknown" if libraries is None else ", ".join(libraries) or "none loaded"
+    for name in ("torch", "python", "platform"):
+        yield name, report[name]
+    for name, value in report["environment"].items():
+        yield name, value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fusedopt", description="Environment report.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(arguments)
+    report = collect()
+    report["warnings"] = warnings_in(report)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        rows = list(_rows(report))
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            print(f"{name:<{width}}  {text}")
+        for warning in report["warnings"]:
+            print(f"warning: {warning}", file=sys.stderr)
+    failed = any(facts["self_test"] != "ok" for facts in report["devices"].values())
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

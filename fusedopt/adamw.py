@@ -1,0 +1,128 @@
+"""FusedAdamW."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .optimizer import FusedOptimizer
+from .options import Options
+from .plan import Group
+
+_OPTIONS = struct.Struct("=5d3q")  # AdamW::Options in csrc/rules.h
+
+
+class FusedAdamW(FusedOptimizer):
+    r"""AdamW with unscaling, inf/NaN check, gradient clipping and fp32 masters in the same step.
+
+    With :math:`g` the unscaled and clipped gradient:
+
+    .. math::
+        \theta &\leftarrow \theta - \gamma \lambda \theta \\
+        m &\leftarrow m + (1 - \beta_1)(g - m), \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \theta &\leftarrow \theta - \frac{\gamma}{1 - \beta_1^t}
+            \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    (Loshchilov & Hutter, arXiv:1711.05101; ``amsgrad``: Reddi et al., arXiv:1904.09237.)
+
+    The arguments up to ``fused`` are those of :class:`torch.optim.AdamW`, with its defaults and its
+    errors. ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing.
+
+    Args:
+        params: parameters, named parameters or param groups; fp32, fp16, bf16 or fp64.
+        lr: learning rate :math:`\gamma`, a number or a one-element tensor. Read at every step.
+        betas: coefficients :math:`\beta_1, \beta_2`.
+        eps: added to the denominator.
+        weight_decay: :math:`\lambda`.
+        amsgrad: use the maximum of all :math:`v` so far.
+        maximize: maximize the objective.
+        decoupled_weight_decay: False adds the decay to the gradient, as torch.optim.Adam does.
+        max_grad_norm: clip the global norm over all groups to this, by torch's formula
+            ``min(1, max_grad_norm / (norm + 1e-6))``. ``inf`` measures without clipping.
+        norm_type: 2 or inf.
+        max_grad_value: clamp each unscaled gradient element to ``[-max_grad_value,
+            max_grad_value]``, after clipping by norm.
+        master_weights: None or True: keep fp32 masters of fp16/bf16 parameters; False: none.
+        skip_nonfinite: without a GradScaler, skip a step whose gradients are not all finite. Off,
+            they propagate as in torch. With a scaler such a step is always skipped.
+        amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first).
+        backend: "cpu", "reference" or "auto"; default: ``FUSEDOPT_BACKEND``, else "auto".
+
+    Raises:
+        ValueError: an argument is out of range; the message names it, its value and the remedy.
+        TypeError: a parameter is complex, of an integer dtype or a wrapper subclass.
+        RuntimeError: ``differentiable=True``.
+    """
+
+    rule = "adamw"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        max_grad_value: float | None = None,
+        master_weights: bool | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        # torch's own class checks its arguments and names the group keys: same errors, any version.
+        torch_twin = torch.optim.Adam(
+            [torch.zeros(0)],
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+        options = Options(
+            max_grad_norm,
+            norm_type,
+            max_grad_value,
+            master_weights,
+            skip_nonfinite,
+            amp_scaling,
+            backend,
+        )
+        super().__init__(params, torch_twin.defaults, options)
+
+    def _state_names(self, group: Group) -> tuple[str, ...]:
+        names = ("exp_avg", "exp_avg_sq")
+        return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
+
+    def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
+        beta1, beta2 = group["betas"]
+        _OPTIONS.pack_into(
+            table,
+            offset,
+            float(group["lr"]),
+            float(group["weight_decay"]),
+            float(beta1),
+            float(beta2),
+            float(group["eps"]),
+            bool(group["decoupled_weight_decay"]),
+            bool(group["maximize"]),
+            bool(group["amsgrad"]),
+        )

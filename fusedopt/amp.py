@@ -1,0 +1,158 @@
+"""The optimizer's side of the GradScaler contract.
+
+torch's scaler sets ``optimizer.grad_scale`` and ``optimizer.found_inf`` before ``step()`` and
+deletes both after it. If ``step()`` raises they stay, and the next ``scaler.step`` would multiply
+its scale into the stale one; so a failing step puts them back as they were before the scaler came.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .options import Options
+from .plan import FOUND_INF
+
+
+@dataclass
+class AmpInputs:
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    inf_flag: Tensor | None
+    in_charge: bool  # a scaler decides about this step: non-finite gradients skip it
+
+
+class AmpAttributes:
+    """``grad_scale``, ``found_inf`` and ``_step_supports_amp_scaling`` of an optimizer."""
+
+    _options: Options
+    _scalars: Tensor
+    param_groups: list[dict[str, Any]]
+
+    def _amp_values(self) -> dict[str, Any]:
+        values: dict[str, Any] = self.__dict__.setdefault("_amp", {})
+        return values
+
+    @property
+    def grad_scale(self) -> Any:
+        """What gradients are to be divided by in the next step; usually set by a GradScaler.
+
+        Tensor of one element, number or None. Raises AttributeError when nobody has set it.
+        """
+        try:
+            return self._amp_values()["grad_scale"]
+        except KeyError:
+            raise AttributeError("grad_scale") from None
+
+    @grad_scale.setter
+    def grad_scale(self, value: Any) -> None:
+        values = self._amp_values()
+        self.__dict__["_amp_before"] = dict(values)
+        values["grad_scale"] = value
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        if "grad_scale" not in self._amp_values():
+            raise AttributeError("grad_scale")
+        del self._amp_values()["grad_scale"]
+
+    @property
+    def found_inf(self) -> Any:
+        """0-dim fp32 tensor: 1 if the last step met an inf or NaN gradient element, else 0.
+
+        While a GradScaler calls ``step()`` it is the flag that the scaler set.
+        """
+        if "found_inf" in self._amp_values():
+            return self._amp_values()["found_inf"]
+        return self._scalars[FOUND_INF].clone()
+
+    @found_inf.setter
+    def found_inf(self, value: Any) -> None:
+        self._amp_values()["found_inf"] = value
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        if "found_inf" not in self._amp_values():
+            raise AttributeError("found_inf")
+        del self._amp_values()["found_inf"]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler may leave unscaling, checking and skipping to ``step()``.
+
+        False when the user said ``amp_scaling=False``; when a subclass overrides ``step`` (it may
+        clip gradients there, which have to be unscaled by then); and for FSDP1 shards, where
+        torch's protocol lets ranks disagree about a skip.
+        """
+        if self._options.amp_scaling is not None and not self._options.amp_scaling:
+            return False
+        return not self._overrides_step() and not self._is_fsdp1_sharded()
+
+    def _overrides_step(self) -> bool:
+        from .optimizer import FusedOptimizer
+
+        return inspect.unwrap(type(self).step) is not _plain_step(FusedOptimizer)  # type: ignore[attr-defined]
+
+    def _is_fsdp1_sharded(self) -> bool:
+        return any(
+            getattr(p, "_fsdp_flattened", False) for g in self.param_groups for p in g["params"]
+        )
+
+    def _flag_device(self, otherwise: torch.device) -> torch.device:
+        """Where the step will run, which is where its flag has to be."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                device: torch.device = p.device
+                return device
+        return otherwise
+
+    def _expect_inf_flag(self, device: torch.device) -> Tensor:
+        """A zeroed fp32 flag that the next step fills in; see ``fusedopt.GradScaler``.
+
+        The scaler accumulates into it in place, so it is never the value ``found_inf`` reports.
+        """
+        flag: Tensor | None = self.__dict__.get("_inf_flag")
+        if flag is None or flag.device != device:
+            flag = torch.zeros((), dtype=torch.float32, device=device)
+        self.__dict__["_inf_flag"] = flag.zero_()
+        self.__dict__["_inf_flag_due"] = True
+        return flag
+
+    def _amp_inputs(self, device: torch.device) -> AmpInputs:
+        values = self._amp_values()
+        due = self.__dict__.pop("_inf_flag_due", False)
+        return AmpInputs(
+            grad_scale=_one_float(values.get("grad_scale"), "grad_scale", device),
+            found_inf=_one_float(values.get("found_inf"), "found_inf", device),
+            inf_flag=self.__dict__["_inf_flag"] if due else None,
+            in_charge="found_inf" in values,
+        )
+
+    def _amp_restore(self) -> None:
+        """After a failed step: the attributes as they were before the scaler set them."""
+        self.__dict__.pop("_inf_flag_due", None)
+        if "found_inf" in self._amp_values():  # a scaler sets both, grad_scale first
+            before = self.__dict__.get("_amp_before", {})
+            self.__dict__["_amp"] = {k: v for k, v in before.items() if k != "found_inf"}
+
+
+def _plain_step(cls: type) -> Any:
+    return inspect.unwrap(cls.step)  # type: ignore[attr-defined]
+
+
+def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
+    """``value`` as an fp32 tensor of one element on ``device``; no copy when it is one already."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float32, device=device)
+    if value.numel() != 1:
+        raise RuntimeError(
+            f"optimizer.{name} has shape {tuple(value.shape)}; it must be a number or a tensor of "
+            "one element"
+        )
+    return value.detach().to(device=device, dtype=torch.float32)

@@ -1,0 +1,128 @@
+"""The three verbs every backend implements, and the choice of a backend.
+
+``reduce`` (gradients -> one partial per chunk), ``finalize`` (partials -> ``StepScalars``, step
+counts) and ``update`` (one pass over params and states). None of them reads anything back to the
+host.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..plan import Group, Plan, Row, StepInputs
+
+BACKEND_VARIABLE = "FUSEDOPT_BACKEND"
+
+
+class FusedOptFallbackWarning(UserWarning):
+    """A slower backend serves than the one that was expected; the message says why."""
+
+
+class Backend(Protocol):
+    """Stateless: what belongs to one parameter set is in its plan."""
+
+    name: str
+
+    def plan(
+        self,
+        rule: str,
+        rows: Sequence[Row],
+        layout: object,
+        groups: list[Group],
+        state: dict[Tensor, Any],
+    ) -> Plan: ...
+
+    def reduce(self, plan: Plan, step: StepInputs) -> None: ...
+
+    def finalize(self, plan: Plan, step: StepInputs) -> None: ...
+
+    def update(self, plan: Plan, step: StepInputs) -> None: ...
+
+
+def _native() -> Any:
+    from . import native
+
+    return native
+
+
+def _reference() -> Backend:
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend()
+
+
+def requested_backend(argument: str | None) -> str:
+    """``backend=`` if given, else the environment's ``FUSEDOPT_BACKEND``, else ``"auto"``."""
+    from ..options import BACKEND_NAMES
+
+    name = argument or os.environ.get(BACKEND_VARIABLE) or "auto"
+    if name not in BACKEND_NAMES:
+        raise ValueError(
+            f"Invalid {BACKEND_VARIABLE} value: {name!r}; use one of {', '.join(BACKEND_NAMES)}"
+        )
+    return name
+
+
+def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
+    """The backend for ``params``.
+
+    Raises:
+        RuntimeError: a backend was asked for by name that cannot serve these parameters.
+    """
+    name = requested_backend(argument)
+    if name == "reference":
+        return _reference()
+    obstacle = _cpu_obstacle(params)
+    if obstacle is None:
+        backend: Backend = _native().CpuBackend()
+        return backend
+    if name == "cpu":
+        raise RuntimeError(f"backend 'cpu' cannot serve: {obstacle}; use backend='reference'")
+    _announce(obstacle)
+    return _reference()
+
+
+def _cpu_obstacle(params: Sequence[Tensor]) -> str | None:
+    reason: str | None = _native().unavailable_reason()
+    if reason is not None:
+        return f"the native CPU module is not available ({reason})"
+    devices = {p.device.type for p in params} - {"cpu"}
+    if devices:
+        return f"parameters are on {', '.join(sorted(devices))}, for which there is no kernel yet"
+    if any(p.dtype == torch.float64 for p in params):
+        return "some parameters are float64, for which there is no fused kernel"
+    return None
+
+
+_announced: set[str] = set()
+
+
+def _announce(obstacle: str) -> None:
+    if obstacle in _announced:
+        return
+    _announced.add(obstacle)
+    warnings.warn(
+        f"fusedopt: {obstacle}; the reference backend (plain torch operations, right but slow) "
+        "serves instead. `python -m fusedopt` shows what is installed; backend='reference' "
+        "silences this.",
+        FusedOptFallbackWarning,
+        stacklevel=4,
+    )
+
+
+def report() -> dict[str, dict[str, Any]]:
+    """Every backend: whether it can serve here, and why not."""
+    native = _native()
+    reason = native.unavailable_reason()
+    cpu: dict[str, Any] = {"available": reason is None, "reason": reason or ""}
+    cpu.update(native.details())
+    return {
+        "cpu": cpu,
+        "reference": {"available": True, "reason": "", "note": "plain torch operations; slow"},
+    }

@@ -1,0 +1,95 @@
+"""A GradScaler that leaves the inf/NaN check to the optimizer's own pass over the gradients.
+
+torch's scaler reads and writes every gradient once more before it calls an optimizer that handles
+scaling by itself: 8 bytes per fp32 parameter. The one place that depends on torch's private
+``_check_inf_per_device`` and ``_per_optimizer_states``; ``tests/test_grad_scaler.py`` pins both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from .optimizer import FusedOptimizer
+
+
+class _AsksTheOptimizer:
+    """Mixin over ``torch.amp.GradScaler``."""
+
+    def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, torch.Tensor]:
+        if not isinstance(optimizer, FusedOptimizer):
+            found: dict[torch.device, torch.Tensor] = super()._check_inf_per_device(optimizer)  # type: ignore[misc]
+            return found
+        scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")  # type: ignore[attr-defined]
+        flag = optimizer._expect_inf_flag(optimizer._flag_device(scale.device))
+        recorded = {flag.device: flag}
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = recorded  # type: ignore[attr-defined]
+        return recorded
+
+
+class GradScaler(_AsksTheOptimizer, torch.amp.GradScaler):  # type: ignore[misc]
+    """:class:`torch.amp.GradScaler` without the extra sweep over the gradients.
+
+    Same arguments, same scale after every step, same ``state_dict``. For the optimizers of this
+    package ``step()`` reads and writes no gradient: the optimizer checks them in the pass that
+    computes the norm and writes the flag that ``update()`` reads. All other optimizers, and calls
+    of ``unscale_``, are treated as torch treats them.
+    """
+
+
+_PLAIN_SCALERS = (
+    torch.amp.GradScaler,
+    torch.cuda.amp.GradScaler,
+    torch.cpu.amp.grad_scaler.GradScaler,
+)
+
+
+def fuse_scaler(scaler: Any) -> Any:
+    """Turn a scaler that a framework made into one that behaves like :class:`GradScaler`.
+
+    Works on Accelerate's ``accelerator.scaler``, Lightning's ``plugin.scaler``, timm's
+    ``NativeScaler._scaler`` and the like, at any time between ``update()`` and ``step()``.
+
+    Args:
+        scaler: a ``torch.amp.GradScaler`` or an instance of a subclass; converted in place.
+
+    Returns:
+        ``scaler``.
+
+    Raises:
+        TypeError: not a GradScaler, or one that brings its own check (FSDP's ShardedGradScaler
+            reduces the flag over ranks, which an optimizer's own flag would bypass).
+    """
+    if isinstance(scaler, _AsksTheOptimizer):
+        return scaler
+    cls = type(scaler)
+    if not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {cls.__name__}")
+    if cls in _PLAIN_SCALERS:
+        scaler.__class__ = GradScaler
+        return scaler
+    for name in ("_check_inf_per_device", "_unscale_grads_", "unscale_", "step"):
+        if getattr(cls, name) is not getattr(torch.amp.GradScaler, name):
+            raise TypeError(
+                f"scaler: {cls.__name__} overrides {name}, which fuse_scaler would bypass; "
+                "use it as it is (the step is right, with one more sweep over the gradients)"
+            )
+    scaler.__class__ = _fused_class(cls)
+    return scaler
+
+
+def _fused_class(cls: type) -> type:
+    return type(f"Fused{cls.__name__}", (_AsksTheOptimizer, cls), {"__reduce_ex__": _reduce})
+
+
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+    """Pickle by the original class: the fused one exists only at run time."""
+    return _rebuild, (type(self).__mro__[2], self.__getstate__())
+
+
+def _rebuild(cls: type, state: dict[str, Any]) -> Any:
+    scaler = object.__new__(cls)
+    scaler.__setstate__(state)  # type: ignore[attr-defined]
+    return fuse_scaler(scaler)

@@ -1,0 +1,322 @@
+"""FusedOptimizer: everything that does not depend on the update rule.
+
+``step()`` is unscale + inf/NaN check + global-norm clip + weight decay + update + low-precision
+copy, as three verbs of a backend over a cached plan. All that can be refused is refused before
+anything moves.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+
+from .amp import AmpAttributes
+from .backends import Backend, choose
+from .options import Options
+from .plan import CLIP_COEF, GRAD_NORM, N_STEP_SCALARS, SKIPPED_STEPS, Group, Plan, StepInputs
+from .rows import build_rows, check_param, label_of
+from .state import loaded
+
+OPTIONS_BYTES = 64  # of one param group, for every rule (csrc/rules.h)
+
+
+class FusedOptimizer(AmpAttributes, Optimizer):
+    """Base class of the optimizers; see ``FusedAdamW`` and ``FusedSGD``.
+
+    A subclass names its rule, says which states a group needs and packs its hyper-parameters.
+    """
+
+    rule: str
+
+    def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
+        if defaults.get("differentiable"):
+            raise RuntimeError(
+                "differentiable=True is not supported: the fused step is not recorded by autograd; "
+                "use torch.optim for a differentiable optimizer"
+            )
+        self._options = options
+        self._scalars = torch.zeros(N_STEP_SCALARS)
+        self._measured = False
+        self._drop_plan()
+        super().__init__(params, defaults)
+
+    # ---- what a rule says about itself ----------------------------------------------------------
+
+    @abstractmethod
+    def _state_names(self, group: Group) -> tuple[str, ...]:
+        """States of a parameter in ``group``, in the order the kernels know them by."""
+
+    @abstractmethod
+    def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
+        """Write the group's hyper-parameters as the rule's ``Options`` (csrc/rules.h)."""
+
+    # ---- the step -------------------------------------------------------------------------------
+
+    @_disable_dynamo  # the public torch.compiler.disable imports all of Dynamo right here
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one optimization step.
+
+        Gradients are only read: afterwards ``.grad`` is as ``backward()`` left it. A parameter
+        whose ``.grad`` is None keeps its value, its state and its step count.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, else None.
+
+        Raises:
+            RuntimeError: a gradient or a state cannot be used; nothing has been changed.
+        """
+        loss = None
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            backend, plan = self._current_plan()
+            inputs = self._step_inputs()
+        except BaseException:
+            self._amp_restore()
+            raise
+        plan.stage_params()
+        if inputs.measured:
+            backend.reduce(plan, inputs)
+        backend.finalize(plan, inputs)
+        backend.update(plan, inputs)
+        plan.write_back()
+        self._measured = inputs.measured
+        updated = plan.updated_params()
+        if updated:
+            increment_version(updated)
+        return loss
+
+    def _step_inputs(self) -> StepInputs:
+        options = self._options
+        for i, group in enumerate(self.param_groups):
+            self._pack_options(group, self._options_table, i * OPTIONS_BYTES)
+        amp = self._amp_inputs(self._scalars.device)
+        clips = options.max_grad_norm is not None
+        return StepInputs(
+            groups=self.param_groups,
+            options=self._options_table,
+            scalars=self._scalars,
+            norm_type=options.norm_type,
+            max_grad_norm=options.max_grad_norm,
+            max_grad_value=options.max_grad_value,
+            measured=clips or options.skip_nonfinite or amp.inf_flag is not None,
+            skip_nonfinite=options.skip_nonfinite or amp.in_charge,
+            grad_scale=amp.grad_scale,
+            found_inf=amp.found_inf,
+            inf_flag=amp.inf_flag,
+        )
+
+    # ---- the plan -------------------------------------------------------------------------------
+
+    def _drop_plan(self) -> None:
+        self._plan: Plan | None = None
+        self._backend: Backend | None = None
+        self._options_table = bytearray()
+
+    def _layout(self) -> list[tuple[str, ...]]:
+        return [self._state_names(group) for group in self.param_groups]
+
+    def _current_plan(self) -> tuple[Backend, Plan]:
+        plan, backend = self._plan, self._backend
+        if plan is None or backend is None or plan.layout != self._layout():
+            backend, plan = self._build_plan(every_param=False)
+        elif plan.refresh(self.param_groups, self.state):
+            return backend, plan
+        else:
+            backend, plan = self._build_plan(every_param=False)
+        if not plan.refresh(self.param_groups, self.state):
+            raise RuntimeError("parameters or gradients changed while step() was preparing")
+        return backend, plan
+
+    def _build_plan(self, every_param: bool) -> tuple[Backend, Plan]:
+        """A plan for the optimizer as it is now; creates what state is missing."""
+        self._drop_plan()
+        groups, options = self.param_groups, self._options
+        params = [p for group in groups for p in group["params"]]
+        if options.max_grad_norm is not None and self._is_fsdp1_sharded():
+            raise RuntimeError(
+                f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: each "
+                "rank sees only its part of the norm; pass max_grad_norm=None and call "
+                "FullyShardedDataParallel.clip_grad_norm_"
+            )
+        backend = choose(options.backend, params)
+        layout = self._layout()
+        rows = build_rows(groups, self.state, layout, options.master_weights, every_param)
+        if params and self._scalars.device != params[0].device:
+            self._scalars = self._scalars.to(params[0].device)
+        self._options_table = bytearray(OPTIONS_BYTES * max(len(groups), 1))
+        plan = backend.plan(self.rule, rows, layout, groups, self.state)
+        self._backend, self._plan = backend, plan
+        return backend, plan
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Allocate the state of every parameter that requires grad now.
+
+        Without it state is made in the first ``step()``; with it, running out of memory shows
+        before a round of training. Masters are made from the parameters as they are at the time.
+
+        Raises:
+            RuntimeError: a parameter cannot be optimized, or there is not enough memory.
+        """
+        self._build_plan(every_param=True)
+
+    # ---- what the last step found ---------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all unscaled gradients of the last step, before clipping: 0-dim fp32, a copy.
+
+        None before the first step, and when the last step had no reason to measure it (no
+        ``max_grad_norm``, no ``skip_nonfinite``, no ``fusedopt.GradScaler``);
+        ``max_grad_norm=float("inf")`` measures without clipping. No host sync.
+        """
+        return self._scalars[GRAD_NORM].clone() if self._measured else None
+
+    @property
+    def clip_coef(self) -> Tensor:
+        """What the last step multiplied the unscaled gradients by: 0-dim fp32, a copy."""
+        if not self._measured:
+            return torch.ones((), device=self._scalars.device)
+        return self._scalars[CLIP_COEF].clone()
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Steps skipped because of non-finite gradients: 0-dim int64, a copy. Not checkpointed."""
+        return self._scalars[SKIPPED_STEPS].to(torch.int64)
+
+    @property
+    def backend(self) -> str | None:
+        """Name of the backend that serves, or None before the first step."""
+        return self._backend.name if self._backend is not None else None
+
+    def memory_footprint(self) -> dict[str, int]:
+        """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``."""
+        sizes: dict[str, int] = {"param": 0, "grad": 0}
+        for group in self.param_groups:
+            for p in group["params"]:
+                sizes["param"] += p.numel() * p.element_size()
+                if p.grad is not None:
+                    sizes["grad"] += p.grad.numel() * p.grad.element_size()
+        for own in self.state.values():
+            for name, value in own.items():
+                if isinstance(value, Tensor):
+                    n_bytes = value.numel() * value.element_size()
+                    sizes[name] = sizes.get(name, 0) + n_bytes
+        sizes["plan"] = self._plan.nbytes() if self._plan is not None else 0
+        sizes["total"] = sum(sizes.values())
+        return sizes
+
+    # ---- options of the whole optimizer ---------------------------------------------------------
+
+    def _option(name: str) -> property:  # type: ignore[misc]
+        def read(self: FusedOptimizer) -> Any:
+            return getattr(self._options, name)
+
+        def write(self: FusedOptimizer, value: Any) -> None:
+            self._options = self._options.changed(**{name: value})
+
+        return property(read, write, doc=f"The option ``{name}``; assignment validates.")
+
+    max_grad_norm = _option("max_grad_norm")
+    norm_type = _option("norm_type")
+    max_grad_value = _option("max_grad_value")
+    skip_nonfinite = _option("skip_nonfinite")
+    amp_scaling = _option("amp_scaling")
+    del _option
+
+    # ---- torch's Optimizer protocol -------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; raises before anything is changed, and refuses what no kernel can update."""
+        if isinstance(param_group, dict):
+            for name in Options.names():
+                if name in param_group:
+                    raise ValueError(
+                        f"{name}={param_group[name]!r} in a param group: it holds for all groups "
+                        f"together; pass {name} to {type(self).__name__}(...)"
+                    )
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        try:
+            for i, p in enumerate(self.param_groups[index]["params"]):
+                check_param(label_of(self.param_groups[index], index, i), p)
+        except TypeError:
+            del self.param_groups[index]
+            raise
+
+    def __repr__(self) -> str:
+        options = "".join(f"    {k}: {v}\n" for k, v in self._options.non_defaults().items())
+        text = super().__repr__()
+        return text if not options else text[:-1] + "\nAll Groups\n" + options + ")"
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"_options": self._options, "_scalars": self._scalars, "_measured": self._measured}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        self._drop_plan()
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of torch's SGD, Adam or AdamW. Everything is copied.
+
+        Differs from torch in one respect: states keep (or get) fp32, whatever the parameter's
+        dtype. ``max_grad_norm`` and the other options of the whole optimizer stay as constructed.
+
+        Raises:
+            ValueError: the param groups do not match.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        param_of = dict(zip(ids, params, strict=False))  # torch refuses unequal lengths below
+        with torch.no_grad():
+            state_dict["state"] = {
+                key: _Held(loaded(param_of[key], value)) if key in param_of else value
+                for key, value in state_dict["state"].items()
+            }
+        hooks = (
+            self._optimizer_load_state_dict_pre_hooks,
+            self._optimizer_load_state_dict_post_hooks,
+        )
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = hooks[0]
+            self._optimizer_load_state_dict_post_hooks = hooks[1]
+        for key, value in self.state.items():
+            if isinstance(value, _Held):
+                self.state[key] = value.state
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+
+class _Held:
+    """Carries converted state past torch's ``load_state_dict``, which would cast it to half."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state

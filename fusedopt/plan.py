@@ -1,0 +1,156 @@
+"""The plan: which tensors a step touches, in which order, and where their gradients are now.
+
+Built once for a set of parameters. Before every step ``refresh`` looks whether the optimizer is
+still what the plan was built for; only the gradients are expected to have moved. How the rows are
+handed to kernels is each backend's own business (``fusedopt/backends``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Fields of StepScalars (csrc/scalars.h), eight fp32 values on the device.
+GRAD_NORM, CLIP_COEF, GRAD_MULT, INV_SCALE, FOUND_INF, SKIP, SKIPPED_STEPS = range(7)
+N_STEP_SCALARS = 8
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+Group = dict[str, Any]
+
+
+@dataclass
+class Row:
+    """One parameter in the plan.
+
+    ``dense`` is what the kernels update: the parameter itself, or a copy without gaps that is
+    written back after the update. ``states`` are in the rule's order.
+    """
+
+    param: Tensor
+    label: str
+    group: int
+    dense: Tensor
+    awaits_state: bool
+    states: tuple[Tensor, ...] = ()
+    master: Tensor | None = None
+    step: Tensor | None = None
+
+    @property
+    def staged(self) -> bool:
+        return self.dense.data_ptr() != self.param.data_ptr()
+
+
+@dataclass
+class StepInputs:
+    """Everything one step needs besides the plan; the options are re-read from the groups."""
+
+    groups: list[Group]
+    options: bytearray  # the rule's Options table, 64 bytes a group
+    scalars: Tensor  # StepScalars
+    norm_type: float
+    max_grad_norm: float | None
+    max_grad_value: float | None
+    measured: bool
+    skip_nonfinite: bool
+    grad_scale: Tensor | None  # fp32, one element; gradients are divided by it
+    found_inf: Tensor | None  # fp32, one element; non-zero: some gradient is not finite
+    inf_flag: Tensor | None  # fp32; where our own GradScaler expects the answer
+
+
+class Plan(ABC):
+    """Rows of one parameter set, and the gradient of each (``None``: takes no part in the step)."""
+
+    def __init__(self, rule: str, rows: Sequence[Row], layout: object) -> None:
+        self.rule = rule
+        self.rows = list(rows)
+        self.layout = layout
+        self._staged_grads: dict[int, Tensor] = {}
+        self._staged_params = [row for row in self.rows if row.staged]
+
+    def refresh(self, groups: list[Group], state: dict[Tensor, Any]) -> bool:
+        """Note where the gradients are; ``False`` when the plan has to be rebuilt.
+
+        Raises:
+            RuntimeError: a gradient cannot be used (sparse, complex, of another shape or device).
+        """
+        odd = self._look(groups, state)
+        if odd is None:
+            return False
+        for index in odd:
+            self._accept(index)
+        return True
+
+    @abstractmethod
+    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
+        """Fill in the gradients that need no care; return the rows of the others, or ``None``."""
+
+    @abstractmethod
+    def _set_grad(self, index: int, grad: Tensor) -> None:
+        """Use ``grad`` as the row's gradient in this step."""
+
+    @abstractmethod
+    def updated_params(self) -> list[Tensor]:
+        """The parameters whose gradient is present."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory the plan itself holds, in bytes."""
+
+    def stage_params(self) -> None:
+        """Copy parameters with gaps into the dense tensors that the kernels update."""
+        for row in self._staged_params:
+            row.dense.copy_(row.param)
+
+    def write_back(self) -> None:
+        """The way back from ``stage_params``."""
+        for row in self._staged_params:
+            row.param.copy_(row.dense)
+
+    def _accept(self, index: int) -> None:
+        row = self.rows[index]
+        grad = row.param.grad
+        if grad is None:
+            return
+        check_grad(row.label, row.param, grad)
+        self._set_grad(index, self._dense_grad(index, grad))
+
+    def _dense_grad(self, index: int, grad: Tensor) -> Tensor:
+        """``grad`` laid out like the row's ``dense`` tensor, in a buffer kept for the next step."""
+        dense = self.rows[index].dense
+        staged = self._staged_grads.get(index)
+        if staged is None or staged.dtype != grad.dtype:
+            staged = torch.empty_like(dense, dtype=grad.dtype)
+            self._staged_grads[index] = staged
+        return staged.copy_(grad)
+
+    def staging_nbytes(self) -> int:
+        staged = list(self._staged_grads.values()) + [row.dense for row in self._staged_params]
+        return sum(t.numel() * t.element_size() for t in staged)
+
+
+def check_grad(label: str, param: Tensor, grad: Tensor) -> None:
+    """Raise ``RuntimeError`` unless ``grad`` is a gradient that a step on ``param`` can use."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{label}: fusedopt does not support sparse gradients (layout {grad.layout}); "
+            "create the module with sparse=False, or densify the gradient before step()"
+        )
+    if grad.dtype not in GRAD_DTYPES or (
+        grad.dtype == torch.float64 and param.dtype != torch.float64
+    ):
+        raise RuntimeError(
+            f"{label}: gradient dtype {grad.dtype} does not go with parameter dtype {param.dtype}; "
+            "use float32, float16 or bfloat16 gradients"
+        )
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"{label}: gradient has shape {tuple(grad.shape)} on {grad.device}, parameter has "
+            f"{tuple(param.shape)} on {param.device}; clear .grad after replacing p.data"
+        )

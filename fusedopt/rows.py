@@ -1,0 +1,149 @@
+"""From parameters to plan rows: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .memory import is_dense, overlaps_itself
+from .plan import Group, Row, check_grad
+from .state import (
+    MASTER,
+    STEP,
+    ParamState,
+    check_shapes,
+    complete_all,
+    dense_like,
+    is_complete,
+    wants_master,
+)
+
+PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_param(label: str, param: Tensor) -> None:
+    """Raise ``TypeError`` for a parameter no backend can update."""
+    wrapper: object = param  # mypy takes the guard below for impossible
+    if is_traceable_wrapper_subclass(wrapper):
+        raise TypeError(
+            f"{label}: {type(wrapper).__name__} is not supported, its memory is not its values; "
+            "pass plain tensors (for a DTensor, its local shard with max_grad_norm=None)"
+        )
+    if param.is_complex():
+        raise TypeError(
+            f"{label}: complex parameters ({param.dtype}) are not supported; "
+            "optimize torch.view_as_real(param)"
+        )
+    if param.dtype not in PARAM_DTYPES:
+        raise TypeError(
+            f"{label}: parameter dtype {param.dtype} is not supported; "
+            "use float32, float16, bfloat16 or float64"
+        )
+
+
+def label_of(group: Group, group_index: int, param_index: int) -> str:
+    names = group.get("param_names")
+    name = f" ({names[param_index]!r})" if names and param_index < len(names) else ""
+    return f"param {param_index} of group {group_index}{name}"
+
+
+def build_rows(
+    groups: Sequence[Group],
+    state: dict[Tensor, ParamState],
+    names: Sequence[tuple[str, ...]],
+    master_weights: bool | None,
+    every_param: bool,
+) -> list[Row]:
+    """Rows of all params in order. Validates first; only then creates the state that is missing.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        state: ``optimizer.state``.
+        names: state names the rule wants, for each group.
+        master_weights: as given by the user.
+        every_param: create state for every parameter that requires grad, not only for those that
+            have a gradient now.
+
+    Raises:
+        RuntimeError: some parameter, gradient or state cannot be used; nothing has been changed.
+    """
+    rows = [
+        Row(param=p, label=label_of(group, g, i), group=g, dense=p, awaits_state=False)
+        for g, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+    ]
+    for row in rows:
+        _check_row(row, state.get(row.param, {}), names[row.group])
+    _check_disjoint(rows)
+    _complete(rows, state, names, master_weights, every_param)
+    for row in rows:
+        row.dense = dense_like(row.param)
+        own = state.get(row.param, {})
+        master = wants_master(row.param, master_weights)
+        if not is_complete(row.param, own, names[row.group], master):
+            row.awaits_state = True
+            continue
+        row.states = tuple(own[name] for name in names[row.group])
+        row.master = own[MASTER] if master else None
+        row.step = own[STEP] if row.states else None
+    return rows
+
+
+def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
+    param = row.param
+    try:
+        check_param(row.label, param)
+    except TypeError as error:  # p.data was replaced after construction
+        raise RuntimeError(str(error)) from error
+    if param.device.type == "meta":
+        raise RuntimeError(
+            f"{row.label} is on the meta device; materialize the model before step()"
+        )
+    if overlaps_itself(param):
+        raise RuntimeError(
+            f"{row.label}: elements share memory (shape {tuple(param.shape)}, strides "
+            f"{param.stride()}); use param.detach().clone() as the parameter"
+        )
+    if param.grad is not None:
+        check_grad(row.label, param, param.grad)
+    check_shapes(row.label, param, own, names)
+
+
+def _check_disjoint(rows: Sequence[Row]) -> None:
+    """Two rows on the same memory would be updated by two threads at once."""
+    spans = sorted(
+        (row.param.data_ptr(), row.param.numel() * row.param.element_size(), row.label)
+        for row in rows
+        if row.param.numel() > 0 and is_dense(row.param)
+    )
+    for (start, size, first), (following, _, second) in pairwise(spans):
+        if following < start + size:
+            raise RuntimeError(
+                f"{first} and {second} share memory; pass each parameter once, and tie weights by "
+                "using one Parameter object in both places"
+            )
+
+
+def _complete(
+    rows: Sequence[Row],
+    state: dict[Tensor, ParamState],
+    names: Sequence[tuple[str, ...]],
+    master_weights: bool | None,
+    every_param: bool,
+) -> None:
+    due = []
+    for row in rows:
+        wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
+        master = wants_master(row.param, master_weights)
+        own = state.get(row.param, {})
+        if wanted and not is_complete(row.param, own, names[row.group], master):
+            due.append(row)
+    fresh: list[dict[str, Any]] = [dict(state.get(row.param, {})) for row in due]
+    complete_all([r.param for r in due], fresh, [names[r.group] for r in due], master_weights)
+    for row, own in zip(due, fresh, strict=True):
+        state[row.param] = own

@@ -1,0 +1,113 @@
+"""FusedSGD."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .optimizer import FusedOptimizer
+from .options import Options
+from .plan import Group
+
+_OPTIONS = struct.Struct("=4d4q")  # SGD::Options in csrc/rules.h
+
+
+class FusedSGD(FusedOptimizer):
+    r"""SGD with unscaling, inf/NaN check, gradient clipping and fp32 masters in the same step.
+
+    With :math:`g` the unscaled and clipped gradient:
+
+    .. math::
+        \theta &\leftarrow \theta - \gamma \lambda \theta \\
+        b &\leftarrow g \text{ (first step)}, \qquad b \leftarrow \mu b + (1 - \tau) g \\
+        \theta &\leftarrow \theta - \gamma b \quad (\text{nesterov: } g + \mu b)
+
+    The arguments up to ``fused`` are those of :class:`torch.optim.SGD`, with its defaults and its
+    errors, **except that weight decay is decoupled** (SGDW, arXiv:1711.05101) unless
+    ``decoupled_weight_decay=False``, which is exactly torch's SGD. The first momentum step is the
+    first one *applied*: a step skipped for non-finite gradients does not count.
+
+    Args:
+        params: parameters, named parameters or param groups; fp32, fp16, bf16 or fp64.
+        lr: learning rate :math:`\gamma`, a number or a one-element tensor. Read at every step.
+        momentum: :math:`\mu`.
+        dampening: :math:`\tau`.
+        weight_decay: :math:`\lambda`.
+        nesterov: Nesterov momentum.
+        maximize: maximize the objective.
+        decoupled_weight_decay: False adds the decay to the gradient, as torch.optim.SGD does.
+        max_grad_norm, norm_type, max_grad_value, master_weights, skip_nonfinite, amp_scaling,
+            backend: as in :class:`FusedAdamW`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :class:`FusedAdamW`.
+    """
+
+    rule = "sgd"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        max_grad_value: float | None = None,
+        master_weights: bool | None = None,
+        skip_nonfinite: bool = False,
+        amp_scaling: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        # torch's own class checks its arguments and names the group keys: same errors, any version.
+        torch_twin = torch.optim.SGD(
+            [torch.zeros(0)],
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        options = Options(
+            max_grad_norm,
+            norm_type,
+            max_grad_value,
+            master_weights,
+            skip_nonfinite,
+            amp_scaling,
+            backend,
+        )
+        defaults = {**torch_twin.defaults, "decoupled_weight_decay": decoupled_weight_decay}
+        super().__init__(params, defaults, options)
+
+    def _state_names(self, group: Group) -> tuple[str, ...]:
+        return ("momentum_buffer",) if float(group["momentum"]) != 0.0 else ()
+
+    def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
+        _OPTIONS.pack_into(
+            table,
+            offset,
+            float(group["lr"]),
+            float(group["weight_decay"]),
+            float(group["momentum"]),
+            float(group["dampening"]),
+            bool(group["decoupled_weight_decay"]),
+            bool(group["maximize"]),
+            bool(group["nesterov"]),
+            0,
+        )
