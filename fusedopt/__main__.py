@@ -62,7 +62,7 @@ def self_test(device: torch.device) -> tuple[str, str]:
     error = (ours - theirs).abs().max().item()
     agrees = error <= 1e-3 * moved  # false for NaN
     problem = "" if agrees else f"off by {error:.3g} where torch moved by {moved:.3g}"
-    return opt.backend or "none", problem
+    return next(iter(opt.backend.values()), "none"), problem
 
 
 def examine(device: torch.device, name: str) -> dict[str, str]:
@@ -115,8 +115,8 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "fusedopt", f"{report['fusedopt']}, commit {report['commit'] or 'unknown'}"
     yield "location", report["location"]
     for name, built in (report["build"] or {}).items():
-        how = f"built with {built['compiler']}" if built["built"] else built["reason"]
-        yield f"module {name}", how
+        how = f"{', '.join(built['simd'])}; built with {built['compiler']}"
+        yield f"module {name}", how if built["built"] else f"not built: {built['reason']}"
     for name, facts in report["backends"].items():
         reason = f": {facts['reason']}" if facts["reason"] else ""
         yield f"backend {name}", ("available" if facts["available"] else "not available") + reason

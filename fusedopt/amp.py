@@ -7,15 +7,18 @@ its scale into the stale one; so a failing step puts them back as they were befo
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .options import Options
-from .plan import FOUND_INF
+from .plan import FOUND_INF, Plan, is_fsdp1_shard
 
 
 @dataclass
@@ -31,6 +34,7 @@ class AmpAttributes:
 
     _options: Options
     _scalars: Tensor
+    _plan: Plan | None
     param_groups: list[dict[str, Any]]
 
     def _amp_values(self) -> dict[str, Any]:
@@ -64,14 +68,17 @@ class AmpAttributes:
     def found_inf(self) -> Any:
         """0-dim fp32 tensor: 1 if the last step met an inf or NaN gradient element, else 0.
 
-        While a GradScaler calls ``step()`` it is the flag that the scaler set.
+        Between a GradScaler's call and the update it is the flag that the scaler set; step
+        post-hooks see the answer.
         """
-        if "found_inf" in self._amp_values():
-            return self._amp_values()["found_inf"]
+        values = self._amp_values()
+        if "found_inf" in values and not self.__dict__.get("_amp_answered"):
+            return values["found_inf"]
         return self._scalars[FOUND_INF].clone()
 
     @found_inf.setter
     def found_inf(self, value: Any) -> None:
+        self.__dict__["_amp_answered"] = False
         self._amp_values()["found_inf"] = value
 
     @found_inf.deleter
@@ -90,17 +97,13 @@ class AmpAttributes:
         """
         if self._options.amp_scaling is not None and not self._options.amp_scaling:
             return False
-        return not self._overrides_step() and not self._is_fsdp1_sharded()
-
-    def _overrides_step(self) -> bool:
-        from .optimizer import FusedOptimizer
-
-        return inspect.unwrap(type(self).step) is not _plain_step(FusedOptimizer)  # type: ignore[attr-defined]
+        own_step: Callable[..., Any] = type(self).step  # type: ignore[attr-defined]
+        return _is_our_step(own_step) and not self._is_fsdp1_sharded()
 
     def _is_fsdp1_sharded(self) -> bool:
-        return any(
-            getattr(p, "_fsdp_flattened", False) for g in self.param_groups for p in g["params"]
-        )
+        if self._plan is not None:
+            return self._plan.fsdp1_sharded
+        return any(is_fsdp1_shard(p) for g in self.param_groups for p in g["params"])
 
     def _flag_device(self, otherwise: torch.device) -> torch.device:
         """Where the step will run, which is where its flag has to be."""
@@ -132,6 +135,24 @@ class AmpAttributes:
             in_charge="found_inf" in values,
         )
 
+    def _amp_done(self) -> None:
+        self.__dict__["_amp_answered"] = True
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper around ``step`` (profiler, hooks); an error in any of it restores."""
+        hooked = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(hooked)
+        def step(self: AmpAttributes, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hooked(self, *args, **kwargs)
+            except BaseException:
+                self._amp_restore()
+                raise
+
+        return step
+
     def _amp_restore(self) -> None:
         """After a failed step: the attributes as they were before the scaler set them."""
         self.__dict__.pop("_inf_flag_due", None)
@@ -140,8 +161,12 @@ class AmpAttributes:
             self.__dict__["_amp"] = {k: v for k, v in before.items() if k != "found_inf"}
 
 
-def _plain_step(cls: type) -> Any:
-    return inspect.unwrap(cls.step)  # type: ignore[attr-defined]
+@functools.lru_cache(maxsize=64)
+def _is_our_step(step: Callable[..., Any]) -> bool:
+    """Whether ``step``, however wrapped, is FusedOptimizer's and not a subclass's own."""
+    from .optimizer import FusedOptimizer
+
+    return inspect.unwrap(step) is inspect.unwrap(FusedOptimizer.step)
 
 
 def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:

@@ -90,6 +90,6 @@ def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
 
 
 def _rebuild(cls: type, state: dict[str, Any]) -> Any:
-    scaler = object.__new__(cls)
-    scaler.__setstate__(state)  # type: ignore[attr-defined]
+    scaler: Any = object.__new__(cls)
+    scaler.__setstate__(state)
     return fuse_scaler(scaler)

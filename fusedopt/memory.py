@@ -1,4 +1,4 @@
-"""Memory for optimizer state: zeroed, laid out like its parameter, in huge pages where that helps."""
+"""Memory for optimizer state: laid out like its parameter, in huge pages where that helps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import mmap
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -54,10 +55,8 @@ def _map_huge_pages(n_bytes: int) -> tuple[mmap.mmap, int]:
     Fresh anonymous pages are zero; they become resident when first touched.
     """
     mapping = mmap.mmap(-1, n_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with suppress(OSError):  # a kernel without transparent huge pages: smaller pages, same memory
         mapping.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without transparent huge pages: the same memory, smaller pages
-        pass
     address = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
     return mapping, -address % _HUGE_PAGE
 

@@ -78,15 +78,11 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             RuntimeError: a gradient or a state cannot be used; nothing has been changed.
         """
         loss = None
-        try:
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            backend, plan = self._current_plan()
-            inputs = self._step_inputs()
-        except BaseException:
-            self._amp_restore()
-            raise
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        backend, plan = self._current_plan()
+        inputs = self._step_inputs()
         plan.stage_params()
         if inputs.measured:
             backend.reduce(plan, inputs)
@@ -94,6 +90,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         backend.update(plan, inputs)
         plan.write_back()
         self._measured = inputs.measured
+        self._amp_done()
         updated = plan.updated_params()
         if updated:
             increment_version(updated)
@@ -199,9 +196,12 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         return self._scalars[SKIPPED_STEPS].to(torch.int64)
 
     @property
-    def backend(self) -> str | None:
-        """Name of the backend that serves, or None before the first step."""
-        return self._backend.name if self._backend is not None else None
+    def backend(self) -> dict[str, str]:
+        """Name of the backend that serves each device; empty before the first step."""
+        if self._backend is None:
+            return {}
+        devices = {str(p.device) for group in self.param_groups for p in group["params"]}
+        return dict.fromkeys(sorted(devices), self._backend.name)
 
     def memory_footprint(self) -> dict[str, int]:
         """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``."""

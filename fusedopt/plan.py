@@ -71,6 +71,7 @@ class Plan(ABC):
         self.rule = rule
         self.rows = list(rows)
         self.layout = layout
+        self.fsdp1_sharded = any(is_fsdp1_shard(row.param) for row in self.rows)
         self._staged_grads: dict[int, Tensor] = {}
         self._staged_params = [row for row in self.rows if row.staged]
 
@@ -133,6 +134,10 @@ class Plan(ABC):
     def staging_nbytes(self) -> int:
         staged = list(self._staged_grads.values()) + [row.dense for row in self._staged_params]
         return sum(t.numel() * t.element_size() for t in staged)
+
+
+def is_fsdp1_shard(param: Tensor) -> bool:
+    return bool(getattr(param, "_fsdp_flattened", False))
 
 
 def check_grad(label: str, param: Tensor, grad: Tensor) -> None:

@@ -168,7 +168,7 @@ class NativePlan(Plan):
         )
 
     def updated_params(self) -> list[Tensor]:
-        present = self._grads.view(torch.int32)[3::4]
+        present = self._grads.view(torch.int32)[3::4][: len(self.rows)]
         if bool(present.all()):
             return self._params
         return [p for p, there in zip(self._params, present.tolist(), strict=True) if there]

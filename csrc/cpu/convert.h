@@ -1,0 +1,76 @@
+// Any dtype in memory, fp32 in the loops.
+//
+// Included by kernels.cpp alone, which is compiled once per instruction set; hence the anonymous
+// namespace: nothing in here may be shared between the copies.
+#pragma once
+
+#include "../dtypes.h"
+#include "../plan.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fusedopt {
+namespace {
+
+constexpr int64_t kBlock = 512;  // elements converted at a time; stays in L1
+
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+void widen_float16(const uint16_t* in, int64_t n, float* out) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+  }
+#endif
+#pragma omp simd
+  for (int64_t j = i; j < n; ++j) out[j] = float16_to_float(in[j]);
+}
+
+void narrow_float16(const float* in, int64_t n, uint16_t* out) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
+  }
+#endif
+#pragma omp simd
+  for (int64_t j = i; j < n; ++j) out[j] = float_to_float16(in[j]);
+}
+
+void widen_bfloat16(const uint16_t* in, int64_t n, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = bfloat16_to_float(in[i]);
+}
+
+void narrow_bfloat16(const float* in, int64_t n, uint16_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = float_to_bfloat16(in[i]);
+}
+
+// fp32 data is used where it lies; anything else is widened into buffer.
+const float* as_float(const void* data, DType dtype, int64_t begin, int64_t n, float* buffer) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data) + begin;
+  const uint16_t* half = static_cast<const uint16_t*>(data) + begin;
+  if (dtype == DType::kFloat16) {
+    widen_float16(half, n, buffer);
+  } else {
+    widen_bfloat16(half, n, buffer);
+  }
+  return buffer;
+}
+
+void narrow(const float* in, DType dtype, int64_t n, uint16_t* out) {
+  if (dtype == DType::kFloat16) {
+    narrow_float16(in, n, out);
+  } else {
+    narrow_bfloat16(in, n, out);
+  }
+}
+
+}  // namespace
+}  // namespace fusedopt

@@ -1,0 +1,104 @@
+// One chunk of gradients -> its partial: sum of squares, or largest magnitude.
+//
+// Included by kernels.cpp alone, which is compiled once per instruction set; hence the anonymous
+// namespace: nothing in here may be shared between the copies.
+#pragma once
+
+#include "../scalars.h"
+#include "convert.h"
+
+namespace fusedopt {
+namespace {
+
+// Adjacent pairs, level by level: ((a0+a1)+(a2+a3))+... width is a power of two.
+float tree_sum(float* lanes, int width) {
+  float level[kLanes / 2];
+  float* in = lanes;
+  float* out = level;
+  for (int w = width / 2; w >= 1; w /= 2) {
+#pragma omp simd
+    for (int l = 0; l < w; ++l) out[l] = in[2 * l] + in[2 * l + 1];
+    float* spent = in;
+    in = out;
+    out = spent;
+  }
+  return in[0];
+}
+
+void add_squares(const float* grad, int64_t n, float mult1, float mult2, float* lanes) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const float x = grad[i + l] * mult1 * mult2;
+      lanes[l] = fma(x, x, lanes[l]);
+    }
+  }
+#pragma omp simd
+  for (int64_t l = 0; l < n - i; ++l) {
+    const float x = grad[i + l] * mult1 * mult2;
+    lanes[l] = fma(x, x, lanes[l]);
+  }
+}
+
+// Sum over the chunk of (grad * mult1 * mult2)^2. Lanes past the last element hold zero, and adding
+// zero is exact, so a short chunk needs only the lanes it has.
+float sum_squares(const Grad& grad, int64_t begin, int64_t n, float mult1, float mult2) {
+  alignas(64) float lanes[kLanes];
+  alignas(64) float buffer[kBlock];
+  int width = 1;
+  while (width < kLanes && width < n) width *= 2;
+  for (int l = 0; l < width; ++l) lanes[l] = 0.0f;
+  if (grad.dtype == DType::kFloat32) {
+    add_squares(static_cast<const float*>(grad.data) + begin, n, mult1, mult2, lanes);
+  } else {
+    for (int64_t i = 0; i < n; i += kBlock) {
+      const int64_t m = min(kBlock, n - i);
+      add_squares(as_float(grad.data, grad.dtype, begin + i, m, buffer), m, mult1, mult2, lanes);
+    }
+  }
+  return tree_sum(lanes, width);
+}
+
+// max |grad * mult|. As integers the magnitudes of floats are ordered, with NaN above infinity.
+float max_magnitude(const Grad& grad, int64_t begin, int64_t n, float mult) {
+  alignas(64) float buffer[kBlock];
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t m = min(kBlock, n - i);
+    const float* g = as_float(grad.data, grad.dtype, begin + i, m, buffer);
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < m; ++j) {
+      const int32_t magnitude = static_cast<int32_t>(bits_of(g[j] * mult) & 0x7fffffffu);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+  }
+  return float_of(static_cast<uint32_t>(largest));
+}
+
+// Squares that over- or underflowed fp32: once more, scaled by a power of two to around one. Finite
+// elements thus have a finite sum; an inf or NaN element is the only way to a non-finite partial.
+__attribute__((noinline)) double sum_squares_rescaled(const Grad& grad, int64_t begin, int64_t n,
+                                                      float inv_scale) {
+  const float largest = max_magnitude(grad, begin, n, inv_scale);
+  if (largest == 0.0f || largest - largest != 0.0f) return largest;
+  int exponent = static_cast<int>(bits_of(largest) >> 23) - 127;
+  exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+  const float scale = float_of(static_cast<uint32_t>(127 - exponent) << 23);
+  const double unscale = 1.0 / static_cast<double>(scale);
+  return static_cast<double>(sum_squares(grad, begin, n, inv_scale, scale)) * unscale * unscale;
+}
+
+double reduce_chunk(const PlanView& plan, const Chunk& chunk, NormType norm_type, float inv_scale) {
+  const Grad& grad = plan.grads[chunk.row];
+  if (!grad.present) return 0.0;
+  const int64_t begin = chunk.index * kChunk;
+  const int64_t n = min(kChunk, plan.rows[chunk.row].numel - begin);
+  if (norm_type == NormType::kInf) return max_magnitude(grad, begin, n, inv_scale);
+  const float sum = sum_squares(grad, begin, n, inv_scale, 1.0f);
+  const bool in_range = sum >= 0x1p-80f && sum <= 0x1.fffffep127f;  // false for NaN
+  return in_range ? sum : sum_squares_rescaled(grad, begin, n, inv_scale);
+}
+
+}  // namespace
+}  // namespace fusedopt

@@ -1,0 +1,124 @@
+"""Everything about the package stands in pyproject.toml; here is only the native build.
+
+`_cpu` is left out, with one line saying why, where it cannot be built: the package then works
+without it. What was built is recorded in the generated fusedopt/_build_config.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from pprint import pformat
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # not there in an isolated build
+
+import build_native  # noqa: E402
+from build_native import Module, Unit  # noqa: E402
+
+PACKAGE = "fusedopt"
+X86_64 = "x86_64"
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
+    "-mprefer-vector-width=512",
+)  # fmt: skip
+
+MODULES = (
+    Module(
+        "_cpu",
+        switch="FUSEDOPT_CPU",
+        units=(
+            Unit("csrc/cpu/kernels.cpp", "generic"),
+            Unit("csrc/cpu/kernels.cpp", "avx2", AVX2, machine=X86_64),
+            Unit("csrc/cpu/kernels.cpp", "avx512", AVX512, machine=X86_64),
+            Unit("csrc/cpu/dispatch.cpp"),
+            Unit("csrc/cpu/watch.cpp", python=True),
+            Unit("csrc/cpu/bindings.cpp", python=True),
+        ),
+    ),
+)
+
+BUILD_BASE = Path("build", build_native.build_key(MODULES, os.environ))
+
+
+def git_commit() -> str:
+    """The commit of this checkout, with a + where files differ from it; empty if unknown."""
+    git = ["git", "-C", str(ROOT)]
+    describe = [*git, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        # an unpacked sdist inside somebody else's repository has a prefix there
+        prefix = subprocess.run([*git, "rev-parse", "--show-prefix"], capture_output=True)
+        commit = subprocess.run(describe, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return "" if prefix.stdout.strip() or commit.returncode else commit.stdout.strip()
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        if not self.editable_mode:
+            # a file deleted since the last build must not be shipped
+            shutil.rmtree(Path(self.build_lib, PACKAGE), ignore_errors=True)
+        super().run()
+
+
+class BuildNative(build_ext):
+    made: tuple[str, ...] = ()
+
+    def run(self) -> None:
+        package = ROOT / PACKAGE if self.inplace else Path(self.build_lib, PACKAGE)
+        records = {}
+        for module in MODULES:
+            target = package / Path(self.get_ext_filename(f"{PACKAGE}.{module.name}")).name
+            folder = BUILD_BASE / module.name
+            records[module.name] = build_native.build(module, target, folder, os.environ, ROOT)
+            if records[module.name].built:
+                self.made += (target.name,)
+        config = {
+            "version": self.distribution.get_version(),
+            "commit": git_commit(),
+            "modules": {name: asdict(record) for name, record in records.items()},
+        }
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_build_config.py").write_text(
+            '"""How this installation was built; written by setup.py."""\n\n'
+            "from typing import Any\n\n"
+            f"BUILD_CONFIG: dict[str, Any] = {pformat(config, width=96, sort_dicts=False)}\n"
+        )
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib, PACKAGE, name)) for name in self.made]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        if not self.inplace:
+            return {}
+        return {str(Path(self.build_lib, PACKAGE, n)): f"{PACKAGE}/{n}" for n in self.made}
+
+
+class Wheel(bdist_wheel):
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build" and not self.get_finalized_command("build_ext").made:
+            # only Python inside: tag the wheel py3-none-any
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+
+
+setup(
+    ext_modules=[
+        Extension(f"{PACKAGE}.{module.name}", sorted({unit.source for unit in module.units}))
+        for module in MODULES
+    ],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative, "bdist_wheel": Wheel},
+    options={"build": {"build_base": str(BUILD_BASE)}},
+)
