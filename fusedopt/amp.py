@@ -151,6 +151,8 @@ class AmpAttributes:
                 self._amp_restore()
                 raise
 
+        # scaler.step() looks at the signature each time; found here it need not be worked out.
+        step.__signature__ = inspect.signature(hooked)  # type: ignore[attr-defined]
         return step
 
     def _amp_restore(self) -> None:

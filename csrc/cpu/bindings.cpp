@@ -30,6 +30,7 @@ T* required(uintptr_t address, const char* what) {
 struct Plan {
   PlanView view;
   StepScalars* scalars;
+  int32_t n_groups = 0;  // lines the options table must have
 
   Plan(uintptr_t rows, uintptr_t grads, uintptr_t row_scalars, int64_t n_rows, uintptr_t chunks,
        int64_t n_chunks, int64_t n_elements, uintptr_t partials, uintptr_t step_scalars) {
@@ -43,6 +44,10 @@ struct Plan {
             n_elements,
             required<double>(partials, "partials")};
     scalars = required<StepScalars>(step_scalars, "step_scalars");
+    for (int64_t r = 0; r < n_rows; ++r) {
+      FUSEDOPT_CHECK(view.rows[r].group >= 0, "row ", r, " names group ", view.rows[r].group);
+      if (view.rows[r].group >= n_groups) n_groups = view.rows[r].group + 1;
+    }
     for (int64_t c = 0; c < n_chunks; ++c) {
       const Chunk& chunk = view.chunks[c];
       FUSEDOPT_CHECK(chunk.row >= 0 && chunk.row < n_rows, "chunk ", c, " names row ", chunk.row);
@@ -56,17 +61,15 @@ struct Options {
   Rule rule;
   const void* data;
 
-  Options(const std::string& name, const py::buffer& table, const PlanView& plan) {
+  Options(const std::string& name, const py::buffer& table, const Plan& plan) {
     static_assert(sizeof(AdamW::Options) == 64 && sizeof(SGD::Options) == 64,
                   "mirrored by fusedopt/{adamw,sgd}.py");
     FUSEDOPT_CHECK(name == "adamw" || name == "sgd", "unknown rule ", name);
     rule = name == "adamw" ? Rule::kAdamW : Rule::kSGD;
     const py::buffer_info info = table.request();
     data = info.ptr;
-    for (int64_t r = 0; r < plan.n_rows; ++r) {
-      FUSEDOPT_CHECK(plan.rows[r].group >= 0 && (plan.rows[r].group + 1) * 64 <= info.size, "row ",
-                     r, " names group ", plan.rows[r].group, ", which has no options");
-    }
+    FUSEDOPT_CHECK(plan.n_groups * 64 <= info.size * info.itemsize, "the options table has ",
+                   info.size * info.itemsize, " bytes for ", plan.n_groups, " groups");
   }
 };
 
@@ -86,7 +89,7 @@ void reduce(const Plan& plan, double norm_type, uintptr_t grad_scale, int num_th
 void finalize_step(const Plan& plan, const std::string& rule, const py::buffer& table,
                    double norm_type, double max_grad_norm, bool measured, bool skip_nonfinite,
                    uintptr_t grad_scale, uintptr_t found_inf, uintptr_t inf_flag) {
-  const Options options(rule, table, plan.view);
+  const Options options(rule, table, plan);
   const StepOptions step_options = {max_grad_norm, norm_type_of(norm_type), measured,
                                     skip_nonfinite};
   finalize(plan.view, options.rule, options.data, step_options, pointer<const float>(grad_scale),
@@ -95,7 +98,7 @@ void finalize_step(const Plan& plan, const std::string& rule, const py::buffer& 
 
 void update(const Plan& plan, const std::string& rule, const py::buffer& table,
             double max_grad_value, int num_threads) {
-  const Options options(rule, table, plan.view);
+  const Options options(rule, table, plan);
   if (plan.scalars->skip != 0.0f) return;
   const UpdateArgs args = {options.rule, options.data, plan.scalars->grad_mult,
                            static_cast<float>(max_grad_value)};
@@ -105,11 +108,11 @@ void update(const Plan& plan, const std::string& rule, const py::buffer& table,
 
 py::object refresh(const Watch& watch, const py::object& groups, const py::object& state,
                    uintptr_t grads) {
-  std::vector<int64_t> odd;
+  Watch::Look look;
   const bool current =
-      watch.refresh(groups.ptr(), state.ptr(), required<Grad>(grads, "grads"), odd);
+      watch.refresh(groups.ptr(), state.ptr(), required<Grad>(grads, "grads"), look);
   if (!current) return py::none();
-  return py::cast(odd);
+  return py::make_tuple(look.odd, look.absent);
 }
 
 std::vector<std::string> simd_levels() {

@@ -19,6 +19,7 @@
 namespace fusedopt {
 namespace {
 
+constexpr int64_t kStride = 16;               // chunks
 constexpr int64_t kSerialElements = 1 << 15;  // below this a second thread costs more than it does
 
 // First chunk whose position is at or past the given share of the plan's elements.
@@ -67,12 +68,11 @@ void reduce(const PlanView& plan, NormType norm_type, float inv_scale, int num_t
 
 void update(const PlanView& plan, const UpdateArgs& args, int num_threads) {
   for_chunk_ranges(plan, num_threads, [&](int64_t first, int64_t last) {
-    // Backwards: the last gradients reduced are the likeliest to be in cache still.
-    for (int64_t c = last; c-- > first;) {
-      if (args.rule == Rule::kAdamW) {
-        update_chunk<AdamW>(plan, plan.chunks[c], args);
-      } else {
-        update_chunk<SGD>(plan, plan.chunks[c], args);
+    // Strides of chunks backwards, since the last gradients reduced are the likeliest to be in
+    // cache still; forwards inside a stride, long enough for the hardware prefetchers.
+    for (int64_t end = last; end > first; end -= kStride) {
+      for (int64_t c = end - kStride > first ? end - kStride : first; c < end; ++c) {
+        update_chunk(plan, plan.chunks[c], args);
       }
     }
   });

@@ -123,7 +123,7 @@ void update_half(const Row& row, int64_t begin, Run run, RunFn<R> fn,
 }
 
 template <class R>
-void update_chunk(const PlanView& plan, const Chunk& chunk, const UpdateArgs& args) {
+void update_chunk_by(const PlanView& plan, const Chunk& chunk, const UpdateArgs& args) {
   const Row& row = plan.rows[chunk.row];
   const Grad& grad = plan.grads[chunk.row];
   if (!grad.present) return;
@@ -151,6 +151,15 @@ void update_chunk(const PlanView& plan, const Chunk& chunk, const UpdateArgs& ar
     } else {
       update_half<R>(row, begin, run, fn, hyper, args, mult);
     }
+  }
+}
+
+void update_chunk(const PlanView& plan, const Chunk& chunk, const UpdateArgs& args) {
+  switch (args.rule) {
+    case Rule::kAdamW:
+      return update_chunk_by<AdamW>(plan, chunk, args);
+    case Rule::kSGD:
+      return update_chunk_by<SGD>(plan, chunk, args);
   }
 }
 

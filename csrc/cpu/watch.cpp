@@ -181,8 +181,7 @@ bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
   return true;
 }
 
-bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads,
-                    std::vector<int64_t>& odd) const {
+bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) const {
   static PyObject* const kGrad = interned("grad");
   if (!same_groups(groups) || !same_state(state)) return false;
   for (size_t r = 0; r < rows_.size(); ++r) {
@@ -194,9 +193,12 @@ bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads,
       return false;
     }
     grads[r] = {nullptr, DType::kFloat32, 0};
-    if (grad.get() == Py_None) continue;
+    if (grad.get() == Py_None) {
+      ++look.absent;
+      continue;
+    }
     if (row.kind == RowKind::kAwaitsState) return false;
-    if (!read_grad(row, grad.get(), &grads[r])) odd.push_back(static_cast<int64_t>(r));
+    if (!read_grad(row, grad.get(), &grads[r])) look.odd.push_back(static_cast<int64_t>(r));
   }
   return true;
 }

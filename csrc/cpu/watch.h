@@ -47,9 +47,14 @@ class Watch {
   // the params of all groups in order. Throws std::runtime_error.
   Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds);
 
-  // Fills grads[row] for every row. Returns false when the plan no longer describes the optimizer.
-  // Rows whose gradient the kernels cannot read as it lies are appended to `odd`, marked absent.
-  bool refresh(PyObject* groups, PyObject* state, Grad* grads, std::vector<int64_t>& odd) const;
+  struct Look {
+    std::vector<int64_t> odd;  // rows whose gradient the kernels cannot read as it lies
+    int64_t absent = 0;        // number of rows whose .grad is None
+  };
+
+  // Fills grads[row] for every row, odd ones as absent. Returns false when the plan no longer
+  // describes the optimizer.
+  bool refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) const;
 
  private:
   struct Item {  // one entry of a row's state dict

@@ -121,6 +121,7 @@ class NativePlan(Plan):
         self._scalars: Tensor | None = None
         self._watch = _cpu.Watch(groups, state, [self._kind(row) for row in self.rows])
         self._params = [row.param for row in self.rows]
+        self._n_absent = 0
 
     @staticmethod
     def _pack(row: Row) -> bytes:
@@ -159,7 +160,10 @@ class NativePlan(Plan):
         return self._native
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
-        odd: list[int] | None = self._watch.refresh(groups, state, _address(self._grads))
+        look = self._watch.refresh(groups, state, _address(self._grads))
+        if look is None:
+            return None
+        odd, self._n_absent = look
         return odd
 
     def _set_grad(self, index: int, grad: Tensor) -> None:
@@ -168,10 +172,9 @@ class NativePlan(Plan):
         )
 
     def updated_params(self) -> list[Tensor]:
-        present = self._grads.view(torch.int32)[3::4][: len(self.rows)]
-        if bool(present.all()):
+        if self._n_absent == 0:
             return self._params
-        return [p for p, there in zip(self._params, present.tolist(), strict=True) if there]
+        return [p for p in self._params if p.grad is not None]
 
     def nbytes(self) -> int:
         tables = (self._rows, self._grads, self._row_scalars, self._chunks, self._partials)

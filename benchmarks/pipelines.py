@@ -1,0 +1,237 @@
+"""What is compared: everything between "backward left scaled grads in .grad" and "scaler updated".
+
+Every pipeline computes the same step: unscale, skip if not finite, clip the global norm to
+`MAX_GRAD_NORM`, update. `check_same_step` holds two of them to that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.param_sets import GRAD_SCALE, Gradients
+
+MAX_GRAD_NORM = 1.0
+ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+NEVER = 10**9  # growth_interval: the scale stays, so every step is the same work
+
+# Two pipelines agree if no element differs by more than this share of the farthest move of any
+# element, plus RTOL of its own value. Norms summed in different orders differ by about 1e-5.
+MOVE_TOLERANCE = 1e-3
+RTOL = 4 * torch.finfo(torch.float32).eps
+CHECKED_FACTORS = (1.0, 2.0**-5)  # clipped, then not: AdamW would hide one constant wrong factor
+
+
+class Unavailable(Exception):
+    """This pipeline cannot run here."""
+
+
+class DifferentStep(Exception):
+    """Two pipelines do not compute the same step, so comparing their times says nothing."""
+
+
+class Pipeline:
+    """An optimizer and its scaler over params of its own, driven as torch's documentation says."""
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        grads: Gradients,
+        make_optimizer: Callable[[list[Tensor]], Any],
+        make_scaler: Callable[..., torch.amp.GradScaler] = torch.amp.GradScaler,
+    ) -> None:
+        self.params, self._grads = params, grads
+        self.optimizer = make_optimizer(params)
+        self.scaler = make_scaler("cpu", init_scale=GRAD_SCALE, growth_interval=NEVER)
+        self.scaler.scale(torch.ones(()))  # the scale is made at the first use
+
+    def prepare(self) -> None:
+        self._grads.backward(self.params)
+
+    def step(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.params, MAX_GRAD_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def updated(self) -> list[Tensor]:
+        """The fp32 tensors the update acts on: the params, or their masters."""
+        return self.params
+
+    def describe(self) -> str:
+        return ""
+
+
+class TorchOpsMasters(Pipeline):
+    """fp32 masters of half params by hand: grads cast up, stock step on the masters, cast down.
+
+    The up-cast gradients have buffers of their own, which is faster than new tensors every step.
+    """
+
+    def __init__(self, params: list[Tensor], grads: Gradients, make_optimizer: Any) -> None:
+        masters: list[Tensor] = [torch.nn.Parameter(param.detach().float()) for param in params]
+        self.master_grads = [torch.empty_like(master) for master in masters]
+        for master, grad in zip(masters, self.master_grads, strict=True):
+            master.grad = grad
+        super().__init__(masters, grads, make_optimizer)
+        self.masters, self.params = masters, params
+
+    @torch.no_grad()
+    def step(self) -> None:
+        grads = [param.grad for param in self.params if param.grad is not None]
+        torch._foreach_copy_(self.master_grads, grads)
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.masters, MAX_GRAD_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        torch._foreach_copy_([param.detach() for param in self.params], self.masters)
+
+    def updated(self) -> list[Tensor]:
+        return self.masters
+
+
+class Ours(Pipeline):
+    """fusedopt: unscaling, check, clipping and update are all inside scaler.step()."""
+
+    def step(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def updated(self) -> list[Tensor]:
+        states = self.optimizer.state
+        return [states[param].get("master_param", param) for param in self.params]
+
+    def describe(self) -> str:
+        return f"backend {self.backend()}"
+
+    def backend(self) -> str:
+        names = self.optimizer.backend
+        return str(names["cpu"] if isinstance(names, dict) else names)
+
+    def require_native(self) -> None:
+        """The reference backend is for correctness; its times would only mislead."""
+        self.optimizer.init_state()  # chooses the backend
+        if self.backend() == "reference":
+            raise Unavailable(
+                "fusedopt has only its reference backend here; run `python -m fusedopt` to see why "
+                "(a checkout needs `pip install -e .`)"
+            )
+
+
+class DeepSpeed(Pipeline):
+    def describe(self) -> str:
+        return f"deepspeed {importlib.import_module('deepspeed').__version__}"
+
+
+def _torch_adamw(**flags: Any) -> Callable[[list[Tensor]], Any]:
+    return lambda params: torch.optim.AdamW(params, **ADAMW, **flags)
+
+
+def _torch_sgd_fused(params: list[Tensor]) -> Any:
+    # torch 2.13's fused CPU SGD leaves blocks of half params without their update.
+    if any(param.dtype in (torch.float16, torch.bfloat16) for param in params):
+        raise ValueError("torch's fused SGD on the CPU is wrong for fp16 and bf16 params")
+    return torch.optim.SGD(params, **SGD, fused=True)
+
+
+def _deepspeed(params: list[Tensor], grads: Gradients) -> Pipeline:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+        return DeepSpeed(params, grads, lambda p: adam(p, **ADAMW, adamw_mode=True))
+    except Exception as error:  # it compiles itself here, which fails in many ways
+        raise Unavailable(f"{type(error).__name__}: {error}") from error
+
+
+def _ours(
+    name: str, *, stock_scaler: bool = False, **options: Any
+) -> Callable[[list[Tensor], Gradients], Pipeline]:
+    def build(params: list[Tensor], grads: Gradients) -> Pipeline:
+        try:
+            fusedopt = importlib.import_module("fusedopt")
+        except ImportError as error:
+            raise Unavailable(str(error)) from error
+        make = getattr(fusedopt, name)
+        pipeline = Ours(
+            params,
+            grads,
+            lambda p: make(p, max_grad_norm=MAX_GRAD_NORM, **options),
+            torch.amp.GradScaler if stock_scaler else fusedopt.GradScaler,
+        )
+        pipeline.require_native()
+        return pipeline
+
+    return build
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to make a pipeline, its name in a table, and the bytes it moves per param and step."""
+
+    label: str
+    bytes_per_param: int
+    build: Callable[[list[Tensor], Gradients], Pipeline]
+
+
+KINDS: dict[str, Kind] = {
+    "adamw_fused": Kind(
+        "torch fused=True", 48, lambda p, g: Pipeline(p, g, _torch_adamw(fused=True))
+    ),
+    "adamw_foreach": Kind(
+        "torch foreach=True", 100, lambda p, g: Pipeline(p, g, _torch_adamw(foreach=True))
+    ),
+    "sgd_fused": Kind("torch fused=True", 40, lambda p, g: Pipeline(p, g, _torch_sgd_fused)),
+    "adamw_deepspeed": Kind("DeepSpeedCPUAdam", 48, _deepspeed),
+    "adamw_bf16_torch_ops": Kind(
+        "torch ops", 60, lambda p, g: TorchOpsMasters(p, g, _torch_adamw(fused=True))
+    ),
+    "fusedopt_adamw": Kind("fusedopt", 32, _ours("FusedAdamW", **ADAMW)),
+    "fusedopt_adamw_stock_scaler": Kind(
+        "fusedopt, torch's scaler", 40, _ours("FusedAdamW", stock_scaler=True, **ADAMW)
+    ),
+    "fusedopt_sgd": Kind("fusedopt", 24, _ours("FusedSGD", decoupled_weight_decay=False, **SGD)),
+    "fusedopt_adamw_bf16": Kind("fusedopt", 30, _ours("FusedAdamW", **ADAMW)),
+}
+
+
+def check_same_step(first: Pipeline, second: Pipeline, grads: Gradients) -> float:
+    """One step per factor with two new pipelines: the largest difference over the allowed one.
+
+    Raises DifferentStep where that is above 1.
+    """
+    start = [param.detach().clone() for param in first.params]
+    for factor in CHECKED_FACTORS:
+        grads.multiply(factor)
+        for pipeline in (first, second):
+            pipeline.prepare()
+            pipeline.step()
+        grads.multiply(1.0 / factor)
+    excess = _excess(start, first.updated(), second.updated())
+    if not excess <= 1.0:
+        raise DifferentStep(f"the two pipelines take different steps: {excess:.3g} x the tolerance")
+    for pipeline in (first, second):
+        for param, master in zip(pipeline.params, pipeline.updated(), strict=True):
+            if not torch.equal(param, master.to(param.dtype)):
+                raise DifferentStep("a param is not the rounded value of its master")
+    return excess
+
+
+@torch.no_grad()
+def _excess(start: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    move = max(float((s.float() - f).abs().max()) for s, f in zip(start, first, strict=True))
+    worst = 0.0
+    for one, other in zip(first, second, strict=True):
+        allowed = one.abs().mul_(RTOL).add_(MOVE_TOLERANCE * move)
+        worst = max(worst, _max_or_inf((one - other).abs_().div_(allowed)))
+    return worst
+
+
+def _max_or_inf(values: Tensor) -> float:
+    return float(values.nan_to_num_(nan=float("inf")).max())
