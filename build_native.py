@@ -257,10 +257,9 @@ def _run_ninja(module: Module, folder: Path, root: Path, env: Env) -> None:
 
 
 def build_key(modules: Sequence[Module], env: Env) -> str:
-    """A name for everything that decides what is built.
+    """A name for everything that decides what is built, for the build directory.
 
-    The build directory carries it: with one directory for all, a build with FUSEDOPT_CPU=0 would
-    ship the module that an earlier build left there.
+    Builds of different kinds, say a sanitized one, then never mix, nor undo each other's objects.
     """
     facts: list[Any] = [sysconfig.get_config_var("EXT_SUFFIX"), repr(modules), NUMERIC_FLAGS]
     names = ("CXX", "CXXFLAGS", "LDFLAGS", "FUSEDOPT_SANITIZE", *(m.switch for m in modules))

@@ -1,0 +1,64 @@
+"""Backend fixture, seeds and the hypothesis profile."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "fusedopt",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    phases=[p for p in hypothesis.Phase if p.name != "explain"],
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("fusedopt")
+
+BACKENDS = ["cpu", "reference"]
+
+
+def require_cpu_backend() -> None:
+    """Skip where the native module is not built, fail where FUSEDOPT_REQUIRE_CPU=1 says it must be."""
+    if importlib.util.find_spec("fusedopt._cpu") is not None:
+        return
+    reason = "the native module fusedopt._cpu is not built"
+    if os.environ.get("FUSEDOPT_REQUIRE_CPU") == "1":
+        pytest.fail(f"{reason} and FUSEDOPT_REQUIRE_CPU=1", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that runs on the CPU, by the name the `backend=` argument takes."""
+    name: str = request.param
+    if name == "cpu":
+        require_cpu_backend()
+    return name
+
+
+@pytest.fixture
+def cpu_backend() -> str:
+    require_cpu_backend()
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

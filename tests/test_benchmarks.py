@@ -1,0 +1,286 @@
+"""The CPU benchmark measures what it says. No test asserts a time."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
+
+pytest.importorskip("numpy")
+pytest.importorskip("tqdm")
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import cpu_step, param_sets, pipelines, report, stream, timing  # noqa: E402
+
+SHAPES = [(40, 5), (7,), (1,), (300,)]
+GRADS_IN = "import fusedopt, sys; sys.path.append({root!r}); from benchmarks import cpu_step; "
+
+
+def test_quick_run_writes_rows(cpu_backend: str, tmp_path: Path) -> None:
+    out = tmp_path / "results.csv"
+    program = GRADS_IN.format(root=str(ROOT)) + "sys.exit(cpu_step.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--quick", "--threads", "1", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout
+    assert "different steps" not in done.stdout
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == report.COLUMNS
+    quick = [param_sets.all_cases()[name] for name in param_sets.QUICK_CASES]
+    wanted = {
+        (case.name, c.pipeline, c.reference)
+        for case in quick
+        for c in case.comparisons
+        if "adamw_deepspeed" not in (c.pipeline, c.reference)
+    }
+    assert {(row["case"], row["pipeline"], row["reference"]) for row in rows} == wanted
+    for row in rows:
+        assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
+        assert 0 < float(row["ratio_p20"]) <= float(row["ratio_p50"]) <= float(row["ratio_p80"])
+        assert int(row["samples"]) >= 1
+        assert int(row["threads"]) == 1
+        if row["pipeline"].startswith("fusedopt"):
+            assert "backend cpu" in row["note"]
+    assert all(row["ceiling_fraction"] for row in rows if row["pipeline"] == "fusedopt_adamw"
+               and row["case"].endswith("1M"))  # fmt: skip
+
+
+def test_readme_of_results_names_every_column() -> None:
+    text = (ROOT / "benchmarks" / "results" / "README.md").read_text()
+    assert [column for column in report.COLUMNS if f"`{column}`" not in text] == []
+
+
+@pytest.mark.parametrize("numel", [1_000_000, 10_000_000, 100_000_000])
+def test_gpt_has_148_tensors_and_the_exact_size(numel: int) -> None:
+    shapes = param_sets.gpt(numel)
+    assert len(shapes) == 148
+    assert sum(torch.Size(shape).numel() for shape in shapes) == numel
+
+
+def test_every_target_belongs_to_a_comparison() -> None:
+    cases = param_sets.all_cases()
+    for name, targets in param_sets._TARGETS.items():
+        pairs = {(c.pipeline, c.reference) for c in cases[name].comparisons}
+        assert set(targets) <= pairs
+    known = set(pipelines.KINDS) | set(stream.STREAMS)
+    assert {c.reference for case in cases.values() for c in case.comparisons} <= known
+
+
+def test_gradients_are_new_tensors_of_the_promised_norm() -> None:
+    shapes = param_sets.gpt(1_000_000)
+    grads = param_sets.Gradients(shapes, torch.float32)
+    params = param_sets.make_params(shapes, torch.float32)
+    grads.backward(params)
+    first = [param.grad for param in params]
+    assert torch.nn.utils.get_total_norm(first).item() == pytest.approx(
+        param_sets.GRAD_NORM * param_sets.GRAD_SCALE, rel=0.02
+    )
+    grads.backward(params)
+    assert all(param.grad is not grad for param, grad in zip(params, first, strict=True))
+    assert len({param.grad.data_ptr() for param in params} | {g.data_ptr() for g in first}) == 296
+
+
+def test_kept_gradients_stay_the_same_tensors() -> None:
+    grads = param_sets.Gradients(SHAPES, torch.float32, "kept")
+    params = param_sets.make_params(SHAPES, torch.float32)
+    grads.backward(params)
+    first, values = [p.grad for p in params], [p.grad.clone() for p in params]
+    for grad in first:
+        grad.zero_()
+    grads.backward(params)
+    assert all(p.grad is grad for p, grad in zip(params, first, strict=True))
+    torch.testing.assert_close([p.grad for p in params], values, rtol=0, atol=0)
+
+
+def adamw(params: list[torch.Tensor], **changes: object) -> torch.optim.AdamW:
+    return torch.optim.AdamW(params, **pipelines.ADAMW | changes)
+
+
+class NoUnscale(pipelines.Pipeline):
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.params, pipelines.MAX_GRAD_NORM)
+        self.optimizer.step()
+
+
+class NoClip(pipelines.Pipeline):
+    def step(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+class TailForgotten(pipelines.Pipeline):
+    def step(self) -> None:
+        kept = self.params[-1].detach()[-1:].clone()
+        super().step()
+        self.params[-1].data[-1:] = kept
+
+
+class NanWritten(pipelines.Pipeline):
+    def step(self) -> None:
+        super().step()
+        self.params[1].data[3] = float("nan")
+
+
+def build(
+    kind: type[pipelines.Pipeline], grads: param_sets.Gradients, **changes: object
+) -> pipelines.Pipeline:
+    dtype = torch.bfloat16 if issubclass(kind, pipelines.TorchOpsMasters) else torch.float32
+    params = param_sets.make_params(SHAPES, dtype)
+    return kind(params, grads, lambda p: adamw(p, **changes))
+
+
+@pytest.fixture
+def grads() -> param_sets.Gradients:
+    return param_sets.Gradients(SHAPES, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (NoUnscale, {}),
+        (NoClip, {}),
+        (TailForgotten, {}),
+        (NanWritten, {}),
+        (pipelines.Pipeline, {"weight_decay": 0.0}),
+        (pipelines.Pipeline, {"betas": (0.9, 0.95)}),
+        (pipelines.Pipeline, {"lr": 1.01e-3}),
+    ],
+)
+def test_a_different_step_is_noticed(
+    kind: type[pipelines.Pipeline], changes: dict[str, object], grads: param_sets.Gradients
+) -> None:
+    right = build(pipelines.Pipeline, grads)
+    wrong = build(kind, grads, **changes)
+    with pytest.raises(pipelines.DifferentStep):
+        pipelines.check_same_step(right, wrong, grads)
+
+
+def test_the_same_step_in_another_order_of_operations_agrees(grads: param_sets.Gradients) -> None:
+    one = build(pipelines.Pipeline, grads, foreach=True)
+    other = build(pipelines.Pipeline, grads, fused=True)
+    assert pipelines.check_same_step(one, other, grads) < 0.1
+
+
+def test_a_stale_half_param_is_noticed() -> None:
+    class Stale(pipelines.TorchOpsMasters):
+        def step(self) -> None:
+            before = self.params[0].detach().clone()
+            super().step()
+            self.params[0].data.copy_(before)
+
+    grads = param_sets.Gradients(SHAPES, torch.bfloat16)
+    right, wrong = build(pipelines.TorchOpsMasters, grads), build(Stale, grads)
+    with pytest.raises(pipelines.DifferentStep, match="master"):
+        pipelines.check_same_step(right, wrong, grads)
+
+
+def test_fused_sgd_of_torch_is_not_used_with_half_params() -> None:
+    params = param_sets.make_params(SHAPES, torch.bfloat16)
+    with pytest.raises(ValueError, match="wrong"):
+        pipelines._torch_sgd_fused(params)
+
+
+class Recorded:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def prepare(self) -> None:
+        pass
+
+    def step(self) -> None:
+        if self.log[-1:] != [self.name]:
+            self.log.append(self.name)
+
+
+def test_every_candidate_sample_lies_between_samples_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "MAX_FOREIGN_SHARE", float("inf"))
+    log: list[str] = []
+    candidates = {name: Recorded(name, log) for name in "abc"}
+    trials = timing.sandwich(Recorded("R", log), candidates, rounds=5, attempts=10)
+    assert {name: len(trials[name]) for name in "abc"} == dict.fromkeys("abc", 5)
+    sampled = log[log.index("R", 1) :]  # the samplers' own first steps come before
+    assert sampled[::2] == ["R"] * 16
+    orders = {"".join(sampled[1::2][i : i + 3]) for i in range(0, 15, 3)}
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(orders) > 1
+
+
+def test_disturbed_samples_are_taken_again_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MAX_FOREIGN_SHARE", -1.0)
+    log: list[str] = []
+    trials = timing.sandwich(Recorded("R", log), {"a": Recorded("a", log)}, rounds=3, attempts=5)
+    assert len(trials["a"]) == 5
+    clean = [timing.Trial(0.002, 0.004, False)] * 5
+    summary = timing.summarize([*clean, timing.Trial(0.002, 9.0, True)])
+    assert (summary.ratio.p50, summary.samples, summary.disturbed, summary.quiet) == (2, 5, 1, True)
+    summary = timing.summarize([timing.Trial(0.002, 0.004, True)] * 5)
+    assert (summary.samples, summary.disturbed, summary.quiet) == (5, 5, False)
+
+
+@pytest.mark.parametrize("huge", [True, False])
+@pytest.mark.parametrize("numel", [1, 8191, 20_000])
+def test_the_stream_reads_and_writes_every_element(numel: int, huge: bool) -> None:
+    one = stream.Stream(numel, huge=huge)
+    one.prepare()
+    one._grad.copy_(torch.rand(numel))
+    expected = one._grad.clone()
+    one.step()
+    for array in (one._param, *one._states):
+        assert torch.equal(array, expected)
+    if one._function is not None:
+        pointers = [array.data_ptr() for array in (one._grad, one._param, *one._states)]
+        total = one._function(*pointers, numel, 2)
+        assert total == pytest.approx(expected.square().sum().item(), rel=1e-4)
+
+
+def result(ratio: float, target: float | None, *, wrong: bool = False) -> report.Result:
+    case = param_sets.all_cases()["adamw-one-1M"]
+    comparison = param_sets.Comparison("fusedopt_adamw", "adamw_fused", target)
+    if wrong:
+        return report.Result(case, comparison, note="different", wrong=True)
+    return report.Result(
+        case, comparison, timing.summarize([timing.Trial(0.001, 0.001 * ratio, False)] * 3)
+    )
+
+
+def test_table_tells_met_from_not_met() -> None:
+    results = [result(4.0, 3.5), result(3.0, 3.5), result(9.0, None), result(1, 2, wrong=True)]
+    lines = report.table(results).splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["yes", "NO", "-", ""]
+    assert "not measured: different" in lines[3]
+
+
+def test_append_keeps_one_header_and_refuses_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "machine.csv"
+    rows = report.rows([result(4.0, 3.5), result(1, 2, wrong=True)], report.provenance())
+    assert len(rows) == 1
+    report.append(path, rows)
+    report.append(path, rows)
+    with path.open(newline="") as file:
+        assert [row["ratio_p50"] for row in csv.DictReader(file)] == ["4.0000"] * 2
+    path.write_text("other,columns\n1,2\n")
+    with pytest.raises(SystemExit, match="columns"):
+        report.append(path, rows)
+
+
+def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_step, "_available_bytes", lambda: 0)
+    case = param_sets.all_cases()["adamw-one-1M"]
+    results = cpu_step.run_case(case, "new", cpu_step.Progress([case], 1, 1))
+    assert [r.summary for r in results] == [None] * len(case.comparisons)
+    assert all("memory" in r.note for r in results)

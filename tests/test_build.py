@@ -1,0 +1,326 @@
+"""The build itself, on stand-in sources: what is rebuilt, and what happens when it cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHAPING = ("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS")
+
+
+def _load_build_native():
+    spec = importlib.util.spec_from_file_location("build_native", ROOT / "build_native.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["build_native"] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+build_native = _load_build_native()
+ENV = {k: v for k, v in os.environ.items() if k not in SHAPING and not k.startswith("FUSEDOPT_")}
+
+
+def _compiler_missing():
+    try:
+        build_native.find_cxx(ENV)
+    except build_native.NotBuilt as problem:
+        return str(problem)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(_compiler_missing()), reason=_compiler_missing())
+
+
+# ---- one module ---------------------------------------------------------------------------------
+
+SOURCE = """
+#include "value.h"
+#ifdef __FAST_MATH__
+#error fast-math came through
+#endif
+#ifndef EXTRA
+#define EXTRA 0
+#endif
+extern "C" __attribute__((visibility("default"))) int value() { return VALUE + EXTRA; }
+"""
+
+
+class StandIn:
+    """A module of one source and one header; each build goes into a file of its own name."""
+
+    def __init__(self, root: Path):
+        self.root, self.folder = root, root / "out put"
+        self.numbers = itertools.count()
+        self.module = build_native.Module(
+            "_stand_in", "FUSEDOPT_STAND_IN", (build_native.Unit("csrc/stand_in.cpp"),)
+        )
+        self.write("stand_in.cpp", SOURCE)
+        self.write("value.h", "#define VALUE 1\n")
+
+    def write(self, name: str, text: str):
+        path = self.root / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def build(self, target: Path | None = None, **env: str):
+        # another name every time: dlopen gives the old library for a path it knows
+        self.target = target or self.root / f"built{next(self.numbers)}.so"
+        return build_native.build(self.module, self.target, self.folder, ENV | env, self.root)
+
+    def value(self) -> int:
+        return ctypes.CDLL(str(self.target)).value()
+
+    @property
+    def object_time(self) -> int:
+        return (self.folder / "csrc.stand_in.cpp.o").stat().st_mtime_ns
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    return StandIn(tmp_path)
+
+
+@needs_compiler
+def test_a_changed_header_is_compiled_again(stand_in):
+    assert stand_in.build().built
+    assert stand_in.value() == 1
+    stand_in.write("value.h", "#define VALUE 2\n")
+    assert stand_in.build().built
+    assert stand_in.value() == 2
+
+
+@needs_compiler
+def test_a_changed_flag_is_compiled_again(stand_in):
+    stand_in.build()
+    assert stand_in.build(CXXFLAGS="-DEXTRA=10").built
+    assert stand_in.value() == 11
+    stand_in.build()
+    assert stand_in.value() == 1
+
+
+@needs_compiler
+def test_nothing_changed_nothing_compiled(stand_in):
+    stand_in.build()
+    before = stand_in.object_time
+    stand_in.build()
+    assert stand_in.object_time == before
+
+
+@needs_compiler
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast"])
+def test_fast_math_does_not_come_in_through_the_environment(stand_in, flag):
+    record = stand_in.build(CXXFLAGS=flag)
+    assert record.built, record.reason
+
+
+@needs_compiler
+def test_a_failed_build_leaves_no_earlier_module_behind(stand_in, tmp_path, capfd):
+    target = tmp_path / "module.so"
+    assert stand_in.build(target).built
+    stand_in.write("value.h", "#error this cannot be\n")
+    record = stand_in.build(target)
+    assert not target.exists()
+    assert not record.built
+    assert "csrc/value.h:1:2: error: #error this cannot be" in record.reason
+    assert "_stand_in.log" in record.reason
+    last_line = capfd.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("fusedopt: installing without _stand_in: compiling failed: csrc/")
+
+
+@needs_compiler
+def test_a_failed_build_is_fatal_when_the_module_must_be_there(stand_in):
+    stand_in.write("value.h", "#error this cannot be\n")
+    with pytest.raises(SystemExit, match=r"FUSEDOPT_STAND_IN=1, but .* error: #error this cannot"):
+        stand_in.build(FUSEDOPT_STAND_IN="1")
+
+
+OBSTACLES = [
+    pytest.param({"PATH": ""}, r"no C\+\+ compiler on PATH \(looked for c\+\+", id="no compiler"),
+    pytest.param({"CXX": "no-such-cxx"}, "CXX=no-such-cxx was not found", id="CXX missing"),
+    pytest.param({"CXX": "false"}, "false does not work as a gcc or clang", id="CXX broken"),
+    pytest.param({"CXXFLAGS": "'-O2"}, "CXXFLAGS=.* cannot be read", id="CXXFLAGS unbalanced"),
+    pytest.param({"MAX_JOBS": "many"}, "MAX_JOBS='many' is not", id="MAX_JOBS"),
+    pytest.param({"FUSEDOPT_STAND_IN": "0"}, "FUSEDOPT_STAND_IN=0 was set", id="switched off"),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("env", "reason"), OBSTACLES)
+def test_what_cannot_be_built_is_left_out_with_the_reason(stand_in, env, reason, capfd):
+    record = stand_in.build(**env)
+    assert not record.built
+    assert not stand_in.target.exists()
+    assert re.search(reason, record.reason), record.reason
+    said = capfd.readouterr().err.splitlines()
+    assert said == [f"fusedopt: installing without _stand_in: {record.reason}"]
+
+
+def test_a_switch_has_three_values(stand_in):
+    with pytest.raises(SystemExit, match="FUSEDOPT_STAND_IN='yes': use 0, 1 or auto"):
+        stand_in.build(FUSEDOPT_STAND_IN="yes")
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_builds_for_one_thread(stand_in, tmp_path, capfd):
+    compiler = tmp_path / "compiler"
+    real = shutil.which("c++")
+    compiler.write_text(f'#!/bin/sh\ncase " $* " in *" -fopenmp "*) exit 1;; esac\n{real} "$@"\n')
+    compiler.chmod(0o755)
+    record = stand_in.build(CXX=str(compiler))
+    assert record.built, record.reason
+    assert not record.openmp
+    assert "-fopenmp-simd" in record.flags
+    assert "uses one thread: no OpenMP" in capfd.readouterr().err
+
+
+def test_everything_that_shapes_the_build_names_its_directory(stand_in):
+    shapes = [
+        {}, {"CXXFLAGS": "-O1"}, {"LDFLAGS": "-s"}, {"CXX": "no-such-cxx"}, {"PATH": ""},
+        {"FUSEDOPT_SANITIZE": "address"}, {"FUSEDOPT_STAND_IN": "0"},
+    ]  # fmt: skip
+    keys = [build_native.build_key([stand_in.module], ENV | env) for env in shapes]
+    assert len(set(keys)) == len(shapes)
+    assert keys[0] == build_native.build_key([stand_in.module], ENV | {"HOME": "/elsewhere"})
+
+
+# ---- the whole package --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The table in setup.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        patch.chdir(ROOT)
+        return runpy.run_path(str(ROOT / "setup.py"))["MODULES"]
+
+
+def test_the_table_names_files_that_exist(modules):
+    missing = [u.source for m in modules for u in m.units if not (ROOT / u.source).is_file()]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("machine", "levels"),
+    [("x86_64", ["generic", "avx2", "avx512"]), ("aarch64", ["generic"])],
+)
+def test_instruction_sets_by_machine(modules, machine, levels, tmp_path):
+    cpu = next(module for module in modules if module.name == "_cpu")
+    tool = build_native.Tool(("c++",), "", machine, (), ())
+    units = build_native.units_for(cpu, machine)
+    text = build_native.ninja_text("_cpu", units, {"cxx": tool}, tmp_path)
+    assert re.findall(r"-DFUSEDOPT_SIMD=(\w+)", text) == levels
+    for level in ("AVX2", "AVX512"):
+        assert (f"-DFUSEDOPT_HAVE_{level}" in text) == (level.lower() in levels)
+        assert (f"-m{level.lower()}" in text) == (level.lower() in levels)
+
+
+class Project:
+    """This project with stand-ins for its sources."""
+
+    def __init__(self, root: Path, modules):
+        self.root = root
+        for name in ("setup.py", "build_native.py", "pyproject.toml", "LICENSE"):
+            shutil.copy(ROOT / name, root)
+        (root / "README.md").touch()
+        (root / "fusedopt").mkdir()
+        (root / "fusedopt/__init__.py").write_text(
+            '__version__ = "0.1.0"\nimport torch_is_absent\n'
+        )
+        self.sources = [root / unit.source for module in modules for unit in module.units]
+        for source in self.sources:
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_text("")
+
+    def run(self, *words: str, **env: str):
+        words = (sys.executable, *words)
+        return subprocess.run(words, cwd=self.root, env=ENV | env, capture_output=True, text=True)
+
+    def wheel(self, **env: str) -> tuple[str, list[str], dict]:
+        """Build a wheel: its tags, the names inside, what it records about _cpu."""
+        shutil.rmtree(self.root / "dist", ignore_errors=True)
+        done = self.run("setup.py", "-q", "bdist_wheel", **env)
+        assert done.returncode == 0, done.stderr
+        (path,) = (self.root / "dist").iterdir()
+        with zipfile.ZipFile(path) as wheel:
+            config: dict = {}
+            exec(wheel.read("fusedopt/_build_config.py"), config)
+            names = wheel.namelist()
+        return path.stem.split("-", 2)[2], names, config["BUILD_CONFIG"]["modules"]["_cpu"]
+
+    @property
+    def native_in_tree(self) -> list[str]:
+        return [path.name for path in (self.root / "fusedopt").glob("_cpu*")]
+
+
+@pytest.fixture
+def project(tmp_path, modules):
+    return Project(tmp_path, modules)
+
+
+@needs_compiler
+def test_no_wheel_ships_what_another_build_made(project):
+    tags, names, record = project.wheel()
+    assert record["built"], record["reason"]
+    assert record["compiler"]
+    assert any(name.startswith("fusedopt/_cpu.") for name in names)
+    assert "-none-any" not in tags
+
+    tags, names, record = project.wheel(FUSEDOPT_CPU="0")
+    assert not record["built"]
+    assert not any(name.startswith("fusedopt/_cpu.") for name in names)
+    assert tags == "py3-none-any"
+    assert len(list((project.root / "build").iterdir())) == 2  # a directory for each
+
+    (project.root / "fusedopt/gone.py").touch()
+    assert "fusedopt/gone.py" in project.wheel()[1]
+    (project.root / "fusedopt/gone.py").unlink()
+    project.sources[0].write_text("#error this cannot be")
+    tags, names, record = project.wheel()
+    assert "#error this cannot be" in record["reason"]
+    assert not any(name.startswith(("fusedopt/_cpu.", "fusedopt/gone")) for name in names)
+    assert tags == "py3-none-any"
+
+
+@needs_compiler
+def test_in_place_and_then_not(project):
+    assert project.run("setup.py", "-q", "build_ext", "--inplace").returncode == 0
+    assert len(project.native_in_tree) == 1
+    done = project.run("setup.py", "-q", "build_ext", "--inplace", PATH="")
+    assert "installing without _cpu: no C++ compiler on PATH" in done.stderr
+    assert project.native_in_tree == []
+
+
+def test_pip_installs_without_a_compiler(project):
+    pip = (
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "--target",
+        "out",
+        ".",
+    )
+    done = project.run(*pip, PATH="")
+    assert done.returncode == 0, done.stderr
+    config = runpy.run_path(str(project.root / "out/fusedopt/_build_config.py"))["BUILD_CONFIG"]
+    assert config["version"] == "0.1.0"
+    assert "no C++ compiler" in config["modules"]["_cpu"]["reason"]
+
+    done = project.run(*pip, PATH="", FUSEDOPT_CPU="1")
+    assert done.returncode != 0
+    assert "FUSEDOPT_CPU=1, but _cpu was not built: no C++ compiler" in done.stderr

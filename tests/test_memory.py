@@ -1,0 +1,313 @@
+"""Where memory goes: all of it before the second step, none of it during."""
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import fusedopt
+
+OPTIMIZERS = {
+    "adamw": (fusedopt.FusedAdamW, {"weight_decay": 0.1}),
+    "amsgrad": (fusedopt.FusedAdamW, {"amsgrad": True}),
+    "sgd": (fusedopt.FusedSGD, {"momentum": 0.9}),
+    "plain-sgd": (fusedopt.FusedSGD, {}),
+}
+every_kind = pytest.mark.parametrize("kind", OPTIMIZERS)
+SHAPES = [(100, 100), (10_000,), (7,), (), (300, 33)]
+NUMEL = sum(torch.Size(s).numel() for s in SHAPES)
+
+
+def make(kind="adamw", dtype=torch.float32, **options):
+    cls, kwargs = OPTIMIZERS[kind]
+    params = [torch.nn.Parameter(torch.ones(s, dtype=dtype)) for s in SHAPES]
+    return params, cls(params, lr=0.01, **{**kwargs, **options})
+
+
+def give_grads(params, value=0.5):
+    for p in params:
+        p.grad = torch.full_like(p, value)
+
+
+def allocated(call):
+    """Bytes of every tensor allocation while `call` runs, freed again or not."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in events if e.nbytes() > 0]
+
+
+def test_the_profiler_sees_allocations():
+    """What the assertions below rest on."""
+    assert sum(allocated(lambda: torch.ones(1000))) >= 4000
+    params = [torch.nn.Parameter(torch.ones(1000))]
+    give_grads(params)
+    opt = torch.optim.AdamW(params, foreach=False)
+    opt.step()
+    assert sum(allocated(opt.step)) >= 4000
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "max_grad_value": 0.5}], ids=str)
+def test_no_allocation_after_the_first_step(kind, dtype, options, cpu_backend):
+    params, opt = make(kind, dtype, backend="cpu", **options)
+    give_grads(params)
+    opt.step()
+    for value in (0.25, 0.125):
+        give_grads(params, value)
+        assert allocated(opt.step) == []
+
+
+@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fusedopt.GradScaler])
+def test_no_allocation_under_a_scaler(scaler_class, cpu_backend):
+    """The scaler itself makes a few scalars; the step adds nothing."""
+    params, opt = make(backend="cpu", max_grad_norm=1.0)
+    scaler = scaler_class("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    inner = []
+    for value in (4.0, float("inf"), 2.0, 2.0):
+        give_grads(params, value)
+        real = type(opt).step
+
+        def step(*args, real=real):
+            inner.append(allocated(lambda: real(opt, *args)))
+
+        opt.step = step
+        scaler.step(opt)
+        del opt.step
+        scaler.update()
+    assert inner[1:] == [[], [], []]
+
+
+def test_no_allocation_where_gradients_are_staged(cpu_backend):
+    """The buffers stay; what is left is the scratch of torch's transposing copy, 60 x 60 floats."""
+    params, opt = make(backend="cpu", max_grad_norm=1.0)
+    for p in params:
+        p.grad = torch.ones(p.shape[::-1]).t() if p.dim() == 2 else torch.ones(p.shape)
+    opt.step()
+    assert max(allocated(opt.step), default=0) <= 60 * 60 * 4
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_init_state_allocates_everything(kind, dtype, cpu_backend):
+    params, opt = make(kind, dtype, backend="cpu", max_grad_norm=1.0)
+    opt.init_state()
+    before = {
+        (i, k): (id(v), v.data_ptr())
+        for i, p in enumerate(params)
+        for k, v in opt.state.get(p, {}).items()
+    }
+    assert bool(before) == (kind != "plain-sgd" or dtype != torch.float32)
+    give_grads(params)
+    assert allocated(opt.step) == []
+    after = {
+        (i, k): (id(v), v.data_ptr())
+        for i, p in enumerate(params)
+        for k, v in opt.state.get(p, {}).items()
+    }
+    assert before == after
+    assert all(float(opt.state[params[i]]["step"]) == 1 for i, name in after if name == "step")
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_init_state_moves_nothing(kind, dtype, backend):
+    params, opt = make(kind, dtype, backend=backend)
+    opt.init_state()
+    assert all(torch.equal(p, torch.ones_like(p)) for p in params)
+    for p in params:
+        for name, value in opt.state[p].items():
+            expected = torch.ones_like(value) if name == "master_param" else torch.zeros_like(value)
+            assert torch.equal(value, expected)
+    opt.init_state()  # again: nothing to do
+    (twin, twin_opt) = make(kind, dtype, backend=backend)
+    for group, o in ((params, opt), (twin, twin_opt)):
+        give_grads(group)
+        o.step()
+        o.init_state()
+        o.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, twin, strict=True))
+
+
+STATES = {"adamw": 2, "amsgrad": 3, "sgd": 1, "plain-sgd": 0}
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("master_weights", [None, False])
+@pytest.mark.filterwarnings("ignore::fusedopt.FusedOptFallbackWarning")
+def test_memory_footprint_is_exact(kind, dtype, master_weights):
+    params, opt = make(kind, dtype, master_weights=master_weights)
+    size = dtype.itemsize
+    before = opt.memory_footprint()
+    assert (before["param"], before["grad"], before["total"]) == (
+        NUMEL * size,
+        0,
+        sum(v for k, v in before.items() if k != "total"),
+    )
+    give_grads(params)
+    opt.step()
+    sizes = opt.memory_footprint()
+    wide = 8 if dtype == torch.float64 else 4
+    names = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
+    names = ["momentum_buffer"] if "sgd" in kind else names
+    expected = {"param": NUMEL * size, "grad": NUMEL * size}
+    expected |= dict.fromkeys(names[: STATES[kind]], NUMEL * wide)
+    if STATES[kind]:
+        expected["step"] = 4 * len(SHAPES)
+    if dtype == torch.float16 and master_weights is None:
+        expected["master_param"] = NUMEL * 4
+    plan = sizes.pop("plan")
+    total = sizes.pop("total")
+    assert sizes == expected
+    assert total == sum(expected.values()) + plan
+    assert all(type(v) is int for v in (*sizes.values(), plan, total))
+    assert 0 <= plan < 4096 + 256 * len(SHAPES)
+
+
+def test_memory_footprint_counts_staging(cpu_backend):
+    params, opt = make(backend="cpu")
+    give_grads(params)
+    opt.step()
+    plain = opt.memory_footprint()["plan"]
+    params[0].grad = torch.ones(100, 100).t()
+    opt.step()
+    assert opt.memory_footprint()["plan"] - plain == 4 * 100 * 100
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_python_objects_do_not_pile_up(kind, cpu_backend):
+    """Free lists fill up for a while; a leak of one small object a step would not stop."""
+    params, opt = make(kind, backend="cpu", max_grad_norm=1.0)
+    give_grads(params)
+
+    def steps(n):
+        for _ in range(n):
+            opt.step()
+            _ = (opt.grad_norm, opt.clip_coef, opt.found_inf, opt.skipped_steps)
+
+    tracemalloc.start()
+    try:
+        steps(100)
+        gc.collect()
+        objects, (start, _) = len(gc.get_objects()), tracemalloc.get_traced_memory()
+        steps(300)
+        gc.collect()
+        end, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert end - start < 300 * 32
+    assert abs(len(gc.get_objects()) - objects) < 50
+
+
+@every_kind
+def test_no_reference_cycle_is_left_by_a_step(kind, backend):
+    """The collector has nothing to find, so memory falls when the last name does."""
+    params, opt = make(kind, backend=backend, max_grad_norm=1.0)
+    give_grads(params)
+    opt.step()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            opt.step()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+# In a process of its own: what the operating system sees
+
+PEAK = """
+    import gc, torch, fusedopt
+    torch.set_num_threads(2)
+
+    def status(field):
+        with open("/proc/self/status") as lines:
+            return next(int(l.split()[1]) for l in lines if l.startswith(field)) * 1024
+
+    def peak_and_growth(call):
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+        before = status("VmRSS")
+        call()
+        return status("VmHWM") - before, status("VmRSS") - before
+
+    def measure(name, make, dtype, numel, steps):
+        params = [torch.nn.Parameter(torch.ones(numel // 20, dtype=dtype)) for _ in range(20)]
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        opt = make(params)
+        for _ in range(3):
+            opt.step()
+        gc.collect()
+        n_bytes = sum(p.numel() * p.element_size() for p in params)
+        peak = min(peak_and_growth(opt.step)[0] for _ in range(5))
+        many = lambda: [opt.step() for _ in range(steps)]
+        print(name, n_bytes, peak, min(peak_and_growth(many)[1] for _ in range(2)))
+
+    def adamw(params):
+        return fusedopt.FusedAdamW(params, max_grad_norm=1.0, backend="cpu")
+
+    def sgd(params):
+        return fusedopt.FusedSGD(params, momentum=0.9, max_grad_norm=1.0, backend="cpu")
+
+    def stock(params):
+        return torch.optim.AdamW(params, foreach=True)
+
+    measure("adamw-fp32", adamw, torch.float32, 10_000_000, 10)
+    measure("adamw-bf16", adamw, torch.bfloat16, 20_000_000, 5)
+    measure("sgd-fp32", sgd, torch.float32, 10_000_000, 10)
+    measure("torch", stock, torch.float32, 10_000_000, 1)
+    measure("small", adamw, torch.bfloat16, 20_000, 1000)
+"""
+
+
+@pytest.fixture(scope="module")
+def resident():
+    """{case: (bytes of the params, peak of a step, growth over many steps)}, in a fresh process."""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    root = os.path.dirname(os.path.dirname(fusedopt.__file__))
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PEAK)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    if "PermissionError" in done.stderr:
+        pytest.skip("/proc/self/clear_refs is not writable here")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {name: tuple(int(v) for v in values) for name, *values in lines}
+
+
+@pytest.mark.parametrize("case", ["adamw-fp32", "adamw-bf16", "sgd-fp32"])
+def test_peak_extra_memory_of_a_step(case, cpu_backend, resident):
+    """Under 0.1 % of the parameters' bytes, and nothing stays over many steps."""
+    n_bytes, peak, growth = resident[case]
+    assert n_bytes == 40_000_000
+    assert peak < n_bytes / 1000
+    assert growth < n_bytes / 1000
+
+
+def test_peak_of_torch_is_seen(cpu_backend, resident):
+    """The measurement is able to fail: foreach needs a copy of the parameters."""
+    n_bytes, peak, _ = resident["torch"]
+    assert peak > n_bytes / 10
+
+
+def test_resident_memory_does_not_grow(cpu_backend, resident):
+    """Many small steps, so that a leak of some hundred bytes a step would show."""
+    _, _, growth = resident["small"]
+    assert growth < 1000 * 64

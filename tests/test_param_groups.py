@@ -1,0 +1,195 @@
+"""Which parameters decay: each rule alone, tied weights, and that none is lost or doubled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fusedopt
+
+
+class MyRMSNorm(nn.Module):
+    """A norm torch does not know, with a weight of two dimensions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, width))
+
+
+class DerivedNorm(MyRMSNorm):
+    pass
+
+
+class Gain(MyRMSNorm):
+    """Its own name says nothing; that of the class it derives from does."""
+
+
+class NormedLinear(nn.Linear):
+    """A linear layer with normalised rows: a weight like any other."""
+
+
+class PreNorm(nn.Module):
+    """Wraps a layer; the layer's weight is not the norm's."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, nn.LayerNorm(width)
+
+
+class Tied(nn.Module):
+    def __init__(self, *, embedding_first: bool) -> None:
+        super().__init__()
+        owners = {"embedding": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)}
+        for name in owners if embedding_first else reversed(owners):
+            self.add_module(name, owners[name])
+        self.head.weight = self.embedding.weight
+
+
+def names_without_decay(model: nn.Module, **options: bool) -> set[str]:
+    """Names the decision for each parameter, and checks that every parameter has just one."""
+    groups = fusedopt.param_groups(model, 0.1, **options)
+    listed = [id(param) for group in groups for param in group["params"]]
+    assert sorted(listed) == sorted(id(param) for param in model.parameters())
+    without = {id(p) for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
+    return {name for name, param in model.named_parameters() if id(param) in without}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Linear(3, 2), {"bias"}),
+        (nn.Conv2d(1, 2, 3), {"bias"}),
+        (nn.LSTM(3, 2), {"bias_ih_l0", "bias_hh_l0"}),
+        (nn.PReLU(4), {"weight"}),
+        (nn.LayerNorm((3, 4)), {"weight", "bias"}),
+        (nn.BatchNorm2d(3), {"weight", "bias"}),
+        (nn.GroupNorm(1, 3), {"weight", "bias"}),
+        (nn.InstanceNorm1d(3, affine=True), {"weight", "bias"}),
+        (nn.RMSNorm((3, 4)), {"weight"}),
+        (MyRMSNorm(3), {"weight"}),
+        (DerivedNorm(3), {"weight"}),
+        (Gain(3), {"weight"}),
+        (NormedLinear(3, 2), {"bias"}),
+        (PreNorm(nn.Linear(3, 3), 3), {"layer.bias", "norm.weight", "norm.bias"}),
+        (nn.Embedding(5, 3), set()),
+        (nn.ParameterDict({"scale": torch.ones(()), "table": torch.ones(2, 2)}), {"scale"}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_which_parameters_decay(model: nn.Module, expected: set[str]) -> None:
+    assert names_without_decay(model) == expected
+
+
+def test_a_bias_with_three_dimensions_is_a_bias() -> None:
+    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+    assert attention.bias_k.ndim == 3
+    assert names_without_decay(attention) == {
+        "in_proj_bias",
+        "out_proj.bias",
+        "bias_k",
+        "bias_v",
+    }
+
+
+def test_a_bias_is_a_word_not_a_part_of_one() -> None:
+    model = nn.Module()
+    model.unbiased = nn.Parameter(torch.ones(2, 2))
+    model.position_bias_table = nn.Parameter(torch.ones(2, 2))
+    assert names_without_decay(model) == {"position_bias_table"}
+
+
+@pytest.mark.parametrize("embedding", [nn.Embedding(5, 3), nn.EmbeddingBag(5, 3)])
+def test_embeddings_on_request(embedding: nn.Module) -> None:
+    assert names_without_decay(embedding, decay_embeddings=True) == set()
+    assert names_without_decay(embedding, decay_embeddings=False) == {"weight"}
+
+
+@pytest.mark.parametrize("embedding_first", [True, False])
+def test_a_tied_weight_follows_the_owner_that_wants_no_decay(embedding_first: bool) -> None:
+    model = Tied(embedding_first=embedding_first)
+    assert names_without_decay(model) == set()
+    (tied,) = names_without_decay(model, decay_embeddings=False)
+    assert tied in {"embedding.weight", "head.weight"}
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_weight_tied_to_a_norm_does_not_decay(norm_first: bool) -> None:
+    norm, linear = MyRMSNorm(3), nn.Linear(3, 1, bias=False)
+    linear.weight = norm.weight
+    pair = (norm, linear) if norm_first else (linear, norm)
+    assert names_without_decay(nn.Sequential(*pair)) == {"0.weight"}
+
+
+def test_one_parameter_under_two_names_of_one_module() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(2, 2))
+    model.bias = model.weight
+    assert names_without_decay(model) == {"weight"}
+
+
+def test_a_module_used_twice_is_listed_once() -> None:
+    layer = nn.Linear(2, 2)
+    assert names_without_decay(nn.Sequential(layer, layer)) == {"0.bias"}
+
+
+def test_order_and_values() -> None:
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 5), nn.Linear(5, 5, bias=False)
+    )
+    decayed, undecayed = fusedopt.param_groups(model, 0.25)
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.25, 0.0)
+    expected = [model[0].weight, model[2].weight, model[3].weight]
+    assert [id(param) for param in decayed["params"]] == list(map(id, expected))
+    expected = [model[0].bias, model[1].weight, model[1].bias, model[2].bias]
+    assert [id(param) for param in undecayed["params"]] == list(map(id, expected))
+    assert set(decayed) == set(undecayed) == {"params", "weight_decay"}
+
+
+def test_empty_groups_are_left_out() -> None:
+    assert [g["weight_decay"] for g in fusedopt.param_groups(nn.Linear(2, 2, False), 0.1)] == [0.1]
+    assert [g["weight_decay"] for g in fusedopt.param_groups(nn.LayerNorm(2), 0.1)] == [0.0]
+    assert fusedopt.param_groups(nn.ReLU(), 0.1) == []
+
+
+def test_frozen_parameters_are_included() -> None:
+    model = nn.Linear(2, 2).requires_grad_(False)
+    assert sum(len(group["params"]) for group in fusedopt.param_groups(model, 0.1)) == 2
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, fusedopt.FusedAdamW])
+def test_an_optimizer_takes_the_groups(optimizer: type[torch.optim.Optimizer]) -> None:
+    """With no gradient but zero, what moves is what decays, and by lr * weight_decay."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer(fusedopt.param_groups(model, 0.5), lr=0.1).step()
+    for name, param in model.named_parameters():
+        factor = 0.95 if name == "0.weight" else 1.0
+        torch.testing.assert_close(param.detach(), factor * before[name])
+
+
+@pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), float("inf")])
+def test_an_impossible_decay_is_named(weight_decay: float) -> None:
+    with pytest.raises(ValueError, match=rf"weight_decay .*got {weight_decay}.*pass 0\.0"):
+        fusedopt.param_groups(nn.Linear(2, 2), weight_decay)
+
+
+@pytest.mark.parametrize("weight_decay", ["0.1", None, True])
+def test_a_decay_that_is_no_number_is_named(weight_decay: object) -> None:
+    with pytest.raises(TypeError, match=f"weight_decay must be a float, got {weight_decay!r}"):
+        fusedopt.param_groups(nn.Linear(2, 2), weight_decay)  # type: ignore[arg-type]
+
+
+def test_a_list_of_parameters_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        fusedopt.param_groups(list(nn.Linear(2, 2).parameters()), 0.1)  # type: ignore[arg-type]
+
+
+def test_a_lazy_parameter_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"'1\.weight' of a lazy module.*run the model once"):
+        fusedopt.param_groups(model, 0.1)
+    model(torch.zeros(1, 2))
+    assert names_without_decay(model) == {"0.bias", "1.bias"}
