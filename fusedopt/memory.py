@@ -36,7 +36,7 @@ def zeros_like_all(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> l
             out[i] = flat.as_strided(params[i].size(), params[i].stride()).detach()
             start += size
     return [
-        torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format) if t is None else t
+        torch.zeros_like(p, dtype=dtype) if t is None else t
         for t, p, dtype in zip(out, params, dtypes, strict=True)
     ]
 

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from .amp import AmpAttributes
-from .backends import Backend, choose
+from .backends import Backend, choose, requested_backend
 from .options import Options
 from .plan import CLIP_COEF, GRAD_NORM, N_STEP_SCALARS, SKIPPED_STEPS, Group, Plan, StepInputs
 from .rows import build_rows, check_param, label_of
@@ -43,8 +43,10 @@ class FusedOptimizer(AmpAttributes, Optimizer):
                 "use torch.optim for a differentiable optimizer"
             )
         self._options = options
-        self._scalars = torch.zeros(N_STEP_SCALARS)
+        requested_backend(options.backend)  # refuses a bad FUSEDOPT_BACKEND here, not in the step
+        self._scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
         self._measured = False
+        self._options_table = bytearray()
         self._drop_plan()
         super().__init__(params, defaults)
 
@@ -81,8 +83,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        backend, plan = self._current_plan()
         inputs = self._step_inputs()
+        backend, plan = self._current_plan()
         plan.stage_params()
         if inputs.measured:
             backend.reduce(plan, inputs)
@@ -98,10 +100,21 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def _step_inputs(self) -> StepInputs:
         options = self._options
+        clips = options.max_grad_norm is not None
+        if clips and self._is_fsdp1_sharded():
+            raise RuntimeError(
+                f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: each "
+                "rank sees only its part of the norm; pass max_grad_norm=None and call "
+                "FullyShardedDataParallel.clip_grad_norm_"
+            )
+        if len(self._options_table) != OPTIONS_BYTES * len(self.param_groups):
+            self._options_table = bytearray(OPTIONS_BYTES * len(self.param_groups))
         for i, group in enumerate(self.param_groups):
             self._pack_options(group, self._options_table, i * OPTIONS_BYTES)
-        amp = self._amp_inputs(self._scalars.device)
-        clips = options.max_grad_norm is not None
+        device = self._flag_device(self._scalars.device)
+        if self._scalars.device != device:
+            self._scalars = self._scalars.to(device)
+        amp = self._amp_inputs(device)
         return StepInputs(
             groups=self.param_groups,
             options=self._options_table,
@@ -121,7 +134,6 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _drop_plan(self) -> None:
         self._plan: Plan | None = None
         self._backend: Backend | None = None
-        self._options_table = bytearray()
 
     def _layout(self) -> list[tuple[str, ...]]:
         return [self._state_names(group) for group in self.param_groups]
@@ -143,18 +155,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         self._drop_plan()
         groups, options = self.param_groups, self._options
         params = [p for group in groups for p in group["params"]]
-        if options.max_grad_norm is not None and self._is_fsdp1_sharded():
-            raise RuntimeError(
-                f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: each "
-                "rank sees only its part of the norm; pass max_grad_norm=None and call "
-                "FullyShardedDataParallel.clip_grad_norm_"
-            )
         backend = choose(options.backend, params)
         layout = self._layout()
         rows = build_rows(groups, self.state, layout, options.master_weights, every_param)
-        if params and self._scalars.device != params[0].device:
-            self._scalars = self._scalars.to(params[0].device)
-        self._options_table = bytearray(OPTIONS_BYTES * max(len(groups), 1))
         plan = backend.plan(self.rule, rows, layout, groups, self.state)
         self._backend, self._plan = backend, plan
         return backend, plan
@@ -187,7 +190,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def clip_coef(self) -> Tensor:
         """What the last step multiplied the unscaled gradients by: 0-dim fp32, a copy."""
         if not self._measured:
-            return torch.ones((), device=self._scalars.device)
+            return torch.ones((), dtype=torch.float32, device=self._scalars.device)
         return self._scalars[CLIP_COEF].clone()
 
     @property
@@ -272,6 +275,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+        self._options_table = bytearray()
         self._drop_plan()
 
     @_disable_dynamo

@@ -47,6 +47,18 @@ class Options:
             "use None or True for fp32 masters of half parameters, False for none",
         )
         _require(
+            self.amp_scaling in (None, True, False),
+            "amp_scaling",
+            self.amp_scaling,
+            "use None for the default, True or False",
+        )
+        _require(
+            self.skip_nonfinite in (True, False),
+            "skip_nonfinite",
+            self.skip_nonfinite,
+            "use True or False",
+        )
+        _require(
             self.backend is None or self.backend in BACKEND_NAMES,
             "backend",
             self.backend,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Fields of StepScalars (csrc/scalars.h), eight fp32 values on the device.
 GRAD_NORM, CLIP_COEF, GRAD_MULT, INV_SCALE, FOUND_INF, SKIP, SKIPPED_STEPS = range(7)
@@ -142,6 +143,12 @@ def is_fsdp1_shard(param: Tensor) -> bool:
 
 def check_grad(label: str, param: Tensor, grad: Tensor) -> None:
     """Raise ``RuntimeError`` unless ``grad`` is a gradient that a step on ``param`` can use."""
+    wrapper: object = grad  # mypy takes the guard below for impossible
+    if is_traceable_wrapper_subclass(wrapper):
+        raise RuntimeError(
+            f"{label}: gradients of type {type(wrapper).__name__} are not supported, their memory "
+            "is not their values; assign a plain tensor"
+        )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{label}: fusedopt does not support sparse gradients (layout {grad.layout}); "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .memory import is_dense, overlaps_itself
@@ -100,6 +101,10 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
         check_param(row.label, param)
     except TypeError as error:  # p.data was replaced after construction
         raise RuntimeError(str(error)) from error
+    if is_lazy(param):
+        raise RuntimeError(
+            f"{row.label} is not initialized; run a forward pass through the lazy module first"
+        )
     if param.device.type == "meta":
         raise RuntimeError(
             f"{row.label} is on the meta device; materialize the model before step()"
@@ -117,16 +122,60 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
 def _check_disjoint(rows: Sequence[Row]) -> None:
     """Two rows on the same memory would be updated by two threads at once."""
     spans = sorted(
-        (row.param.data_ptr(), row.param.numel() * row.param.element_size(), row.label)
-        for row in rows
-        if row.param.numel() > 0 and is_dense(row.param)
+        (_Span(row) for row in rows if row.param.numel() > 0),
+        key=lambda span: (str(span.row.param.device), span.start),
     )
-    for (start, size, first), (following, _, second) in pairwise(spans):
-        if following < start + size:
-            raise RuntimeError(
-                f"{first} and {second} share memory; pass each parameter once, and tie weights by "
-                "using one Parameter object in both places"
-            )
+    cluster: list[_Span] = []  # neighbours whose extents overlap, each with some one before it
+    for span in spans:
+        if cluster and span.reaches_into(cluster):
+            cluster.append(span)
+        else:
+            _check_cluster(cluster)
+            cluster = [span]
+    _check_cluster(cluster)
+
+
+class _Span:
+    """The bytes from a parameter's first element to its last, gaps included."""
+
+    def __init__(self, row: Row) -> None:
+        param = row.param
+        extents = zip(param.shape, param.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in extents)
+        self.row = row
+        self.start = param.data_ptr()
+        self.end = self.start + (last + 1) * param.element_size()
+
+    def reaches_into(self, cluster: Sequence[_Span]) -> bool:
+        same_device = self.row.param.device == cluster[0].row.param.device
+        return same_device and self.start < max(span.end for span in cluster)
+
+
+def _check_cluster(cluster: Sequence[_Span]) -> None:
+    """Extents may overlap where elements do not (the columns of one matrix): look at each byte."""
+    for one, next_one in pairwise(cluster):
+        if next_one.start < one.end and is_dense(one.row.param) and is_dense(next_one.row.param):
+            raise _shared(one.row, next_one.row)
+    if len(cluster) < 2:
+        return
+    start = cluster[0].start
+    n_bytes = max(span.end for span in cluster) - start
+    owner = torch.zeros(n_bytes, dtype=torch.int32, device="cpu")
+    for number, span in enumerate(cluster, 1):
+        param = span.row.param
+        n = param.element_size()
+        strides = [stride * n for stride in param.stride()]
+        own = owner.as_strided((*param.shape, n), (*strides, 1), span.start - start)
+        if own.any():
+            raise _shared(cluster[int(own.max()) - 1].row, span.row)
+        own.fill_(number)
+
+
+def _shared(first: Row, second: Row) -> RuntimeError:
+    return RuntimeError(
+        f"{first.label} and {second.label} share memory; list each parameter once, and tie weights "
+        "by using one Parameter object in both places"
+    )
 
 
 def _complete(

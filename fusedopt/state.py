@@ -42,7 +42,7 @@ def is_complete(param: Tensor, state: ParamState, names: Sequence[str], master: 
     if not names and not master:
         return True
     wanted = [*names, MASTER] if master else [*names]
-    if names and STEP not in state:
+    if names and not is_step(state.get(STEP), param):
         return False
     like = dense_like(param)
     return all(name in state and _fits(state[name], like) for name in wanted)
@@ -103,11 +103,11 @@ def complete_all(
             new.zero_()  # commits the memory: if there is not enough, it shows here
         states[i][name] = new
     for i, param in enumerate(params):
-        if names[i] and not _is_step(states[i].get(STEP), param):
+        if names[i] and not is_step(states[i].get(STEP), param):
             states[i][STEP] = _step_tensor(states[i].get(STEP, 0), param)
 
 
-def _is_step(value: object, param: Tensor) -> bool:
+def is_step(value: object, param: Tensor) -> bool:
     return (
         isinstance(value, Tensor)
         and value.dtype == torch.float32

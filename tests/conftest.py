@@ -28,7 +28,7 @@ BACKENDS = ["cpu", "reference"]
 
 
 def require_cpu_backend() -> None:
-    """Skip where the native module is not built, fail where FUSEDOPT_REQUIRE_CPU=1 says it must be."""
+    """Skip where the native module is not built; with FUSEDOPT_REQUIRE_CPU=1 that is a failure."""
     if importlib.util.find_spec("fusedopt._cpu") is not None:
         return
     reason = "the native module fusedopt._cpu is not built"

@@ -1,7 +1,7 @@
-"""The numeric contract to the bit, in numpy: what every backend must compute, whatever it runs on.
+"""The numeric contract to the bit, in numpy: what every backend must compute.
 
-Only float32 and float64 operations that IEEE 754 defines exactly, plus a fused multiply-add. Written
-from the contract, not from the kernels.
+Only float32 and float64 operations that IEEE 754 defines exactly, and a fused multiply-add.
+Written from the contract, not from the kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 CHUNK = 8192
 LANES = 256
 f32 = np.float32
+ONE = f32(1)
 Floats = NDArray[np.float32]
 
 
@@ -70,7 +71,8 @@ def chunk_square_sum(x: Floats) -> np.float64:
     return np.float64(total)
 
 
-def grad_norm(grads: list[Floats], inv_scale: np.float32 = f32(1)) -> np.float32:
+def grad_norm(grads: list[Floats], inv_scale: np.float32 = ONE) -> np.float64:
+    """Not yet rounded to float32, as clip_coef takes it."""
     partials = [
         chunk_square_sum(grad[start : start + CHUNK] * inv_scale)
         for grad in grads
@@ -79,11 +81,11 @@ def grad_norm(grads: list[Floats], inv_scale: np.float32 = f32(1)) -> np.float32
     lanes = np.zeros(LANES, np.float64)
     for index, partial in enumerate(partials):
         lanes[index % LANES] += partial
-    return f32(np.sqrt(pair_tree(lanes)))
+    return np.float64(np.sqrt(pair_tree(lanes)))
 
 
-def clip_coef(norm: np.float32, max_grad_norm: float) -> np.float32:
-    return min(f32(1), f32(max_grad_norm) / (norm + f32(1e-6)))
+def clip_coef(norm: np.float64, max_grad_norm: float) -> np.float32:
+    return min(ONE, f32(max_grad_norm / (norm + 1e-6)))
 
 
 def geometric_sum(base: float, count: int) -> Fraction:
@@ -101,7 +103,7 @@ class ExactStep:
     count: int = 0
 
     def step(
-        self, grad: Floats, grad_mult: np.float32 = f32(1), max_grad_value: float | None = None
+        self, grad: Floats, grad_mult: np.float32 = ONE, max_grad_value: float | None = None
     ) -> None:
         hyper = self.hyper
         lr, weight_decay = hyper["lr"], hyper["weight_decay"]

@@ -76,6 +76,8 @@ def check_together(trios: list[Trio]) -> None:
                 pools.setdefault(key, []).append(entry)
     for (kind, dtype), compared in pools.items():
         assert_within_policy(kind, dtype, compared)
+    for trio in trios:
+        trio.agree_on_half_params()
 
 
 class Trio:
@@ -90,7 +92,9 @@ class Trio:
         self.torch = TorchStep(rule, own, **common)
 
     @classmethod
-    def of(cls, case: OptimizerCase, params: list[Tensor], backend: str | None, **common: Any) -> Trio:
+    def of(
+        cls, case: OptimizerCase, params: list[Tensor], backend: str | None, **common: Any
+    ) -> Trio:
         return cls(case.rule, [{"params": params, **case.hyper}], backend, **case.common, **common)
 
     def set(self, group: int = 0, **hyper: Any) -> None:
@@ -164,8 +168,18 @@ class Trio:
             assert self.opt.found_inf.item() == self.oracle.found_inf, "found_inf"
 
     def check(self) -> None:
-        """Every element of every param and state against the oracle, and what must hold to the bit."""
+        """Every element of every param and state, and what must hold to the bit."""
         check_together([self])
+
+    def agree_on_half_params(self) -> None:
+        """Without masters, a value next to a tie may be rounded either way, and the next gradient
+        depends on it. From here on all three hold what fusedopt holds."""
+        for index, slot in enumerate(self.oracle.slots):
+            if slot.rounds_every_step:
+                with torch.no_grad():
+                    slot.stored = slot.master = self.params[index].detach().double()
+                    self.torch.stored[index] = self.params[index].detach().clone()
+                    self.torch.params[index].copy_(self.params[index])
 
     def check_keys(self, index: int) -> None:
         param, slot = self.params[index], self.oracle.slots[index]
@@ -175,7 +189,10 @@ class Trio:
         master = state.pop("master_param", None)
         if master is not None:
             assert param.dtype in HALF and self.oracle.has_masters, f"param {index} has a master"
-            assert_same_bits(param, master.to(param.dtype), f"param {index} is not round(master)")
+            # What was written since the last step is read at the next.
+            settled = slot.stored == slot.master.to(param.dtype).double()
+            rounded = master.to(param.dtype)[settled]
+            assert_same_bits(param[settled], rounded, f"param {index} is not round(master)")
         if slot.step > 0:
             assert set(state) == set(slot.state), f"state of param {index}"
             assert (master is not None) == (param.dtype in HALF and self.oracle.has_masters)

@@ -1,8 +1,9 @@
-"""The whole optimizer step in float64, one tensor and one line at a time: what the kernels are held to.
+"""The whole optimizer step in float64, one tensor and one line at a time.
 
-`Oracle` takes everything at its mathematical value: no float32 constants, no chunks, no fused
-operations. `TorchStep` is the same step made of torch.optim and torch.nn.utils calls. In float64 it
-checks the oracle; in float32 it says how large an error the tolerance policy may call normal.
+`Oracle` is what the kernels are held to. It takes everything at its mathematical value: no float32
+constants, no chunks, no fused operations. `TorchStep` is the same step made of torch.optim and
+torch.nn.utils calls. In float64 it checks the oracle; in float32 it says how large an error the
+tolerance policy may call normal.
 """
 
 from __future__ import annotations
@@ -63,13 +64,16 @@ class Slot:
         self.scale = {"param": self.master.abs()}
 
     def read_external_writes(self) -> None:
-        """Where someone wrote to the stored param, the master starts again from what was written."""
+        """Where someone wrote to the param, the master starts again from what was written."""
         written = self.stored != self.master.to(self.dtype).double()
         self.master = torch.where(written, self.stored, self.master)
 
     def write(self, values: Tensor) -> None:
         """Stand for an in-place edit of the param by its user."""
         self.stored = values.double()
+        if self.dtype not in HALF:
+            self.master = self.stored
+        self.grow_scale("param", self.stored)
 
     def store(self) -> None:
         self.stored = self.master.to(self.dtype).double()
@@ -207,7 +211,7 @@ class Oracle:
 
 
 class TorchStep:
-    """The oracle's interface over torch.optim. Half params are kept in `dtype` and rounded by hand."""
+    """The oracle's interface over torch.optim; half params are kept in `dtype` and rounded."""
 
     def __init__(
         self, rule: str, groups: list[Group], dtype: torch.dtype = torch.float32, **options: Any
@@ -292,6 +296,8 @@ class TorchStep:
 
     def write(self, index: int, values: Tensor) -> None:
         self.stored[index] = values.clone()
+        if values.dtype not in HALF:
+            self.params[index].data = values.to(self.params[index].dtype, copy=True)
 
     def state(self, index: int) -> dict[str, Tensor]:
         assert self.optimizer is not None

@@ -476,7 +476,9 @@ NO_MEMORY = """
     from torch.testing._internal.two_tensor import TwoTensor
 
     params = [torch.nn.Parameter(torch.ones(50)) for _ in range(3)]
-    opt = fusedopt.FusedAdamW(params, lr=0.1, weight_decay=0.0, backend="{backend}", max_grad_norm=1.0)
+    opt = fusedopt.FusedAdamW(
+        params, lr=0.1, weight_decay=0.0, backend="{backend}", max_grad_norm=1.0
+    )
     for stepped in (False, True):
         for p in params:
             p.grad = torch.ones(50)

@@ -1,4 +1,4 @@
-"""Where tensors lie in memory: offsets, strides and gaps, and that nothing beside them is touched."""
+"""Where tensors lie in memory: offsets, strides and gaps; nothing beside them is touched."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_storage_offsets(case: OptimizerCase, dtype: torch.dtype, backend: str) 
     """Params and grads at every offset within a vector, each at another one than its partner."""
     offsets = range(18)
     lengths = [(1, 15, 16, 17, 33, 64, 130)[n % 7] for n in offsets]
-    views = [in_guards(randn(n, k, dtype), o) for k, (n, o) in enumerate(zip(lengths, offsets))]
+    views = [in_guards(randn(n, k, dtype), k) for k, n in enumerate(lengths)]
     trio = Trio.of(case, [make_param(view) for view, _ in views], backend)
     before = [buffer.clone() for _, buffer in views]
     for step in range(3):
@@ -119,7 +119,9 @@ def test_expanded_grads(dtype: torch.dtype, backend: str) -> None:
     """What backward() of a sum leaves: one element that stands for all."""
     for case in FULL_CASES:
         shapes: list[tuple[int, ...]] = [(7,), (CHUNK + 3,), (5, 33), (4, 3)]
-        trio = Trio.of(case, [make_param(randn(s, k, dtype)) for k, s in enumerate(shapes)], backend)
+        trio = Trio.of(
+            case, [make_param(randn(s, k, dtype)) for k, s in enumerate(shapes)], backend
+        )
         for step in range(3):
             one = randn(1, step, dtype)
             row = randn((1, 33), step + 10, dtype)

@@ -26,9 +26,7 @@ def make_trio(case: OptimizerCase, dtype: torch.dtype, backend: str) -> Trio:
 
 
 def grads_of(trio: Trio, step: int) -> list[Tensor]:
-    return [
-        randn(tuple(p.shape), 100 * step + k + 50, p.dtype) for k, p in enumerate(trio.params)
-    ]
+    return [randn(tuple(p.shape), 100 * step + k + 50, p.dtype) for k, p in enumerate(trio.params)]
 
 
 def edit_first(param: Tensor) -> None:
@@ -112,9 +110,7 @@ def test_load_state_dict_of_the_model(case: OptimizerCase, backend: str) -> None
 
 @parametrize("dtype", HALVES)
 @parametrize("case", FULL_CASES)
-def test_write_before_a_skipped_step(
-    case: OptimizerCase, dtype: torch.dtype, backend: str
-) -> None:
+def test_write_before_a_skipped_step(case: OptimizerCase, dtype: torch.dtype, backend: str) -> None:
     trio = make_trio(case, dtype, backend)
     with trio.writing(0) as param:
         edit_some(param)
@@ -165,7 +161,7 @@ def test_writes_to_float32_params(case: OptimizerCase, backend: str) -> None:
 
 @parametrize("dtype", HALVES)
 def test_param_is_master_rounded_to_nearest_even(dtype: torch.dtype, backend: str) -> None:
-    """SGD with lr = 1 puts any wanted value into the master; ties and neighbours round as torch does."""
+    """SGD with lr = 1 puts any wanted value into the master: ties and their neighbours."""
     half = randn(4000, 5, dtype)
     bits = half.view(torch.int16)
     neighbour = (bits + 1).view(dtype)

@@ -39,9 +39,7 @@ def measure(
 ) -> torch.optim.Optimizer:
     """A step that measures and moves nothing."""
     params = [make_param(torch.zeros_like(g, dtype=torch.float32)) for g in grads]
-    opt = FUSED["sgd"](
-        params, lr=0.0, max_grad_norm=math.inf, norm_type=norm_type, backend=backend
-    )
+    opt = FUSED["sgd"](params, lr=0.0, max_grad_norm=math.inf, norm_type=norm_type, backend=backend)
     for param, grad in zip(params, grads, strict=True):
         set_grad(param, grad)
     with scaler_attributes(opt, grad_scale, None):

@@ -94,13 +94,15 @@ class Session:
 
     def grads(self) -> list[Tensor | None]:
         scale, seed = self.data.draw(SCALES), self.data.draw(st.integers(0, 9999), label="seed")
-        grads: list[Tensor | None] = []
-        for index, param in enumerate(self.trio.params):
-            missing = not param.requires_grad or self.data.draw(st.integers(0, 5)) == 0
-            dtype = self.data.draw(st.sampled_from(FLOATS))
-            grad = randn(tuple(param.shape), seed + index, dtype, scale)
-            grads.append(None if missing else grad)
-        return grads
+        missing = self.data.draw(
+            st.sets(st.integers(0, len(self.trio.params) - 1), max_size=3), label="missing"
+        )
+        return [
+            randn(tuple(param.shape), seed + index, FLOATS[(seed + index) % 3], scale)
+            if param.requires_grad and index not in missing
+            else None
+            for index, param in enumerate(self.trio.params)
+        ]
 
     def step(self) -> None:
         grad_scale = self.data.draw(st.sampled_from([None, 1.0, 128.0, 1000.0]), label="grad_scale")

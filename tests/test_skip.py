@@ -187,7 +187,11 @@ def test_finite_gradients_are_never_skipped(
     rule: str, max_grad_norm: float | None, backend: str
 ) -> None:
     """Squares and norms may overflow; what is judged is each element."""
-    for dtype, value in [(torch.float32, 3.4e38), (torch.bfloat16, 3.3e38), (torch.float16, 65504.0)]:
+    for dtype, value in [
+        (torch.float32, 3.4e38),
+        (torch.bfloat16, 3.3e38),
+        (torch.float16, 65504.0),
+    ]:
         params = [make_param(randn(n, n, dtype)) for n in LENGTHS]
         trio = Trio(
             rule, [{"params": params, "lr": 1e-3}], backend,

@@ -3,8 +3,8 @@
 1. Where the result must not depend on anything, bits are compared (`same_bits`).
 2. Against the float64 oracle the largest error is at most twice that of torch.optim on the same
    inputs and dtypes, and never has to be below one ulp. Errors are counted in ulps of the largest
-   magnitude the element has held and pooled over all tensors of a kind, so that one element on
-   which torch happens to be exact does not set the bar.
+   magnitude that entered an element's arithmetic and pooled over all tensors of a kind, so that
+   one element on which torch happens to be exact does not set the bar.
    A step also has scalars common to all its elements (step size, bias corrections), each rounded
    to float32 once; on those one of the two may be lucky. They are worth one ulp of a param.
    (The clip coefficient is compared by itself.)
@@ -67,7 +67,7 @@ def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Compared:
-    """One tensor as fusedopt, torch.optim and the oracle have it; `scale` is its largest magnitude."""
+    """One tensor as fusedopt, torch.optim and the oracle have it; `scale` as the oracle says."""
 
     label: str
     ours: Tensor
@@ -106,8 +106,12 @@ def assert_within_policy(kind: str, dtype: torch.dtype, compared: list[Compared]
     )
 
 
-def assert_nonfinite_match(kind: str, compared: list[Compared], ours: Tensor, oracle: Tensor) -> None:
-    same = (ours == oracle) | (ours.isnan() & oracle.isnan()) | (ours.isfinite() & oracle.isfinite())
+def assert_nonfinite_match(
+    kind: str, compared: list[Compared], ours: Tensor, oracle: Tensor
+) -> None:
+    same = (
+        (ours == oracle) | (ours.isnan() & oracle.isnan()) | (ours.isfinite() & oracle.isfinite())
+    )
     if not bool(same.all()):
         where = int((~same).nonzero()[0])
         raise AssertionError(

@@ -143,8 +143,13 @@ PYBIND11_MODULE(_cpu, m) {
                }),
            py::arg("groups"), py::arg("state"), py::arg("kinds"))
       .def("refresh", &refresh, py::arg("groups"), py::arg("state"), py::arg("grads"));
-  m.def("use_dlpack_exchange",
-        [](const py::object& capsule) { use_dlpack_exchange(capsule.ptr()); });
+  m.def(
+      "use_torch",
+      [](const py::object& tensor_type, const py::object& parameter_type, const py::object& is_neg,
+         const py::object& exchange) {
+        use_torch(tensor_type.ptr(), parameter_type.ptr(), is_neg.ptr(), exchange.ptr());
+      },
+      py::arg("tensor_type"), py::arg("parameter_type"), py::arg("is_neg"), py::arg("exchange"));
   m.def("reduce", &reduce, py::arg("plan"), py::arg("norm_type"), py::arg("grad_scale"),
         py::arg("num_threads"));
   m.def("finalize", &finalize_step, py::arg("plan"), py::arg("rule"), py::arg("options"),

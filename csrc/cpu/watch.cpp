@@ -6,15 +6,30 @@
 namespace fusedopt {
 namespace {
 
-const dlpack::ExchangeApi* exchange = nullptr;
+struct Torch {
+  const dlpack::ExchangeApi* exchange = nullptr;
+  PyObject* tensor_type = nullptr;
+  PyObject* parameter_type = nullptr;
+  PyObject* is_neg = nullptr;
+} torch;
 
 // False for anything that is not a strided tensor (sparse, a functional wrapper, not a tensor).
 bool view(PyObject* object, dlpack::Tensor& out) {
-  if (exchange->dltensor_from_py_object(object, &out) != 0) {
+  if (torch.exchange->dltensor_from_py_object(object, &out) != 0) {
     PyErr_Clear();
     return false;
   }
   return true;
+}
+
+// A subclass may keep its values elsewhere, and a lazily negated view has them with the other sign;
+// the exchange shows neither.
+bool holds_its_values(PyObject* tensor) {
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  if (type != torch.tensor_type && type != torch.parameter_type) return false;
+  const PyRef negated(PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr));
+  if (!negated.get()) PyErr_Clear();
+  return negated.get() == Py_False;
 }
 
 const void* address(const dlpack::Tensor& t) {
@@ -56,19 +71,20 @@ PyObject* interned(const char* text) {
   return name;
 }
 
-// Borrowed; null when the group has no list of params.
+// Borrowed; null when the group has no sequence of params.
 PyObject* params_of(PyObject* group) {
   static PyObject* const kParams = interned("params");
   if (!PyDict_Check(group)) return nullptr;
   PyObject* params = PyDict_GetItem(group, kParams);
-  return params && PyList_Check(params) ? params : nullptr;
+  return params && (PyList_Check(params) || PyTuple_Check(params)) ? params : nullptr;
 }
 
 }  // namespace
 
-void use_dlpack_exchange(PyObject* capsule) {
-  auto* api =
-      static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+void use_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* is_neg,
+               PyObject* exchange_capsule) {
+  auto* api = static_cast<dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(exchange_capsule, "dlpack_exchange_api"));
   if (!api) {
     PyErr_Clear();
     fail("torch's __dlpack_c_exchange_api__ is not a dlpack_exchange_api capsule");
@@ -76,33 +92,46 @@ void use_dlpack_exchange(PyObject* capsule) {
   while (api && api->version.major != 1) api = api->previous;
   FUSEDOPT_CHECK(api && api->dltensor_from_py_object,
                  "this torch offers no DLPack 1.x C exchange; use torch 2.11 or newer");
-  exchange = api;
+  for (PyObject* object : {tensor_type, parameter_type, is_neg}) Py_INCREF(object);
+  torch = {api, tensor_type, parameter_type, is_neg};
+}
+
+bool Watch::Placement::read(PyObject* object) {
+  dlpack::Tensor t;
+  if (!view(object, t)) return false;
+  data = address(t);
+  device_type = t.device_type;
+  device_id = t.device_id;
+  dtype_code = t.dtype_code;
+  dtype_bits = t.dtype_bits;
+  shape.assign(t.shape, t.shape + t.ndim);
+  strides.assign(t.strides, t.strides + t.ndim);
+  return true;
+}
+
+bool Watch::Placement::still_of(PyObject* object) const {
+  dlpack::Tensor t;
+  return view(object, t) && address(t) == data && t.dtype_code == dtype_code &&
+         t.dtype_bits == dtype_bits && t.device_type == device_type && t.device_id == device_id &&
+         same_shape(shape, t) && same_strides(strides, t);
 }
 
 Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds)
     : state_(PyRef::borrow(state)) {
-  FUSEDOPT_CHECK(exchange, "use_dlpack_exchange() has not been called");
+  FUSEDOPT_CHECK(torch.exchange, "use_torch() has not been called");
   FUSEDOPT_CHECK(PyList_Check(groups) && PyDict_Check(state),
                  "param_groups must be a list and state a dict");
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* params = params_of(PyList_GET_ITEM(groups, g));
     FUSEDOPT_CHECK(params, "param group ", g, " has no list of params");
-    group_sizes_.push_back(PyList_GET_SIZE(params));
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
-      dlpack::Tensor t;
+    group_sizes_.push_back(PySequence_Fast_GET_SIZE(params));
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
       FUSEDOPT_CHECK(rows_.size() < kinds.size(), "fewer row kinds than params");
-      FUSEDOPT_CHECK(view(PyList_GET_ITEM(params, i), t), "param ", i, " of group ", g,
-                     " is not a strided tensor");
       WatchedRow row;
-      row.param = PyRef::borrow(PyList_GET_ITEM(params, i));
+      row.param = PyRef::borrow(PySequence_Fast_GET_ITEM(params, i));
       row.kind = static_cast<RowKind>(kinds[rows_.size()]);
-      row.data = address(t);
-      row.device_type = t.device_type;
-      row.device_id = t.device_id;
-      row.dtype_code = t.dtype_code;
-      row.dtype_bits = t.dtype_bits;
-      row.shape.assign(t.shape, t.shape + t.ndim);
-      row.strides.assign(t.strides, t.strides + t.ndim);
+      FUSEDOPT_CHECK(row.placement.read(row.param.get()), "param ", i, " of group ", g,
+                     " is not a strided tensor");
       rows_.push_back(std::move(row));
     }
   }
@@ -116,11 +145,9 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds)
     PyObject *name, *item;
     for (Py_ssize_t in = 0; PyDict_Check(value) && PyDict_Next(value, &in, &name, &item);) {
       Item watched;
-      dlpack::Tensor t;
       watched.key = PyRef::borrow(name);
       watched.value = PyRef::borrow(item);
-      watched.is_tensor = view(item, t);
-      watched.data = watched.is_tensor ? address(t) : nullptr;
+      watched.is_tensor = watched.placement.read(item);
       entry.items.push_back(std::move(watched));
     }
     entries_.push_back(std::move(entry));
@@ -133,9 +160,9 @@ bool Watch::same_groups(PyObject* groups) const {
   size_t r = 0;
   for (size_t g = 0; g < group_sizes_.size(); ++g) {
     PyObject* params = params_of(PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(g)));
-    if (!params || PyList_GET_SIZE(params) != group_sizes_[g]) return false;
+    if (!params || PySequence_Fast_GET_SIZE(params) != group_sizes_[g]) return false;
     for (Py_ssize_t i = 0; i < group_sizes_[g]; ++i, ++r) {
-      if (PyList_GET_ITEM(params, i) != rows_[r].param.get()) return false;
+      if (PySequence_Fast_GET_ITEM(params, i) != rows_[r].param.get()) return false;
     }
   }
   return true;
@@ -156,26 +183,20 @@ bool Watch::same_state(PyObject* state) const {
     for (Py_ssize_t in = 0; PyDict_Next(value, &in, &name, &item); ++i) {
       const Item& watched = entry.items[i];
       if (name != watched.key.get() || item != watched.value.get()) return false;
-      dlpack::Tensor t;
-      if (watched.is_tensor && (!view(item, t) || address(t) != watched.data)) return false;
+      if (watched.is_tensor && !watched.placement.still_of(item)) return false;
     }
   }
   return true;
 }
 
-bool Watch::same_param(const WatchedRow& row) const {
+bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) {
+  const Placement& like = row.placement;
   dlpack::Tensor t;
-  return view(row.param.get(), t) && address(t) == row.data && t.dtype_code == row.dtype_code &&
-         t.dtype_bits == row.dtype_bits && t.device_type == row.device_type &&
-         t.device_id == row.device_id && same_shape(row.shape, t) && same_strides(row.strides, t);
-}
-
-bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
-  dlpack::Tensor t;
-  if (row.kind == RowKind::kStaged || !view(grad, t)) return false;
-  if (t.device_type != row.device_type || t.device_id != row.device_id) return false;
-  if (!same_shape(row.shape, t) || !same_strides(row.strides, t)) return false;
+  if (row.kind == RowKind::kStaged || !holds_its_values(grad) || !view(grad, t)) return false;
+  if (t.device_type != like.device_type || t.device_id != like.device_id) return false;
+  if (!same_shape(like.shape, t) || !same_strides(like.strides, t)) return false;
   if (!kernel_dtype(t, out->dtype)) return false;
+  if (!address(t) && like.data) return false;  // a tensor of zeros that was never allocated
   out->data = address(t);
   out->present = 1;
   return true;
@@ -186,7 +207,7 @@ bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) 
   if (!same_groups(groups) || !same_state(state)) return false;
   for (size_t r = 0; r < rows_.size(); ++r) {
     const WatchedRow& row = rows_[r];
-    if (!same_param(row)) return false;
+    if (!row.placement.still_of(row.param.get())) return false;
     const PyRef grad(PyObject_GetAttr(row.param.get(), kGrad));
     if (!grad.get()) {
       PyErr_Clear();

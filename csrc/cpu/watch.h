@@ -57,18 +57,24 @@ class Watch {
   bool refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) const;
 
  private:
+  struct Placement {  // where a tensor lies and how
+    const void* data = nullptr;
+    int32_t device_type = 0, device_id = 0;
+    int dtype_code = 0, dtype_bits = 0;
+    std::vector<int64_t> shape, strides;
+
+    bool read(PyObject* object);  // false: not a strided tensor
+    bool still_of(PyObject* object) const;
+  };
   struct Item {  // one entry of a row's state dict
     PyRef key, value;
-    const void* data = nullptr;
+    Placement placement;
     bool is_tensor = false;
   };
   struct WatchedRow {
     PyRef param;
     RowKind kind;
-    const void* data;
-    int32_t device_type, device_id;
-    int dtype_code, dtype_bits;
-    std::vector<int64_t> shape, strides;
+    Placement placement;
   };
   struct StateEntry {  // one entry of optimizer.state
     PyRef key, value;
@@ -77,8 +83,7 @@ class Watch {
 
   bool same_groups(PyObject* groups) const;
   bool same_state(PyObject* state) const;
-  bool same_param(const WatchedRow& row) const;
-  bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const;
+  static bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out);
 
   std::vector<Py_ssize_t> group_sizes_;
   std::vector<WatchedRow> rows_;
@@ -86,7 +91,9 @@ class Watch {
   std::vector<StateEntry> entries_;
 };
 
-// The capsule torch.Tensor.__dlpack_c_exchange_api__; throws when its version is not understood.
-void use_dlpack_exchange(PyObject* capsule);
+// torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg and the capsule
+// torch.Tensor.__dlpack_c_exchange_api__, whose version may not be understood: then it throws.
+void use_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* is_neg,
+               PyObject* exchange_capsule);
 
 }  // namespace fusedopt

@@ -70,7 +70,12 @@ def _check_mirrors() -> None:
 
 if _import_error is None:
     _check_mirrors()
-    _cpu.use_dlpack_exchange(torch.Tensor.__dlpack_c_exchange_api__)
+    _cpu.use_torch(
+        tensor_type=torch.Tensor,
+        parameter_type=torch.nn.Parameter,
+        is_neg=torch.Tensor.is_neg,
+        exchange=torch.Tensor.__dlpack_c_exchange_api__,
+    )
     if os.environ.get(SIMD_VARIABLE):
         _cpu.set_simd(os.environ[SIMD_VARIABLE])
 
@@ -84,11 +89,11 @@ def chunk_table(numels: Sequence[int]) -> Tensor:
 
     First column: row in the low 32 bits, index in the high 32; second: elements before the chunk.
     """
-    lengths = torch.tensor(numels, dtype=torch.int64)
+    lengths = torch.tensor(numels, dtype=torch.int64, device="cpu")
     counts = (lengths + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS
     row = torch.repeat_interleave(counts)
     first_chunk = torch.cumsum(counts, 0) - counts
-    index = torch.arange(row.numel()) - first_chunk[row]
+    index = torch.arange(row.numel(), device="cpu") - first_chunk[row]
     before_row = torch.cumsum(lengths, 0) - lengths
     position = before_row[row] + index * CHUNK_ELEMENTS
     return torch.stack([row | (index << 32), position], dim=1).contiguous()
@@ -112,10 +117,11 @@ class NativePlan(Plan):
         )
         self._grad_bytes = bytearray(max(n, 1) * GRAD.size)
         self._grads = torch.frombuffer(self._grad_bytes, dtype=torch.uint8)
-        self._row_scalars = torch.zeros(max(n, 1), 2, dtype=torch.float32)
+        self._row_scalars = torch.zeros(max(n, 1), 2, dtype=torch.float32, device="cpu")
         numels = [row.dense.numel() for row in self.rows]
         self._chunks = chunk_table(numels)
-        self._partials = torch.zeros(max(len(self._chunks), 1), dtype=torch.float64)
+        n_partials = max(len(self._chunks), 1)
+        self._partials = torch.zeros(n_partials, dtype=torch.float64, device="cpu")
         self._n_elements = sum(numels)
         self._native: Any = None
         self._scalars: Tensor | None = None

@@ -44,9 +44,10 @@ class ReferencePlan(Plan):
     ) -> None:
         super().__init__(rule, rows, layout)
         self.grads: list[Tensor | None] = [None] * len(self.rows)
-        self.norms = torch.zeros(0)  # what reduce leaves for finalize: one norm a row, fp64
-        self.finite = torch.zeros(0)
-        self.grad_mult = torch.zeros(())  # fp64
+        # What reduce leaves for finalize: a norm (fp64) and a flag a row.
+        self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self.grad_mult = torch.zeros((), dtype=torch.float64, device="cpu")
         self._snapshot = self._look_at(groups, state)
 
     @staticmethod
@@ -115,7 +116,7 @@ def geometric_sum(base: float, count: int) -> float:
 
 
 def round_to(value: float, dtype: torch.dtype) -> float:
-    return torch.tensor(value, dtype=torch.float64).to(dtype).item()
+    return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).item()
 
 
 def _decayed(p: Tensor, grad: Tensor, group: Group) -> tuple[Tensor, Tensor]:
@@ -186,8 +187,9 @@ class ReferenceBackend:
             x = grad.to(opmath(row.param.dtype)) * inv_scale.to(grad.device)
             norms.append(vector_norm(x, step.norm_type).to(device))
             finite.append(x.isfinite().all().to(device))
-        plan.norms = torch.stack(norms) if norms else torch.zeros(0, device=device)
-        plan.finite = torch.stack(finite) if finite else torch.ones(0, device=device)
+        none = torch.zeros(0, dtype=torch.float64, device=device)
+        plan.norms = torch.stack(norms) if norms else none
+        plan.finite = torch.stack(finite) if finite else none.bool()
 
     def finalize(self, plan: Plan, step: StepInputs) -> None:
         assert isinstance(plan, ReferencePlan)
@@ -197,7 +199,7 @@ class ReferenceBackend:
         norm = clip_coef * math.nan
         if step.measured:
             norm = vector_norm(plan.norms, step.norm_type)
-            bad = bad | ~plan.finite.bool().all()
+            bad = bad | ~plan.finite.all()
             if step.max_grad_norm is not None:
                 clip_coef = (step.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
         if step.found_inf is not None:
@@ -247,5 +249,5 @@ class ReferenceBackend:
 def _inverse_scale(step: StepInputs) -> Tensor:
     """1 / grad_scale as fp32, the reciprocal taken in fp64 as GradScaler does."""
     if step.grad_scale is None:
-        return torch.ones((), device=step.scalars.device)
+        return torch.ones((), dtype=torch.float32, device=step.scalars.device)
     return step.grad_scale.reshape(()).double().reciprocal().float()
