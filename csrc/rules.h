@@ -43,23 +43,26 @@ struct AdamW {
   };
 
   struct RowScalars {
-    float step_size, bias_correction2_sqrt;
+    float step_size, eps;  // both times sqrt(bias_correction2)
   };
 
   struct Hyper {
-    float one_minus_beta1, beta2, one_minus_beta2, eps, step_size, bias_correction2_sqrt, decay;
+    float lerp_weight, beta2, one_minus_beta2, step_size, eps, decay;
+    bool lerp_from_grad;
   };
 
   // Bias corrections belong to the betas as rounded for the kernel: weight * geometric_sum is what
   // the recurrence accumulates for a constant gradient, so a constant gradient comes out exact.
+  // sqrt(bias_correction2) divides sqrt(exp_avg_sq) in torch; here it multiplies numerator and eps,
+  // once a step in fp64, which saves each element a division (docs/performance.md has the figure).
   FUSEDOPT_FN RowScalars row_scalars(const Options& o, int64_t step) {
     const double weight1 = static_cast<float>(1.0 - o.beta1);
     const double weight2 = static_cast<float>(1.0 - o.beta2);
     const double beta2 = static_cast<float>(o.beta2);
     const double bias_correction1 = weight1 * geometric_sum(1.0 - weight1, step);
     const double bias_correction2 = weight2 * geometric_sum(beta2, step);
-    return {static_cast<float>(o.lr / bias_correction1),
-            static_cast<float>(__builtin_sqrt(bias_correction2))};
+    const double root = __builtin_sqrt(bias_correction2);
+    return {static_cast<float>(o.lr / bias_correction1 * root), static_cast<float>(o.eps * root)};
   }
 
   FUSEDOPT_FN Decay decay(const Options& o) {
@@ -69,13 +72,16 @@ struct AdamW {
 
   FUSEDOPT_FN Hyper hyper(const Options& o, RowScalars row) {
     const double decay = o.decoupled ? -o.lr * o.weight_decay : o.weight_decay;
-    return {static_cast<float>(1.0 - o.beta1),
+    // As torch.lerp: from the nearer end, so that a weight of one gives exactly the gradient.
+    const float weight = static_cast<float>(1.0 - o.beta1);
+    const bool from_grad = weight >= 0.5f;
+    return {from_grad ? -(1.0f - weight) : weight,
             static_cast<float>(o.beta2),
             static_cast<float>(1.0 - o.beta2),
-            static_cast<float>(o.eps),
             row.step_size,
-            row.bias_correction2_sqrt,
-            static_cast<float>(decay)};
+            row.eps,
+            static_cast<float>(decay),
+            from_grad};
   }
 
   template <Decay kDecay, bool kAmsgrad>
@@ -83,7 +89,7 @@ struct AdamW {
                           float& exp_avg_sq, float& max_exp_avg_sq) {
     if (kDecay == Decay::kDecoupled) param = fma(h.decay, param, param);
     if (kDecay == Decay::kCoupled) grad = fma(h.decay, param, grad);
-    exp_avg = fma(h.one_minus_beta1, grad - exp_avg, exp_avg);
+    exp_avg = fma(h.lerp_weight, grad - exp_avg, h.lerp_from_grad ? grad : exp_avg);
     exp_avg_sq = fma(h.one_minus_beta2 * grad, grad, h.beta2 * exp_avg_sq);
     float second_moment = exp_avg_sq;
     if (kAmsgrad) {
@@ -91,8 +97,7 @@ struct AdamW {
       max_exp_avg_sq = larger ? exp_avg_sq : max_exp_avg_sq;
       second_moment = max_exp_avg_sq;
     }
-    const float denom = div(sqrt(second_moment), h.bias_correction2_sqrt) + h.eps;
-    param = param - div(h.step_size * exp_avg, denom);
+    param = param - div(h.step_size * exp_avg, sqrt(second_moment) + h.eps);
   }
 };
 

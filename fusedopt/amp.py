@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .options import Options
 from .plan import FOUND_INF, Plan, is_fsdp1_shard
@@ -140,13 +141,23 @@ class AmpAttributes:
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """torch's wrapper around ``step`` (profiler, hooks); an error in any of it restores."""
+        """torch's wrapper around ``step`` (profiler, hooks), entered only where there is either.
+
+        An error in any of it restores the attributes.
+        """
         hooked = Optimizer.profile_hook_step(func)
 
         @functools.wraps(hooked)
-        def step(self: AmpAttributes, *args: Any, **kwargs: Any) -> Any:
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            watched = (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+                or torch.autograd.profiler._is_profiler_enabled
+            )
             try:
-                return hooked(self, *args, **kwargs)
+                return hooked(self, *args, **kwargs) if watched else func(self, *args, **kwargs)
             except BaseException:
                 self._amp_restore()
                 raise
@@ -182,4 +193,6 @@ def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
             f"optimizer.{name} has shape {tuple(value.shape)}; it must be a number or a tensor of "
             "one element"
         )
+    if value.dtype == torch.float32 and value.device == device:
+        return value
     return value.detach().to(device=device, dtype=torch.float32)

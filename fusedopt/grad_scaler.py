@@ -2,7 +2,7 @@
 
 torch's scaler reads and writes every gradient once more before it calls an optimizer that handles
 scaling by itself: 8 bytes per fp32 parameter. The one place that depends on torch's private
-``_check_inf_per_device`` and ``_per_optimizer_states``; ``tests/test_grad_scaler.py`` pins both.
+``_check_inf_per_device`` and ``_per_optimizer_states``; ``tests/test_fused_scaler.py`` pins both.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from .optimizer import FusedOptimizer
@@ -18,15 +19,46 @@ from .optimizer import FusedOptimizer
 class _AsksTheOptimizer:
     """Mixin over ``torch.amp.GradScaler``."""
 
+    _enabled: bool
+    _scale: torch.Tensor | None
+    _per_optimizer_states: dict[int, dict[str, Any]]
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, which for our optimizers comes down to handing over scale and flag."""
+        if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
+            return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
+        own = self._per_optimizer_states[id(optimizer)]
+        flag = self._record_flag(optimizer)
+        preset = getattr(optimizer, "grad_scale", None)
+        optimizer.grad_scale = self._scale if preset is None else self._scale * preset
+        optimizer.found_inf = flag
+        result = optimizer.step(*args)
+        own["stage"] = OptState.STEPPED
+        del optimizer.grad_scale
+        del optimizer.found_inf
+        return result
+
+    def _may_ask(self, optimizer: FusedOptimizer) -> bool:
+        return (
+            self._enabled
+            and self._scale is not None
+            and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
+            and optimizer._step_supports_amp_scaling
+        )
+
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, torch.Tensor]:
         if not isinstance(optimizer, FusedOptimizer):
             found: dict[torch.device, torch.Tensor] = super()._check_inf_per_device(optimizer)  # type: ignore[misc]
             return found
-        scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")  # type: ignore[attr-defined]
+        flag = self._record_flag(optimizer)
+        return {flag.device: flag}
+
+    def _record_flag(self, optimizer: FusedOptimizer) -> torch.Tensor:
+        scale, _ = self._check_scale_growth_tracker("step")  # type: ignore[attr-defined]
         flag = optimizer._expect_inf_flag(optimizer._flag_device(scale.device))
-        recorded = {flag.device: flag}
-        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = recorded  # type: ignore[attr-defined]
-        return recorded
+        own = self._per_optimizer_states[id(optimizer)]
+        own["found_inf_per_device"] = {flag.device: flag}
+        return flag
 
 
 class GradScaler(_AsksTheOptimizer, torch.amp.GradScaler):  # type: ignore[misc]

@@ -63,7 +63,6 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     # ---- the step -------------------------------------------------------------------------------
 
     @_disable_dynamo  # the public torch.compiler.disable imports all of Dynamo right here
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -152,6 +151,10 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def _build_plan(self, every_param: bool) -> tuple[Backend, Plan]:
         """A plan for the optimizer as it is now; creates what state is missing."""
+        with torch.no_grad():
+            return self._build_plan_now(every_param)
+
+    def _build_plan_now(self, every_param: bool) -> tuple[Backend, Plan]:
         self._drop_plan()
         groups, options = self.param_groups, self._options
         params = [p for group in groups for p in group["params"]]
@@ -162,7 +165,6 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         self._backend, self._plan = backend, plan
         return backend, plan
 
-    @torch.no_grad()
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires grad now.
 

@@ -48,7 +48,7 @@ class Row:
         return self.dense.data_ptr() != self.param.data_ptr()
 
 
-@dataclass
+@dataclass(slots=True)
 class StepInputs:
     """Everything one step needs besides the plan; the options are re-read from the groups."""
 
@@ -108,12 +108,12 @@ class Plan(ABC):
     def stage_params(self) -> None:
         """Copy parameters with gaps into the dense tensors that the kernels update."""
         for row in self._staged_params:
-            row.dense.copy_(row.param)
+            row.dense.copy_(row.param.detach())
 
     def write_back(self) -> None:
         """The way back from ``stage_params``."""
         for row in self._staged_params:
-            row.param.copy_(row.dense)
+            row.param.detach().copy_(row.dense)
 
     def _accept(self, index: int) -> None:
         row = self.rows[index]
@@ -130,7 +130,7 @@ class Plan(ABC):
         if staged is None or staged.dtype != grad.dtype:
             staged = torch.empty_like(dense, dtype=grad.dtype)
             self._staged_grads[index] = staged
-        return staged.copy_(grad)
+        return staged.copy_(grad.detach())
 
     def staging_nbytes(self) -> int:
         staged = list(self._staged_grads.values()) + [row.dense for row in self._staged_params]

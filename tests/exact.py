@@ -128,7 +128,11 @@ class ExactStep:
         weight1, weight2, beta2_32 = f32(1 - beta1), f32(1 - beta2), f32(beta2)
         exp_avg = self.state.get("exp_avg", zeros)
         exp_avg_sq = self.state.get("exp_avg_sq", zeros)
-        exp_avg = self.state["exp_avg"] = fma(weight1, grad - exp_avg, exp_avg)
+        if weight1 < f32(0.5):
+            exp_avg = fma(weight1, grad - exp_avg, exp_avg)
+        else:  # torch.lerp: from the nearer end
+            exp_avg = fma(-(f32(1) - weight1), grad - exp_avg, grad)
+        self.state["exp_avg"] = exp_avg
         exp_avg_sq = fma(weight2 * grad, grad, beta2_32 * exp_avg_sq)
         self.state["exp_avg_sq"] = exp_avg_sq
         if hyper["amsgrad"]:
@@ -136,8 +140,9 @@ class ExactStep:
             exp_avg_sq = self.state["max_exp_avg_sq"] = largest
         correction1 = float(weight1) * float(geometric_sum(1 - float(weight1), self.count))
         correction2 = float(weight2) * float(geometric_sum(float(beta2_32), self.count))
-        step_size = f32(hyper["lr"] / correction1)
-        denom = np.sqrt(exp_avg_sq) / f32(math.sqrt(correction2)) + f32(hyper["eps"])
+        root = math.sqrt(correction2)
+        step_size = f32(hyper["lr"] / correction1 * root)
+        denom = np.sqrt(exp_avg_sq) + f32(hyper["eps"] * root)
         self.master = self.master - (step_size * exp_avg) / denom
 
     def _sgd(self, grad: Floats) -> None:

@@ -6,14 +6,9 @@ import warnings
 
 import pytest
 import torch
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 import fusedopt
-
-pytest.importorskip("expecttest", reason="torch.testing._internal needs it: pip install expecttest")
-from torch.testing._internal.common_optimizers import (
-    OptimizerErrorEnum,
-    optim_db,
-)
 
 # float64 is served by the reference backend, and says so once
 pytestmark = pytest.mark.filterwarnings("ignore::fusedopt.FusedOptFallbackWarning")

@@ -21,11 +21,19 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
+struct ManagedTensor {
+  Version version;
+  void* manager;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  Tensor tensor;
+};
+
 struct ExchangeApi {
   Version version;
   ExchangeApi* previous;
   void* allocator;
-  void* managed_from_py_object;
+  int (*managed_from_py_object)(void* object, ManagedTensor** out);
   void* managed_to_py_object;
   int (*dltensor_from_py_object)(void* object, Tensor* out);
   void* current_work_stream;

@@ -22,34 +22,23 @@ bool view(PyObject* object, dlpack::Tensor& out) {
   return true;
 }
 
-// A subclass may keep its values elsewhere, and a lazily negated view has them with the other sign;
-// the exchange shows neither.
-bool holds_its_values(PyObject* tensor) {
-  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-  if (type != torch.tensor_type && type != torch.parameter_type) return false;
-  const PyRef negated(PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr));
-  if (!negated.get()) PyErr_Clear();
-  return negated.get() == Py_False;
+// A subclass may keep its values elsewhere, which the exchange does not show.
+bool plain_tensor(PyObject* object) {
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == torch.tensor_type || type == torch.parameter_type;
+}
+
+// A lazily negated view, which the exchange does not show either. Such views come from the
+// imaginary part of a conjugate and have a stride of two, so that only a single element can look
+// dense.
+bool negated(PyObject* tensor) {
+  const PyRef answer(PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr));
+  if (!answer.get()) PyErr_Clear();
+  return answer.get() != Py_False;
 }
 
 const void* address(const dlpack::Tensor& t) {
   return static_cast<const char*>(t.data) + t.byte_offset;
-}
-
-bool same_shape(const std::vector<int64_t>& shape, const dlpack::Tensor& t) {
-  if (static_cast<size_t>(t.ndim) != shape.size()) return false;
-  for (size_t d = 0; d < shape.size(); ++d) {
-    if (t.shape[d] != shape[d]) return false;
-  }
-  return true;
-}
-
-// A dimension of one element may carry any stride.
-bool same_strides(const std::vector<int64_t>& strides, const dlpack::Tensor& t) {
-  for (size_t d = 0; d < strides.size(); ++d) {
-    if (t.shape[d] > 1 && t.strides[d] != strides[d]) return false;
-  }
-  return true;
 }
 
 bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
@@ -96,24 +85,61 @@ void use_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* is_neg
   torch = {api, tensor_type, parameter_type, is_neg};
 }
 
-bool Watch::Placement::read(PyObject* object) {
+SecondOwner::SecondOwner(PyObject* tensor) {
+  if (torch.exchange->managed_from_py_object(tensor, &managed_) != 0) {
+    PyErr_Clear();
+    managed_ = nullptr;  // not exchangeable as a consumer: slower, not wrong
+  }
+}
+
+SecondOwner::~SecondOwner() {
+  if (managed_ && managed_->deleter) managed_->deleter(managed_);
+}
+
+Watch::Placement Watch::place(PyObject* object,
+                              std::map<std::vector<int64_t>, size_t>& known_layouts) {
+  Placement placement;
   dlpack::Tensor t;
-  if (!view(object, t)) return false;
-  data = address(t);
-  device_type = t.device_type;
-  device_id = t.device_id;
-  dtype_code = t.dtype_code;
-  dtype_bits = t.dtype_bits;
-  shape.assign(t.shape, t.shape + t.ndim);
-  strides.assign(t.strides, t.strides + t.ndim);
+  if (!view(object, t)) return placement;
+  std::vector<int64_t> layout(t.shape, t.shape + t.ndim);
+  layout.insert(layout.end(), t.strides, t.strides + t.ndim);
+  const auto found = known_layouts.emplace(layout, layouts_.size());
+  if (found.second) layouts_.insert(layouts_.end(), layout.begin(), layout.end());
+  placement.data = address(t);
+  placement.layout = found.first->second;
+  placement.device_type = t.device_type;
+  placement.device_id = t.device_id;
+  placement.ndim = t.ndim;
+  placement.dtype_code = t.dtype_code;
+  placement.dtype_bits = t.dtype_bits;
+  placement.is_tensor = true;
+  return placement;
+}
+
+// A dimension of one element may carry any stride.
+bool Watch::same_layout(const Placement& placement, const dlpack::Tensor& t) const {
+  if (t.ndim != placement.ndim) return false;
+  const int64_t* shape = layouts_.data() + placement.layout;
+  const int64_t* strides = shape + t.ndim;
+  for (int32_t d = 0; d < t.ndim; ++d) {
+    if (t.shape[d] != shape[d] || (shape[d] > 1 && t.strides[d] != strides[d])) return false;
+  }
   return true;
 }
 
-bool Watch::Placement::still_of(PyObject* object) const {
+bool Watch::single_element(const Placement& placement) const {
+  const int64_t* shape = layouts_.data() + placement.layout;
+  for (int32_t d = 0; d < placement.ndim; ++d) {
+    if (shape[d] != 1) return false;
+  }
+  return true;
+}
+
+bool Watch::in_place(const Placement& placement, PyObject* object) const {
   dlpack::Tensor t;
-  return view(object, t) && address(t) == data && t.dtype_code == dtype_code &&
-         t.dtype_bits == dtype_bits && t.device_type == device_type && t.device_id == device_id &&
-         same_shape(shape, t) && same_strides(strides, t);
+  return view(object, t) && address(t) == placement.data && t.dtype_code == placement.dtype_code &&
+         t.dtype_bits == placement.dtype_bits && t.device_type == placement.device_type &&
+         t.device_id == placement.device_id && same_layout(placement, t);
 }
 
 Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds)
@@ -121,6 +147,7 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds)
   FUSEDOPT_CHECK(torch.exchange, "use_torch() has not been called");
   FUSEDOPT_CHECK(PyList_Check(groups) && PyDict_Check(state),
                  "param_groups must be a list and state a dict");
+  std::map<std::vector<int64_t>, size_t> layouts;
   for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
     PyObject* params = params_of(PyList_GET_ITEM(groups, g));
     FUSEDOPT_CHECK(params, "param group ", g, " has no list of params");
@@ -130,8 +157,10 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds)
       WatchedRow row;
       row.param = PyRef::borrow(PySequence_Fast_GET_ITEM(params, i));
       row.kind = static_cast<RowKind>(kinds[rows_.size()]);
-      FUSEDOPT_CHECK(row.placement.read(row.param.get()), "param ", i, " of group ", g,
+      row.placement = place(row.param.get(), layouts);
+      FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
                      " is not a strided tensor");
+      row.single_element = single_element(row.placement);
       rows_.push_back(std::move(row));
     }
   }
@@ -142,14 +171,14 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds)
     StateEntry entry;
     entry.key = PyRef::borrow(key);
     entry.value = PyRef::borrow(value);
+    entry.first_item = items_.size();
     PyObject *name, *item;
     for (Py_ssize_t in = 0; PyDict_Check(value) && PyDict_Next(value, &in, &name, &item);) {
-      Item watched;
-      watched.key = PyRef::borrow(name);
-      watched.value = PyRef::borrow(item);
-      watched.is_tensor = watched.placement.read(item);
-      entry.items.push_back(std::move(watched));
+      const Placement placement = place(item, layouts);
+      items_.push_back({PyRef::borrow(name), PyRef::borrow(item), placement,
+                        placement.is_tensor ? SecondOwner(item) : SecondOwner()});
     }
+    entry.n_items = items_.size() - entry.first_item;
     entries_.push_back(std::move(entry));
   }
 }
@@ -177,26 +206,26 @@ bool Watch::same_state(PyObject* state) const {
     const StateEntry& entry = entries_[e];
     if (key != entry.key.get() || value != entry.value.get()) return false;
     if (!PyDict_Check(value)) continue;
-    if (static_cast<size_t>(PyDict_Size(value)) != entry.items.size()) return false;
+    if (static_cast<size_t>(PyDict_Size(value)) != entry.n_items) return false;
     PyObject *name, *item;
-    size_t i = 0;
+    size_t i = entry.first_item;
     for (Py_ssize_t in = 0; PyDict_Next(value, &in, &name, &item); ++i) {
-      const Item& watched = entry.items[i];
+      const Item& watched = items_[i];
       if (name != watched.key.get() || item != watched.value.get()) return false;
-      if (watched.is_tensor && !watched.placement.still_of(item)) return false;
+      if (watched.placement.is_tensor && !in_place(watched.placement, item)) return false;
     }
   }
   return true;
 }
 
-bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) {
+bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
   const Placement& like = row.placement;
   dlpack::Tensor t;
-  if (row.kind == RowKind::kStaged || !holds_its_values(grad) || !view(grad, t)) return false;
+  if (row.kind == RowKind::kStaged || !plain_tensor(grad) || !view(grad, t)) return false;
   if (t.device_type != like.device_type || t.device_id != like.device_id) return false;
-  if (!same_shape(like.shape, t) || !same_strides(like.strides, t)) return false;
-  if (!kernel_dtype(t, out->dtype)) return false;
-  if (!address(t) && like.data) return false;  // a tensor of zeros that was never allocated
+  if (!same_layout(like, t) || !kernel_dtype(t, out->dtype)) return false;
+  if (row.single_element && negated(grad)) return false;
+  if (!address(t) && like.data) return false;  // zeros that were never allocated
   out->data = address(t);
   out->present = 1;
   return true;
@@ -207,7 +236,7 @@ bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) 
   if (!same_groups(groups) || !same_state(state)) return false;
   for (size_t r = 0; r < rows_.size(); ++r) {
     const WatchedRow& row = rows_[r];
-    if (!row.placement.still_of(row.param.get())) return false;
+    if (!in_place(row.placement, row.param.get())) return false;
     const PyRef grad(PyObject_GetAttr(row.param.get(), kGrad));
     if (!grad.get()) {
       PyErr_Clear();

@@ -5,10 +5,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <string>
+#include <map>
 #include <vector>
 
 #include "../plan.h"
+#include "dlpack.h"
 
 namespace fusedopt {
 
@@ -36,6 +37,21 @@ class PyRef {
   PyObject* object_ = nullptr;
 };
 
+// Holds a tensor as a DLPack consumer does. A tensor that only Python owns pays for the exchange
+// with a hand-over of ownership there and back, three times the price of one that has another
+// owner.
+class SecondOwner {
+ public:
+  SecondOwner() = default;
+  explicit SecondOwner(PyObject* tensor);
+  SecondOwner(SecondOwner&& other) noexcept : managed_(other.managed_) { other.managed_ = nullptr; }
+  SecondOwner& operator=(SecondOwner&&) = delete;
+  ~SecondOwner();
+
+ private:
+  dlpack::ManagedTensor* managed_ = nullptr;
+};
+
 // What a plan was built for, to be compared with what is there now. The optimizer's lists and dicts
 // are compared by identity, in order; tensors by address as well, since `t.data = other` keeps the
 // object and changes the memory.
@@ -57,38 +73,46 @@ class Watch {
   bool refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) const;
 
  private:
-  struct Placement {  // where a tensor lies and how
+  // Where a tensor lies and how. Sizes and strides are in layouts_, where equal ones are stored
+  // once.
+  struct Placement {
     const void* data = nullptr;
+    size_t layout = 0;  // layouts_[layout ...]: shape, then strides
     int32_t device_type = 0, device_id = 0;
-    int dtype_code = 0, dtype_bits = 0;
-    std::vector<int64_t> shape, strides;
-
-    bool read(PyObject* object);  // false: not a strided tensor
-    bool still_of(PyObject* object) const;
-  };
-  struct Item {  // one entry of a row's state dict
-    PyRef key, value;
-    Placement placement;
+    int32_t ndim = 0;
+    uint8_t dtype_code = 0, dtype_bits = 0;
     bool is_tensor = false;
   };
   struct WatchedRow {
     PyRef param;
     RowKind kind;
     Placement placement;
+    bool single_element = false;
   };
-  struct StateEntry {  // one entry of optimizer.state
+  struct Item {  // one entry of a row's state dict
     PyRef key, value;
-    std::vector<Item> items;
+    Placement placement;
+    SecondOwner second_owner;
+  };
+  struct StateEntry {  // one entry of optimizer.state, and its items_[first_item ...]
+    PyRef key, value;
+    size_t first_item, n_items;
   };
 
+  Placement place(PyObject* object, std::map<std::vector<int64_t>, size_t>& known_layouts);
   bool same_groups(PyObject* groups) const;
   bool same_state(PyObject* state) const;
-  static bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out);
+  bool same_layout(const Placement& placement, const dlpack::Tensor& t) const;
+  bool single_element(const Placement& placement) const;
+  bool in_place(const Placement& placement, PyObject* object) const;
+  bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const;
 
   std::vector<Py_ssize_t> group_sizes_;
   std::vector<WatchedRow> rows_;
   PyRef state_;
   std::vector<StateEntry> entries_;
+  std::vector<Item> items_;
+  std::vector<int64_t> layouts_;
 };
 
 // torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg and the capsule

@@ -135,7 +135,7 @@ def adamw(p: Tensor, grad: Tensor, row: Row, group: Group, step: int) -> Tensor:
     weight2 = round_to(1.0 - float(group["betas"][1]), p.dtype)
     beta2 = round_to(float(group["betas"][1]), p.dtype)
     p, grad = _decayed(p, grad, group)
-    exp_avg.add_(weight1 * (grad - exp_avg))
+    exp_avg.lerp_(grad, weight1)
     exp_avg_sq.mul_(beta2).add_(weight2 * grad * grad)
     second_moment = exp_avg_sq
     if group["amsgrad"]:
@@ -178,6 +178,7 @@ class ReferenceBackend:
     ) -> Plan:
         return ReferencePlan(rule, rows, layout, groups, state)
 
+    @torch.no_grad()
     def reduce(self, plan: Plan, step: StepInputs) -> None:
         assert isinstance(plan, ReferencePlan)
         device = step.scalars.device
@@ -191,6 +192,7 @@ class ReferenceBackend:
         plan.norms = torch.stack(norms) if norms else none
         plan.finite = torch.stack(finite) if finite else none.bool()
 
+    @torch.no_grad()
     def finalize(self, plan: Plan, step: StepInputs) -> None:
         assert isinstance(plan, ReferencePlan)
         scalars = step.scalars
@@ -220,6 +222,7 @@ class ReferenceBackend:
                 if row.step is not None:
                     row.step.add_(1)
 
+    @torch.no_grad()
     def update(self, plan: Plan, step: StepInputs) -> None:
         assert isinstance(plan, ReferencePlan)
         if step.scalars[SKIP] != 0:

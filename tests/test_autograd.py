@@ -1,0 +1,172 @@
+"""Gradients that come and go, graphs that see a step, steps inside backward."""
+
+import warnings
+
+import pytest
+import torch
+from protocol_helpers import (
+    HALF,
+    KINDS,
+    assert_twins,
+    build,
+    every_kind,
+    fallback_is_expected,
+    give_grads,
+    make_params,
+    on_every_backend,
+    step_all,
+    twins,
+)
+
+pytestmark = fallback_is_expected
+_every_backend = pytest.fixture(autouse=True)(on_every_backend)
+
+
+# Gradients that come and go
+
+
+@every_kind
+def test_none_gradients(kind):
+    pairs = twins(kind)
+    for step in range(6):
+        for params, opt in pairs:
+            give_grads(params, step)
+            for i, p in enumerate(params):
+                if (step + i) % 3 == 0:
+                    p.grad = None
+            opt.step()
+    assert_twins(pairs)
+    ours, opt = pairs[0]
+    assert {float(opt.state[p]["step"]) for p in ours} == {4.0}
+    params, opt = twins(kind)[0]
+    opt.step()
+    assert not opt.state and all(
+        torch.equal(a, b) for a, b in zip(params, make_params(), strict=True)
+    )
+
+
+@every_kind
+def test_frozen_and_thawed(kind):
+    pairs = twins(kind)
+    for step in range(9):
+        for params, opt in pairs:
+            params[1].requires_grad_(not 3 <= step < 6)
+            opt.zero_grad()
+            loss = sum(((p - step) ** 2).sum() for p in params)
+            loss.backward()
+            assert (params[1].grad is None) == (3 <= step < 6)
+            opt.step()
+    assert_twins(pairs)
+    assert float(pairs[0][1].state[pairs[0][0][1]]["step"]) == 6
+
+
+@every_kind
+def test_stale_gradient_of_a_frozen_param_is_used_as_in_torch(kind):
+    pairs = twins(kind)
+    step_all(pairs, 0)
+    for params, opt in pairs:
+        params[0].requires_grad_(False)
+        opt.step()
+    assert_twins(pairs)
+
+
+@every_kind
+def test_thawed_after_init_state(kind):
+    """init_state leaves frozen params out; they get their state when they first have a gradient."""
+    pairs = twins(kind)
+    for params, opt in pairs:
+        params[1].requires_grad_(False)
+        if isinstance(opt, KINDS[kind][0]):
+            opt.init_state()
+            assert params[1] not in opt.state and params[0] in opt.state
+        params[1].requires_grad_(True)
+    step_all(pairs, 0)
+    assert_twins(pairs)
+
+
+# Autograd
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF, torch.float64], ids=str)
+def test_version_counters(kind, dtype):
+    """A graph that saved a parameter must not be walked after the parameter has changed."""
+    param = torch.nn.Parameter(torch.ones(20, dtype=dtype))
+    idle = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    opt = build(True, kind, [param, idle])
+    loss = (param * param).sum()
+    loss.backward(retain_graph=True)
+    versions = param._version, idle._version, param.grad._version
+    opt.step()
+    assert param._version > versions[0]
+    assert (idle._version, param.grad._version) == versions[1:]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@every_kind
+def test_parameters_stay_leaves(kind):
+    params, opt = twins(kind)[0]
+    step_all([(params, opt)], 0)
+    assert all(p.is_leaf and p.requires_grad and p.grad_fn is None for p in params)
+    assert not any(v.requires_grad for s in opt.state.values() for v in s.values())
+
+
+@every_kind
+def test_gradient_with_a_graph(kind):
+    """create_graph=True leaves gradients that require grad themselves."""
+    pairs = twins(kind)
+    for params, opt in pairs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sum((p**3).sum() for p in params).backward(create_graph=True)
+        assert params[0].grad.requires_grad
+        opt.step()
+        for p in params:
+            p.grad = None
+    assert_twins(pairs)
+
+
+@every_kind
+def test_step_in_backward(kind):
+    """One optimizer a parameter, stepped as soon as the gradient is there."""
+    results = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        opts = {p: build(own, kind, [p]) for p in model.parameters()}
+
+        def step(param, opts=opts):
+            opts[param].step()
+            opts[param].zero_grad()
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        gen = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            model(torch.randn(3, 4, generator=gen)).square().sum().backward()
+        assert all(p.grad is None for p in model.parameters())
+        results.append(list(model.parameters()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@every_kind
+@pytest.mark.parametrize("n", [1, 5])
+def test_gradient_with_the_negative_bit(kind, n):
+    """A view that says "negate me" when read: its memory holds the opposite sign.
+
+    torch makes them as the imaginary part of a conjugate, so with a stride of two: only one of a
+    single element passes for dense.
+    """
+    pairs = twins(kind)
+    for step in range(2):
+        for params, opt in pairs:
+            give_grads(params, step)
+            flat = params[1].grad.reshape(-1)[:n]
+            params[1].data = params[1].data.reshape(-1)[:n].clone()
+            params[1].grad = torch.complex(flat, -flat).conj().imag
+            opt.state.pop(params[1], None)
+            assert params[1].grad.is_neg()
+            opt.step()
+    assert_twins(pairs)

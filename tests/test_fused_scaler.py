@@ -1,0 +1,203 @@
+"""fusedopt.GradScaler and fuse_scaler: the sweep they leave out, and both as objects."""
+
+import copy
+import inspect
+import pickle
+import warnings
+
+import pytest
+import torch
+from protocol_helpers import (
+    INF,
+    NAN,
+    SCALERS,
+    assert_same,
+    give_grads,
+    make_ours,
+    make_params,
+    make_scaler,
+    make_theirs,
+    on_every_backend,
+)
+
+import fusedopt
+
+_every_backend = pytest.fixture(autouse=True)(on_every_backend)
+
+
+# The sweep
+
+
+@pytest.fixture
+def sweeps(monkeypatch):
+    calls = []
+    real = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def counted(grads, found_inf, inv_scale):
+        calls.append(len(grads))
+        return real(grads, found_inf, inv_scale)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", counted)
+    return calls
+
+
+@pytest.mark.parametrize("scaler_name", ["ours", "converted"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"skip_nonfinite": True}])
+def test_no_sweep_over_our_gradients(scaler_name, options, sweeps):
+    params, opt = make_ours("adamw", **options)
+    scaler = make_scaler(scaler_name)
+    for step, bad in enumerate((None, INF, NAN, None)):
+        give_grads(params, step, scaler.get_scale(), bad)
+        scaler.step(opt)
+        scaler.update()
+    assert sweeps == []
+    assert (scaler.get_scale(), int(opt.skipped_steps)) == (2.0, 2)
+    foreign, stock_opt = make_theirs()
+    give_grads(foreign, 0, 2.0)
+    scaler.step(stock_opt)
+    assert len(sweeps) == 1
+    scaler.update()
+    give_grads(params, 9, 2.0)
+    scaler.unscale_(opt)
+    scaler.step(opt)
+    assert len(sweeps) == 2
+
+
+def test_stock_scaler_sweeps(sweeps):
+    """The count above can be other than zero."""
+    params, opt = make_ours()
+    scaler = make_scaler("torch")
+    give_grads(params, 0, 8.0)
+    scaler.step(opt)
+    assert len(sweeps) == 1
+
+
+@pytest.mark.parametrize("scaler_name", ["ours", "converted"])
+def test_foreign_fused_optimizer_is_checked_by_torch(scaler_name):
+    """An optimizer that speaks the protocol and is not ours relies on the scaler's check."""
+    params = make_params()
+    opt = torch.optim.AdamW(params, fused=True)
+    scaler = make_scaler(scaler_name)
+    give_grads(params, 0, 8.0, INF)
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert all(torch.equal(a, b) for a, b in zip(params, make_params(), strict=True))
+
+
+# The scaler as an object
+
+
+def test_constructor_is_torchs():
+    assert inspect.signature(fusedopt.GradScaler) == inspect.signature(torch.amp.GradScaler)
+    assert issubclass(fusedopt.GradScaler, torch.amp.GradScaler)
+
+
+@pytest.mark.parametrize("scaler_name", SCALERS)
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_scaler_copies(scaler_name, copier, sweeps):
+    params, opt = make_ours()
+    scaler = make_scaler(scaler_name)
+    give_grads(params, 0, 8.0, INF)
+    scaler.step(opt)
+    scaler.update()
+    del sweeps[:]
+    twin = copier(scaler)
+    assert twin.state_dict() == scaler.state_dict() and twin.get_scale() == 4.0
+    twin.scale(torch.zeros(()))
+    give_grads(params, 1, 4.0)
+    twin.step(opt)
+    twin.update()
+    assert len(sweeps) == (1 if scaler_name == "torch" else 0)
+    assert twin._get_growth_tracker() == 1 and scaler._get_growth_tracker() == 0
+    assert float(opt.state[params[0]]["step"]) == 1
+
+
+@pytest.mark.parametrize("source", SCALERS)
+@pytest.mark.parametrize("target", SCALERS)
+def test_scaler_state_dict_travels(source, target):
+    params, opt = make_ours()
+    scaler = make_scaler(source)
+    for step, bad in enumerate((INF, None)):
+        give_grads(params, step, scaler.get_scale(), bad)
+        scaler.step(opt)
+        scaler.update()
+    other = make_scaler(target, init_scale=1.0)
+    other.load_state_dict(scaler.state_dict())
+    assert other.state_dict() == scaler.state_dict()
+    assert set(other.state_dict()) == set(make_scaler("torch").state_dict())
+
+
+class CountingScaler(torch.amp.GradScaler):
+    updates = 0
+
+    def update(self, new_scale=None):
+        self.updates += 1
+        super().update(new_scale)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_fuse_keeps_a_subclass(copied, sweeps):
+    scaler = CountingScaler("cpu", init_scale=8.0)
+    assert fusedopt.fuse_scaler(scaler) is scaler
+    if copied:
+        scaler = pickle.loads(pickle.dumps(scaler))
+    assert isinstance(scaler, CountingScaler)
+    scaler.scale(torch.zeros(()))
+    params, opt = make_ours()
+    give_grads(params, 0, 8.0, NAN)
+    scaler.step(opt)
+    scaler.update()
+    assert (scaler.get_scale(), scaler.updates, sweeps) == (4.0, 1, [])
+
+
+@pytest.mark.parametrize("module", [torch.cuda.amp, torch.cpu.amp], ids=lambda m: m.__name__)
+def test_fuse_deprecated_classes(module, sweeps):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scaler = module.GradScaler(init_scale=8.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fusedopt.fuse_scaler(scaler) is scaler
+    assert isinstance(scaler, torch.amp.GradScaler)
+    scaler.scale(torch.zeros(()))
+    params, opt = make_ours()
+    give_grads(params, 0, scaler.get_scale())
+    scaler.step(opt)
+    scaler.update()
+    assert sweeps == []
+    assert float(opt.state[params[0]]["step"]) == 1
+
+
+def test_fuse_in_the_middle_of_a_run(sweeps):
+    """State, scale and growth count go on; converting twice is converting once."""
+    ours, theirs = make_ours("sgd"), make_theirs("sgd")
+    scaler, stock = make_scaler("torch"), make_scaler("torch")
+    for step in range(9):
+        if step in (3, 5):
+            assert fusedopt.fuse_scaler(scaler) is scaler
+        bad = INF if step in (1, 4) else None
+        for s, (params, opt) in ((scaler, ours), (stock, theirs)):
+            give_grads(params, step, s.get_scale(), bad)
+            s.step(opt)
+            s.update()
+        assert scaler.state_dict() == stock.state_dict()
+    assert_same(ours, theirs)
+    assert len(sweeps) == 9 + 3
+    own = fusedopt.GradScaler("cpu")
+    assert fusedopt.fuse_scaler(own) is own and type(own) is fusedopt.GradScaler
+
+
+def test_fuse_refuses_a_sharded_scaler():
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    scaler = ShardedGradScaler("cpu")
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="ShardedGradScaler"):
+        fusedopt.fuse_scaler(scaler)
+    assert type(scaler) is ShardedGradScaler
+
+
+@pytest.mark.parametrize("thing", [None, 8.0, object()])
+def test_fuse_refuses_what_is_no_scaler(thing):
+    with pytest.raises(TypeError, match="GradScaler"):
+        fusedopt.fuse_scaler(thing)
