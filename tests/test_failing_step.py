@@ -313,6 +313,7 @@ def test_gradient_without_memory(grad, backend):
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=root,  # `-c` looks in the working directory first: not in the checkout
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, (done.returncode, done.stderr)

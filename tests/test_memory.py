@@ -283,6 +283,7 @@ def resident():
         capture_output=True,
         text=True,
         timeout=300,
+        cwd=root,  # `-c` looks in the working directory first: not in the checkout
         env={**os.environ, "PYTHONPATH": path},
     )
     if "PermissionError" in done.stderr:
