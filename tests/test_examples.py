@@ -186,7 +186,8 @@ def check_characters(output: str, out: Path, tolerance: float) -> None:
 def test_characters_from_the_command_line(tmp_path: Path) -> None:
     done = run("train_char_transformer.py", 4, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("10,699,392 ")  # parameters by default
+    n_params = int(done.stdout.split()[0].replace(",", ""))
+    assert 10.5e6 < n_params < 11e6  # the alphabet, and so the embedding, differs between Pythons
     check_characters(done.stdout, tmp_path, TOLERANCE["fp32"])
 
 
