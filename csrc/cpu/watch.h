@@ -76,6 +76,7 @@ class Watch {
   // Where a tensor lies and how. Sizes and strides are in layouts_, where equal ones are stored
   // once.
   struct Placement {
+    const void* fetch_ahead = nullptr;  // inside torch's own record of the tensor; a hint
     const void* data = nullptr;
     size_t layout = 0;  // layouts_[layout ...]: shape, then strides
     int32_t device_type = 0, device_id = 0;
@@ -85,6 +86,9 @@ class Watch {
   };
   struct WatchedRow {
     PyRef param;
+    // Of the last look: hints, never followed.
+    mutable const void* grad_object = nullptr;
+    mutable const void* grad_record = nullptr;
     RowKind kind;
     Placement placement;
     bool single_element = false;
@@ -106,6 +110,8 @@ class Watch {
   bool single_element(const Placement& placement) const;
   bool in_place(const Placement& placement, PyObject* object) const;
   bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const;
+  void fetch_row(size_t r) const;
+  void fetch_entry(size_t e) const;
 
   std::vector<Py_ssize_t> group_sizes_;
   std::vector<WatchedRow> rows_;
