@@ -1,6 +1,7 @@
 // fp16 and bf16 as bit patterns: exact widening, round-to-nearest-even narrowing.
-// Integer arithmetic only, so that the result does not depend on the instruction set or on the
-// process's denormal flags; branch-free, so that loops over it vectorise.
+// On a CPU integer arithmetic only, so that the result does not depend on the instruction set or on
+// the process's denormal flags; branch-free, so that loops over it vectorise. CUDA's conversions
+// give the same values, and other payloads to NaNs.
 #pragma once
 
 #include "platform.h"
@@ -17,6 +18,11 @@ FUSEDOPT_FN uint16_t float_to_bfloat16(float x) {
 }
 
 FUSEDOPT_FN float float16_to_float(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
   const uint32_t magnitude = h & 0x7fffu;
   const uint32_t shifted = magnitude << 13;
   const uint32_t normal = shifted + (112u << 23);  // exponent bias 15 -> 127
@@ -26,9 +32,15 @@ FUSEDOPT_FN float float16_to_float(uint16_t h) {
   uint32_t bits = magnitude < 0x400u ? subnormal : normal;
   bits = magnitude >= 0x7c00u ? special : bits;
   return float_of(bits | (static_cast<uint32_t>(h & 0x8000u) << 16));
+#endif
 }
 
 FUSEDOPT_FN uint16_t float_to_float16(float x) {
+#if defined(__CUDA_ARCH__)
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  return half;
+#else
   const uint32_t f = bits_of(x);
   const uint32_t a = f & 0x7fffffffu;
   // Normal range: drop 13 bits, ties to even; what rounds past 65504 carries into infinity.
@@ -40,6 +52,7 @@ FUSEDOPT_FN uint16_t float_to_float16(float x) {
   uint32_t h = a < 0x38800000u ? subnormal : normal;
   h = a > 0x7f800000u ? quiet_nan : h;
   return static_cast<uint16_t>(h | ((f >> 16) & 0x8000u));
+#endif
 }
 
 }  // namespace fusedopt

@@ -46,7 +46,7 @@ static_assert(sizeof(Chunk) == 16, "mirrored by fusedopt/plan.py");
 struct PlanView {
   const Row* rows;
   const Grad* grads;
-  void* row_scalars;  // 8 bytes a row: the rule's RowScalars
+  void* row_scalars;  // of each row: the rule's RowScalars (CPU) or RowStep (CUDA)
   int64_t n_rows;
   const Chunk* chunks;
   int64_t n_chunks;

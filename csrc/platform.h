@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define FUSEDOPT_FN __host__ __device__ __forceinline__
+#define FUSEDOPT_FN static __host__ __device__ __forceinline__
 #else
 #define FUSEDOPT_FN static inline __attribute__((always_inline))
 #endif
@@ -34,6 +34,14 @@ FUSEDOPT_FN float sqrt(float x) {
 #endif
 }
 
+FUSEDOPT_FN double sqrt(double x) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
 FUSEDOPT_FN float div(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fdiv_rn(a, b);
@@ -43,15 +51,23 @@ FUSEDOPT_FN float div(float a, float b) {
 }
 
 FUSEDOPT_FN uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
   return bits;
+#endif
 }
 
 FUSEDOPT_FN float float_of(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
   float x;
   __builtin_memcpy(&x, &bits, sizeof x);
   return x;
+#endif
 }
 
 }  // namespace fusedopt

@@ -5,7 +5,9 @@
 //   Options      one param group as the user gave it (64 bytes, doubles; Python packs it)
 //   RowScalars   what depends on a tensor's own step count; finalize() computes it once per step
 //   Hyper        the two above as rounded for the kernel
-//   update()     one element: grad in, param and states in and out, all fp32 registers
+//   update()     one element: grad in, param and states in and out, all fp32 registers; what is the
+//                same for a whole tensor (the kind of decay) comes as a value, so that a CPU loop
+//                can make it a constant and a CUDA block a uniform branch
 // Loads, stores, conversions and tails belong to the driver.
 //
 // Sources: AdamW, Loshchilov & Hutter, arXiv:1711.05101; AMSGrad, Reddi et al., arXiv:1904.09237;
@@ -18,12 +20,21 @@ namespace fusedopt {
 
 enum class Decay { kNone, kCoupled, kDecoupled };
 
+// What a rule gets as its gradient.
+FUSEDOPT_FN float clipped(float grad, float grad_mult, float max_grad_value) {
+  float g = grad * grad_mult;
+  g = g > max_grad_value ? max_grad_value : g;  // NaN passes both comparisons
+  return g < -max_grad_value ? -max_grad_value : g;
+}
+
 // Sum of b^i for 0 <= i < t by repeated doubling. For b < 1 it is (1 - b^t) / (1 - b), without the
 // cancellation, and it has a value at b == 1 (a beta that rounds to one).
 FUSEDOPT_FN double geometric_sum(double b, int64_t t) {
   double sum = 0.0;
   double power = 1.0;
-  for (int bit = 62; bit >= 0; --bit) {
+  int bit = 62;
+  while (bit > 0 && ((t >> bit) & 1) == 0) --bit;  // leading zeros change neither
+  for (; bit >= 0; --bit) {
     sum = sum * (1.0 + power);
     power = power * power;
     if ((t >> bit) & 1) {
@@ -61,7 +72,7 @@ struct AdamW {
     const double beta2 = static_cast<float>(o.beta2);
     const double bias_correction1 = weight1 * geometric_sum(1.0 - weight1, step);
     const double bias_correction2 = weight2 * geometric_sum(beta2, step);
-    const double root = __builtin_sqrt(bias_correction2);
+    const double root = sqrt(bias_correction2);
     return {static_cast<float>(o.lr / bias_correction1 * root), static_cast<float>(o.eps * root)};
   }
 
@@ -84,11 +95,11 @@ struct AdamW {
             from_grad};
   }
 
-  template <Decay kDecay, bool kAmsgrad>
-  FUSEDOPT_FN void update(const Hyper& h, float grad, float& param, float& exp_avg,
+  template <bool kAmsgrad>
+  FUSEDOPT_FN void update(const Hyper& h, Decay decay, float grad, float& param, float& exp_avg,
                           float& exp_avg_sq, float& max_exp_avg_sq) {
-    if (kDecay == Decay::kDecoupled) param = fma(h.decay, param, param);
-    if (kDecay == Decay::kCoupled) grad = fma(h.decay, param, grad);
+    if (decay == Decay::kDecoupled) param = fma(h.decay, param, param);
+    if (decay == Decay::kCoupled) grad = fma(h.decay, param, grad);
     exp_avg = fma(h.lerp_weight, grad - exp_avg, h.lerp_from_grad ? grad : exp_avg);
     exp_avg_sq = fma(h.one_minus_beta2 * grad, grad, h.beta2 * exp_avg_sq);
     float second_moment = exp_avg_sq;
@@ -134,13 +145,13 @@ struct SGD {
             static_cast<float>(o.momentum), static_cast<float>(decay)};
   }
 
-  template <Decay kDecay, bool kMomentum, bool kNesterov>
-  FUSEDOPT_FN void update(const Hyper& h, float grad, float& param, float& momentum_buffer) {
-    if (kDecay == Decay::kDecoupled) param = fma(h.decay, param, param);
-    if (kDecay == Decay::kCoupled) grad = fma(h.decay, param, grad);
-    if (kMomentum) {
+  FUSEDOPT_FN void update(const Hyper& h, Decay decay, bool momentum, bool nesterov, float grad,
+                          float& param, float& momentum_buffer) {
+    if (decay == Decay::kDecoupled) param = fma(h.decay, param, param);
+    if (decay == Decay::kCoupled) grad = fma(h.decay, param, grad);
+    if (momentum) {
       momentum_buffer = fma(h.buffer_momentum, momentum_buffer, h.grad_weight * grad);
-      grad = kNesterov ? fma(h.momentum, momentum_buffer, grad) : momentum_buffer;
+      grad = nesterov ? fma(h.momentum, momentum_buffer, grad) : momentum_buffer;
     }
     param = fma(h.minus_lr, grad, param);
   }

@@ -33,15 +33,36 @@ FUSEDOPT_FN float inverse_scale(const float* grad_scale) {
   return grad_scale ? static_cast<float>(1.0 / static_cast<double>(*grad_scale)) : 1.0f;
 }
 
+// Whether the sum of squares of a chunk neither over- nor underflowed fp32; false for NaN.
+FUSEDOPT_FN bool in_range(float sum) { return sum >= 0x1p-80f && sum <= 0x1.fffffep127f; }
+
+// Otherwise the chunk is summed once more, scaled by a power of two to around one. Finite elements
+// thus have a finite sum; an inf or NaN element is the only way to a non-finite partial.
+struct Rescale {
+  float scale;
+  double unscale;  // its reciprocal
+};
+
+FUSEDOPT_FN Rescale rescale_for(float largest) {
+  int exponent = static_cast<int>(bits_of(largest) >> 23) - 127;
+  exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+  const float scale = float_of(static_cast<uint32_t>(127 - exponent) << 23);
+  return {scale, 1.0 / static_cast<double>(scale)};
+}
+
+// The larger magnitude, with NaN above all: how partials of the inf-norm combine.
+FUSEDOPT_FN double larger(double a, double b) { return b > a || b != b ? b : a; }
+
 FUSEDOPT_FN bool is_finite(double x) { return x - x == 0.0; }
 
 // total: sum of squares (norm 2) or maximum magnitude (norm inf) over all chunks. It is non-finite
-// exactly when some element is: a chunk's partial of finite elements never overflows.
+// exactly when some element is: a chunk's partial of finite elements never overflows. Counting a
+// skip is left to whoever can no longer fail.
 FUSEDOPT_FN void decide(const StepOptions& o, double total, const float* grad_scale,
                         const float* found_inf, StepScalars& s) {
-  const double norm = o.norm_type == NormType::kTwo ? __builtin_sqrt(total) : total;
+  const double norm = o.norm_type == NormType::kTwo ? sqrt(total) : total;
   s.inv_scale = inverse_scale(grad_scale);
-  s.grad_norm = o.measured ? static_cast<float>(norm) : __builtin_nanf("");
+  s.grad_norm = o.measured ? static_cast<float>(norm) : float_of(0x7fc00000u);
   s.clip_coef = 1.0f;
   if (o.measured && o.max_grad_norm >= 0.0) {
     const float coef = static_cast<float>(o.max_grad_norm / (norm + kClipEpsilon));
@@ -53,7 +74,6 @@ FUSEDOPT_FN void decide(const StepOptions& o, double total, const float* grad_sc
   const bool bad = (o.measured && !is_finite(total)) || (found_inf && *found_inf != 0.0f);
   s.found_inf = bad ? 1.0f : 0.0f;
   s.skip = bad && o.skip_nonfinite ? 1.0f : 0.0f;
-  s.skipped_steps += s.skip;
 }
 
 }  // namespace fusedopt

@@ -115,7 +115,8 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "fusedopt", f"{report['fusedopt']}, commit {report['commit'] or 'unknown'}"
     yield "location", report["location"]
     for name, built in (report["build"] or {}).items():
-        how = f"{', '.join(built['simd'])}; built with {built['compiler']}"
+        versions = ", ".join([*built["simd"], *built.get("architectures", [])])
+        how = f"{versions}; built with {built['compiler']}"
         yield f"module {name}", how if built["built"] else f"not built: {built['reason']}"
     for name, facts in report["backends"].items():
         reason = f": {facts['reason']}" if facts["reason"] else ""

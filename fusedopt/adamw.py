@@ -49,7 +49,7 @@ class FusedAdamW(FusedOptimizer):
         skip_nonfinite: without a GradScaler, skip a step whose gradients are not all finite. Off,
             they propagate as in torch. With a scaler such a step is always skipped.
         amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first).
-        backend: "cpu", "reference" or "auto"; default: ``FUSEDOPT_BACKEND``, else "auto".
+        backend: "cuda", "cpu", "reference" or "auto"; default: ``FUSEDOPT_BACKEND``, else "auto".
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the remedy.
@@ -117,10 +117,10 @@ class FusedAdamW(FusedOptimizer):
         _OPTIONS.pack_into(
             table,
             offset,
-            float(group["lr"]),
-            float(group["weight_decay"]),
-            float(beta1),
-            float(beta2),
+            self._number(group["lr"], offset),
+            self._number(group["weight_decay"], offset + 8),
+            self._number(beta1, offset + 16),
+            self._number(beta2, offset + 24),
             float(group["eps"]),
             bool(group["decoupled_weight_decay"]),
             bool(group["maximize"]),

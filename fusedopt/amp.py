@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class AmpAttributes:
     _scalars: Tensor
     _plan: Plan | None
     param_groups: list[dict[str, Any]]
+    _optimizer_step_pre_hooks: Any
 
     def _amp_values(self) -> dict[str, Any]:
         values: dict[str, Any] = self.__dict__.setdefault("_amp", {})
@@ -114,27 +116,42 @@ class AmpAttributes:
                 return device
         return otherwise
 
-    def _expect_inf_flag(self, device: torch.device) -> Tensor:
-        """A zeroed fp32 flag that the next step fills in; see ``fusedopt.GradScaler``.
+    def _expect_inf_flag(self, device: torch.device, clear: bool) -> Tensor:
+        """An fp32 flag that the next step fills in; see ``fusedopt.GradScaler``.
 
         The scaler accumulates into it in place, so it is never the value ``found_inf`` reports.
+        Until the step it holds the last answer, unless ``clear``, or a hook that could look: on a
+        GPU clearing is a launch of its own.
         """
         flag: Tensor | None = self.__dict__.get("_inf_flag")
         if flag is None or flag.device != device:
             flag = torch.zeros((), dtype=torch.float32, device=device)
-        self.__dict__["_inf_flag"] = flag.zero_()
+        elif clear or self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
+            flag.zero_()
+        self.__dict__["_inf_flag"] = flag
         self.__dict__["_inf_flag_due"] = True
         return flag
 
     def _amp_inputs(self, device: torch.device) -> AmpInputs:
         values = self._amp_values()
-        due = self.__dict__.pop("_inf_flag_due", False)
+        flag = self.__dict__["_inf_flag"] if self.__dict__.get("_inf_flag_due") else None
+        found_inf = values.get("found_inf")
         return AmpInputs(
             grad_scale=_one_float(values.get("grad_scale"), "grad_scale", device),
-            found_inf=_one_float(values.get("found_inf"), "found_inf", device),
-            inf_flag=self.__dict__["_inf_flag"] if due else None,
+            found_inf=None if found_inf is flag else _one_float(found_inf, "found_inf", device),
+            inf_flag=flag,
             in_charge="found_inf" in values,
         )
+
+    def _amp_decided(self) -> None:
+        """The flag holds this step's answer."""
+        self.__dict__.pop("_inf_flag_due", None)
+
+    def _amp_undecided(self) -> None:
+        """A flag in the scaler's books that nobody wrote says that nothing was found."""
+        if self.__dict__.pop("_inf_flag_due", False):
+            with suppress(RuntimeError):  # of a GPU past help, whose own error is on its way
+                self.__dict__["_inf_flag"].zero_()
 
     def _amp_done(self) -> None:
         self.__dict__["_amp_answered"] = True
@@ -168,10 +185,10 @@ class AmpAttributes:
 
     def _amp_restore(self) -> None:
         """After a failed step: the attributes as they were before the scaler set them."""
-        self.__dict__.pop("_inf_flag_due", None)
         if "found_inf" in self._amp_values():  # a scaler sets both, grad_scale first
             before = self.__dict__.get("_amp_before", {})
             self.__dict__["_amp"] = {k: v for k, v in before.items() if k != "found_inf"}
+        self._amp_undecided()
 
 
 @functools.lru_cache(maxsize=64)

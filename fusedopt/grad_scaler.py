@@ -28,11 +28,14 @@ class _AsksTheOptimizer:
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
             return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
         own = self._per_optimizer_states[id(optimizer)]
-        flag = self._record_flag(optimizer)
-        preset = getattr(optimizer, "grad_scale", None)
-        optimizer.grad_scale = self._scale if preset is None else self._scale * preset
-        optimizer.found_inf = flag
-        result = optimizer.step(*args)
+        flag = self._record_flag(optimizer, clear=False)
+        try:
+            preset = getattr(optimizer, "grad_scale", None)
+            optimizer.grad_scale = self._scale if preset is None else self._scale * preset
+            optimizer.found_inf = flag
+            result = optimizer.step(*args)
+        finally:
+            optimizer._amp_undecided()
         own["stage"] = OptState.STEPPED
         del optimizer.grad_scale
         del optimizer.found_inf
@@ -50,12 +53,12 @@ class _AsksTheOptimizer:
         if not isinstance(optimizer, FusedOptimizer):
             found: dict[torch.device, torch.Tensor] = super()._check_inf_per_device(optimizer)  # type: ignore[misc]
             return found
-        flag = self._record_flag(optimizer)
+        flag = self._record_flag(optimizer, clear=True)  # torch adds it up at once
         return {flag.device: flag}
 
-    def _record_flag(self, optimizer: FusedOptimizer) -> torch.Tensor:
+    def _record_flag(self, optimizer: FusedOptimizer, clear: bool) -> torch.Tensor:
         scale, _ = self._check_scale_growth_tracker("step")  # type: ignore[attr-defined]
-        flag = optimizer._expect_inf_flag(optimizer._flag_device(scale.device))
+        flag = optimizer._expect_inf_flag(optimizer._flag_device(scale.device), clear)
         own = self._per_optimizer_states[id(optimizer)]
         own["found_inf_per_device"] = {flag.device: flag}
         return flag

@@ -7,6 +7,7 @@ anything moves.
 
 from __future__ import annotations
 
+import struct
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,6 +27,10 @@ from .rows import build_rows, check_param, label_of
 from .state import loaded
 
 OPTIONS_BYTES = 64  # of one param group, for every rule (csrc/rules.h)
+
+# Stands in the options table for a number that is on the device: a NaN that nobody else uses, so
+# that a table which holds a number again differs from it.
+ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))[0]
 
 
 class FusedOptimizer(AmpAttributes, Optimizer):
@@ -47,6 +52,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         self._scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
         self._measured = False
         self._options_table = bytearray()
+        self._device_numbers: list[tuple[int, Tensor]] = []
+        self._captured_plans: list[Plan] = []
         self._drop_plan()
         super().__init__(params, defaults)
 
@@ -88,6 +95,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         if inputs.measured:
             backend.reduce(plan, inputs)
         backend.finalize(plan, inputs)
+        self._amp_decided()
         backend.update(plan, inputs)
         plan.write_back()
         self._measured = inputs.measured
@@ -106,13 +114,14 @@ class FusedOptimizer(AmpAttributes, Optimizer):
                 "rank sees only its part of the norm; pass max_grad_norm=None and call "
                 "FullyShardedDataParallel.clip_grad_norm_"
             )
-        if len(self._options_table) != OPTIONS_BYTES * len(self.param_groups):
-            self._options_table = bytearray(OPTIONS_BYTES * len(self.param_groups))
-        for i, group in enumerate(self.param_groups):
-            self._pack_options(group, self._options_table, i * OPTIONS_BYTES)
         device = self._flag_device(self._scalars.device)
         if self._scalars.device != device:
             self._scalars = self._scalars.to(device)
+        if len(self._options_table) != OPTIONS_BYTES * len(self.param_groups):
+            self._options_table = bytearray(OPTIONS_BYTES * len(self.param_groups))
+        self._device_numbers.clear()
+        for i, group in enumerate(self.param_groups):
+            self._pack_options(group, self._options_table, i * OPTIONS_BYTES)
         amp = self._amp_inputs(device)
         return StepInputs(
             groups=self.param_groups,
@@ -126,11 +135,35 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             grad_scale=amp.grad_scale,
             found_inf=amp.found_inf,
             inf_flag=amp.inf_flag,
+            device_numbers=self._device_numbers,
         )
+
+    def _number(self, value: Any, offset: int) -> float:
+        """``value`` for the eight bytes at ``offset`` of the options table.
+
+        A tensor on the parameters' own device is left there: the kernels read it, and nobody waits.
+        """
+        if not isinstance(value, Tensor) or not self._stays_on_device(value):
+            return float(value)
+        if value.numel() != 1:
+            raise RuntimeError(
+                f"an option of a param group is a tensor of shape {tuple(value.shape)}; use a "
+                "number or a tensor of one element"
+            )
+        if value.dtype not in (torch.float32, torch.float64):
+            value = value.double()
+        self._device_numbers.append((offset // 8, value))
+        return ON_DEVICE
+
+    def _stays_on_device(self, value: Tensor) -> bool:
+        return not value.is_cpu and not self._scalars.is_cpu
 
     # ---- the plan -------------------------------------------------------------------------------
 
     def _drop_plan(self) -> None:
+        plan = self.__dict__.get("_plan")
+        if plan is not None and plan.captured:
+            self._captured_plans.append(plan)  # the graph may be replayed as long as we live
         self._plan: Plan | None = None
         self._backend: Backend | None = None
 
@@ -159,6 +192,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         groups, options = self.param_groups, self._options
         params = [p for group in groups for p in group["params"]]
         backend = choose(options.backend, params)
+        # Here and not in the step, which may be the first and captured.
+        self._scalars = self._scalars.to(self._flag_device(self._scalars.device))
         layout = self._layout()
         rows = build_rows(groups, self.state, layout, options.master_weights, every_param)
         plan = backend.plan(self.rule, rows, layout, groups, self.state)
@@ -278,6 +313,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         self._options_table = bytearray()
+        self._device_numbers = []
+        self.__dict__.setdefault("_captured_plans", [])  # load_state_dict comes here, too
         self._drop_plan()
 
     @_disable_dynamo

@@ -26,7 +26,7 @@ GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Group = dict[str, Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One parameter in the plan.
 
@@ -63,10 +63,14 @@ class StepInputs:
     grad_scale: Tensor | None  # fp32, one element; gradients are divided by it
     found_inf: Tensor | None  # fp32, one element; non-zero: some gradient is not finite
     inf_flag: Tensor | None  # fp32; where our own GradScaler expects the answer
+    # Options that the user keeps on the device: which double of the options table, one element.
+    device_numbers: list[tuple[int, Tensor]]
 
 
 class Plan(ABC):
     """Rows of one parameter set, and the gradient of each (``None``: takes no part in the step)."""
+
+    captured = False  # a CUDA graph holds addresses of this plan's tables
 
     def __init__(self, rule: str, rows: Sequence[Row], layout: object) -> None:
         self.rule = rule

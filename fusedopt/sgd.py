@@ -102,8 +102,8 @@ class FusedSGD(FusedOptimizer):
         _OPTIONS.pack_into(
             table,
             offset,
-            float(group["lr"]),
-            float(group["weight_decay"]),
+            self._number(group["lr"], offset),
+            self._number(group["weight_decay"], offset + 8),
             float(group["momentum"]),
             float(group["dampening"]),
             bool(group["decoupled_weight_decay"]),

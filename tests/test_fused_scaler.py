@@ -201,3 +201,52 @@ def test_fuse_refuses_a_sharded_scaler():
 def test_fuse_refuses_what_is_no_scaler(thing):
     with pytest.raises(TypeError, match="GradScaler"):
         fusedopt.fuse_scaler(thing)
+
+
+# A flag that nobody wrote, and one that was
+
+
+def scale_after(scaler, opt, params, step, bad=None):
+    give_grads(params, step, scaler.get_scale(), bad)
+    scaler.step(opt)
+    scaler.update()
+    return scaler.get_scale()
+
+
+def test_a_step_that_is_not_carried_out_repeats_no_answer():
+    params, opt = make_ours("adamw")
+    scaler = make_scaler("ours")
+    before = scaler.get_scale()
+    assert scale_after(scaler, opt, params, 0, INF) == before / 2
+    opt.step = lambda: None  # a client that now and then leaves a step out
+    assert scale_after(scaler, opt, params, 1) == before / 2
+
+
+def test_an_error_after_the_decision_does_not_take_it_back():
+    params, opt = make_ours("adamw")
+    scaler = make_scaler("ours")
+    before = scaler.get_scale()
+
+    def fails(*_):
+        raise KeyError("post-hook")
+
+    handle = opt.register_step_post_hook(fails)
+    give_grads(params, 0, before, INF)
+    with pytest.raises(KeyError, match="post-hook"):
+        scaler.step(opt)
+    handle.remove()
+    scaler.update()
+    assert scaler.get_scale() == before / 2
+
+
+def test_a_later_error_leaves_an_answer_in_the_books():
+    params, opt = make_ours("adamw")
+    scaler = make_scaler("ours")
+    before = scaler.get_scale()
+    give_grads(params, 0, before, INF)
+    scaler.step(opt)
+    params[0].grad = torch.sparse_coo_tensor(size=params[0].shape)
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    scaler.update()
+    assert scaler.get_scale() == before / 2

@@ -250,7 +250,7 @@ def test_rows_hold_the_addresses_of_the_tensors(cpu_backend):
     opt.step()
     plan = opt._plan
     rows = list(ROW.iter_unpack(bytes(plan._rows.tolist())))
-    grads = list(GRAD.iter_unpack(bytes(plan._grad_bytes)))
+    grads = list(GRAD.iter_unpack(bytes(plan._inputs)))
     codes = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     for i, (p, row, grad) in enumerate(zip(params, rows, grads, strict=True)):

@@ -52,7 +52,7 @@ double total(const PlanView& plan, NormType norm_type) {
   if (norm_type == NormType::kTwo) {
     return combine_partials(plan, [](double a, double b) { return a + b; });
   }
-  return combine_partials(plan, [](double a, double b) { return b > a || b != b ? b : a; });
+  return combine_partials(plan, [](double a, double b) { return larger(a, b); });
 }
 
 // Tensors mostly share group and step count, so the last answer is usually the next one.
@@ -109,6 +109,7 @@ void finalize(const PlanView& plan, Rule rule, const void* options, const StepOp
               StepScalars& scalars) {
   const double sum = step_options.measured ? total(plan, step_options.norm_type) : 0.0;
   decide(step_options, sum, grad_scale, found_inf, scalars);
+  scalars.skipped_steps += scalars.skip;
   if (inf_flag) *inf_flag = scalars.found_inf;
   if (scalars.skip != 0.0f) return;
   if (rule == Rule::kAdamW) {

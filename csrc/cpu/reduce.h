@@ -76,17 +76,13 @@ float max_magnitude(const Grad& grad, int64_t begin, int64_t n, float mult) {
   return float_of(static_cast<uint32_t>(largest));
 }
 
-// Squares that over- or underflowed fp32: once more, scaled by a power of two to around one. Finite
-// elements thus have a finite sum; an inf or NaN element is the only way to a non-finite partial.
 __attribute__((noinline)) double sum_squares_rescaled(const Grad& grad, int64_t begin, int64_t n,
                                                       float inv_scale) {
   const float largest = max_magnitude(grad, begin, n, inv_scale);
   if (largest == 0.0f || largest - largest != 0.0f) return largest;
-  int exponent = static_cast<int>(bits_of(largest) >> 23) - 127;
-  exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
-  const float scale = float_of(static_cast<uint32_t>(127 - exponent) << 23);
-  const double unscale = 1.0 / static_cast<double>(scale);
-  return static_cast<double>(sum_squares(grad, begin, n, inv_scale, scale)) * unscale * unscale;
+  const Rescale rescale = rescale_for(largest);
+  return static_cast<double>(sum_squares(grad, begin, n, inv_scale, rescale.scale)) *
+         rescale.unscale * rescale.unscale;
 }
 
 double reduce_chunk(const PlanView& plan, const Chunk& chunk, NormType norm_type, float inv_scale) {
@@ -96,8 +92,7 @@ double reduce_chunk(const PlanView& plan, const Chunk& chunk, NormType norm_type
   const int64_t n = min(kChunk, plan.rows[chunk.row].numel - begin);
   if (norm_type == NormType::kInf) return max_magnitude(grad, begin, n, inv_scale);
   const float sum = sum_squares(grad, begin, n, inv_scale, 1.0f);
-  const bool in_range = sum >= 0x1p-80f && sum <= 0x1.fffffep127f;  // false for NaN
-  return in_range ? sum : sum_squares_rescaled(grad, begin, n, inv_scale);
+  return in_range(sum) ? sum : sum_squares_rescaled(grad, begin, n, inv_scale);
 }
 
 }  // namespace

@@ -19,12 +19,6 @@ struct Run {
   float* state[kMaxStates];
 };
 
-FUSEDOPT_FN float clipped(float grad, float grad_mult, float max_grad_value) {
-  float g = grad * grad_mult;
-  g = g > max_grad_value ? max_grad_value : g;  // NaN passes both comparisons
-  return g < -max_grad_value ? -max_grad_value : g;
-}
-
 template <class R>
 using RunFn = void (*)(const typename R::Hyper&, const Run&, float grad_mult, float max_grad_value);
 
@@ -42,7 +36,7 @@ void run_adamw(const AdamW::Hyper& hyper, const Run& run, float grad_mult, float
     const float g = clipped(grad[i], grad_mult, max_grad_value);
     float p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
     float v_max = kAmsgrad ? max_exp_avg_sq[i] : 0.0f;
-    AdamW::update<kDecay, kAmsgrad>(h, g, p, m, v, v_max);
+    AdamW::update<kAmsgrad>(h, kDecay, g, p, m, v, v_max);
     param[i] = p;
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
@@ -62,7 +56,7 @@ void run_sgd(const SGD::Hyper& hyper, const Run& run, float grad_mult, float max
     const float g = clipped(grad[i], grad_mult, max_grad_value);
     float p = param[i];
     float buffer = kMomentum ? momentum_buffer[i] : 0.0f;
-    SGD::update<kDecay, kMomentum, kNesterov>(h, g, p, buffer);
+    SGD::update(h, kDecay, kMomentum, kNesterov, g, p, buffer);
     param[i] = p;
     if (kMomentum) momentum_buffer[i] = buffer;
   }

@@ -51,6 +51,12 @@ def _native() -> Any:
     return native
 
 
+def _cuda() -> Any:
+    from . import cuda
+
+    return cuda
+
+
 def _reference() -> Backend:
     from .reference import ReferenceBackend
 
@@ -73,28 +79,46 @@ def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
     """The backend for ``params``.
 
     Raises:
-        RuntimeError: a backend was asked for by name that cannot serve these parameters.
+        RuntimeError: a backend was asked for by name that cannot serve these parameters, or the
+            CUDA backend is there and its driver is not.
     """
     name = requested_backend(argument)
     if name == "reference":
         return _reference()
-    obstacle = _cpu_obstacle(params)
-    if obstacle is None:
-        backend: Backend = _native().CpuBackend()
-        return backend
-    if name == "cpu":
-        raise RuntimeError(f"backend 'cpu' cannot serve: {obstacle}; use backend='reference'")
-    _announce(obstacle)
-    return _reference()
+    if name == "auto":
+        name = "cuda" if any(p.device.type == "cuda" for p in params) else "cpu"
+        obstacle = _obstacle(name, params)
+        problem = _cuda().driver_problem() if name == "cuda" else None
+        if obstacle is not None and problem is not None:
+            raise RuntimeError(
+                f"the CUDA backend is installed and cannot use this GPU: {problem}; update the "
+                "driver, or reinstall fusedopt with an older CUDA toolkit, or use "
+                "backend='reference' (plain torch operations)"
+            )
+        if obstacle is not None:
+            _announce(obstacle)
+            return _reference()
+    if not params:
+        name = "cpu"  # there is nothing to serve, on no device
+    obstacle = _obstacle(name, params)
+    if obstacle is not None:
+        raise RuntimeError(f"backend {name!r} cannot serve: {obstacle}; use backend='reference'")
+    backend: Backend = _cuda().CudaBackend() if name == "cuda" else _native().CpuBackend()
+    return backend
 
 
-def _cpu_obstacle(params: Sequence[Tensor]) -> str | None:
-    reason: str | None = _native().unavailable_reason()
+def _obstacle(name: str, params: Sequence[Tensor]) -> str | None:
+    module = _cuda() if name == "cuda" else _native()
+    reason: str | None = module.unavailable_reason()
     if reason is not None:
-        return f"the native CPU module is not available ({reason})"
-    devices = {p.device.type for p in params} - {"cpu"}
-    if devices:
-        return f"parameters are on {', '.join(sorted(devices))}, for which there is no kernel yet"
+        return f"the native {name.upper()} module is not available ({reason})"
+    wanted = module.driver().device_type if name == "cuda" else "cpu"
+    elsewhere = {p.device.type for p in params} - {wanted}
+    if elsewhere:
+        return (
+            f"parameters are on {', '.join(sorted(elsewhere))}, for which backend {name!r} has no "
+            "kernel"
+        )
     if any(p.dtype == torch.float64 for p in params):
         return "some parameters are float64, for which there is no fused kernel"
     return None
@@ -122,7 +146,11 @@ def report() -> dict[str, dict[str, Any]]:
     reason = native.unavailable_reason()
     cpu: dict[str, Any] = {"available": reason is None, "reason": reason or ""}
     cpu.update(native.details())
+    no_cuda = _cuda().unavailable_reason()
+    cuda: dict[str, Any] = {"available": no_cuda is None, "reason": no_cuda or ""}
+    cuda.update(_cuda().details())
     return {
+        "cuda": cuda,
         "cpu": cpu,
         "reference": {"available": True, "reason": "", "note": "plain torch operations; slow"},
     }

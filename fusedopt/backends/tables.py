@@ -1,0 +1,110 @@
+"""A plan as tables of addresses, for the backends whose kernels are native code.
+
+The records mirror ``csrc/plan.h``; each backend compares the sizes when its module is loaded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Group, Plan, Row
+
+CHUNK_ELEMENTS = 8192  # kChunk
+ROW = struct.Struct("=6Qqii")  # param, master, state[3], step; numel; group, dtype
+GRAD = struct.Struct("=Qii")  # data; dtype, present
+CHUNK_BYTES = 16
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MAX_STATES = 3
+
+# RowKind in csrc/cpu/watch.h
+_READY, _AWAITS_STATE, _STAGED = range(3)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def chunk_table(numels: Sequence[int]) -> Tensor:
+    """``Chunk`` records of rows with the given lengths, as int64 [n_chunks, 2].
+
+    First column: row in the low 32 bits, index in the high 32; second: elements before the chunk.
+    """
+    lengths = torch.tensor(numels, dtype=torch.int64, device="cpu")
+    counts = (lengths + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS
+    row = torch.repeat_interleave(counts)
+    first_chunk = torch.cumsum(counts, 0) - counts
+    index = torch.arange(row.numel(), device="cpu") - first_chunk[row]
+    before_row = torch.cumsum(lengths, 0) - lengths
+    position = before_row[row] + index * CHUNK_ELEMENTS
+    return torch.stack([row | (index << 32), position], dim=1).contiguous()
+
+
+def pack_row(row: Row) -> bytes:
+    """The row as a ``Row`` record."""
+    states = [address(t) for t in row.states] + [0] * (MAX_STATES - len(row.states))
+    return ROW.pack(
+        address(row.dense),
+        address(row.master),
+        *states,
+        address(row.step),
+        row.dense.numel(),
+        row.group,
+        DTYPE_CODES[row.dense.dtype],
+    )
+
+
+class TablePlan(Plan):
+    """Keeps the table of gradients, which the native ``Watch`` fills before every step.
+
+    Args:
+        before_grads: bytes to leave free before the gradients, for a backend that hands over more.
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        rows: Sequence[Row],
+        layout: object,
+        groups: list[Group],
+        state: dict[Tensor, Any],
+        before_grads: int = 0,
+    ) -> None:
+        from .. import _cpu
+
+        super().__init__(rule, rows, layout)
+        self._grads_at = before_grads
+        self._inputs = bytearray(before_grads + max(len(self.rows), 1) * GRAD.size)
+        self._inputs_view = torch.frombuffer(self._inputs, dtype=torch.uint8)
+        self._watch = _cpu.Watch(groups, state, [self._kind(row) for row in self.rows])
+        self._params = [row.param for row in self.rows]
+        self._n_absent = 0
+
+    @staticmethod
+    def _kind(row: Row) -> int:
+        if row.awaits_state:
+            return _AWAITS_STATE
+        return _STAGED if row.staged else _READY
+
+    def _grads_address(self) -> int:
+        return address(self._inputs_view) + self._grads_at
+
+    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
+        look = self._watch.refresh(groups, state, self._grads_address())
+        if look is None:
+            return None
+        odd, self._n_absent = look
+        return odd
+
+    def _set_grad(self, index: int, grad: Tensor) -> None:
+        offset = self._grads_at + index * GRAD.size
+        GRAD.pack_into(self._inputs, offset, address(grad), DTYPE_CODES[grad.dtype], 1)
+
+    def updated_params(self) -> list[Tensor]:
+        if self._n_absent == 0:
+            return self._params
+        return [p for p in self._params if p.grad is not None]
