@@ -2,89 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import itertools
-import os
+import fcntl
 import re
 import runpy
 import shutil
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
+import threading
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-SHAPING = ("CXX", "CXXFLAGS", "LDFLAGS", "MAX_JOBS")
-
-
-def _load_build_native():
-    spec = importlib.util.spec_from_file_location("build_native", ROOT / "build_native.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["build_native"] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-build_native = _load_build_native()
-ENV = {k: v for k, v in os.environ.items() if k not in SHAPING and not k.startswith("FUSEDOPT_")}
-
-
-def _compiler_missing():
-    try:
-        build_native.find_cxx(ENV)
-    except build_native.NotBuilt as problem:
-        return str(problem)
-    return ""
-
-
-needs_compiler = pytest.mark.skipif(bool(_compiler_missing()), reason=_compiler_missing())
-
+from build_stand_in import ENV, ROOT, Project, StandIn, build_native, needs_compiler, table
 
 # ---- one module ---------------------------------------------------------------------------------
-
-SOURCE = """
-#include "value.h"
-#ifdef __FAST_MATH__
-#error fast-math came through
-#endif
-#ifndef EXTRA
-#define EXTRA 0
-#endif
-extern "C" __attribute__((visibility("default"))) int value() { return VALUE + EXTRA; }
-"""
-
-
-class StandIn:
-    """A module of one source and one header; each build goes into a file of its own name."""
-
-    def __init__(self, root: Path):
-        self.root, self.folder = root, root / "out put"
-        self.numbers = itertools.count()
-        self.module = build_native.Module(
-            "_stand_in", "FUSEDOPT_STAND_IN", (build_native.Unit("csrc/stand_in.cpp"),)
-        )
-        self.write("stand_in.cpp", SOURCE)
-        self.write("value.h", "#define VALUE 1\n")
-
-    def write(self, name: str, text: str):
-        path = self.root / "csrc" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-    def build(self, target: Path | None = None, **env: str):
-        # another name every time: dlopen gives the old library for a path it knows
-        self.target = target or self.root / f"built{next(self.numbers)}.so"
-        return build_native.build(self.module, self.target, self.folder, ENV | env, self.root)
-
-    def value(self) -> int:
-        return ctypes.CDLL(str(self.target)).value()
-
-    @property
-    def object_time(self) -> int:
-        return (self.folder / "csrc.stand_in.cpp.o").stat().st_mtime_ns
 
 
 @pytest.fixture
@@ -116,6 +43,20 @@ def test_nothing_changed_nothing_compiled(stand_in):
     before = stand_in.object_time
     stand_in.build()
     assert stand_in.object_time == before
+
+
+@needs_compiler
+def test_two_builds_take_turns(stand_in):
+    stand_in.folder.mkdir()
+    waiting = threading.Thread(target=stand_in.build)
+    with open(stand_in.folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting.start()
+        waiting.join(1.0)
+        assert waiting.is_alive()
+        assert not (stand_in.folder / "build.ninja").exists()
+    waiting.join()
+    assert stand_in.value() == 1
 
 
 @needs_compiler
@@ -188,7 +129,9 @@ def test_a_compiler_without_openmp_builds_for_one_thread(stand_in, tmp_path, cap
 def test_everything_that_shapes_the_build_names_its_directory(stand_in):
     shapes = [
         {}, {"CXXFLAGS": "-O1"}, {"LDFLAGS": "-s"}, {"CXX": "no-such-cxx"}, {"PATH": ""},
-        {"FUSEDOPT_SANITIZE": "address"}, {"FUSEDOPT_STAND_IN": "0"},
+        {"FUSEDOPT_SANITIZE": "address"}, {"FUSEDOPT_STAND_IN": "0"}, {"CUDACXX": "no-such-nvcc"},
+        {"CUDA_HOME": "/no-such"}, {"CUDA_PATH": "/no-such"}, {"TORCH_CUDA_ARCH_LIST": "9.0"},
+        {"NVCC_PREPEND_FLAGS": "-lineinfo"}, {"NVCC_APPEND_FLAGS": "-lineinfo"},
     ]  # fmt: skip
     keys = [build_native.build_key([stand_in.module], ENV | env) for env in shapes]
     assert len(set(keys)) == len(shapes)
@@ -200,11 +143,7 @@ def test_everything_that_shapes_the_build_names_its_directory(stand_in):
 
 @pytest.fixture(scope="module")
 def modules():
-    """The table in setup.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", lambda **_: None)
-        patch.chdir(ROOT)
-        return runpy.run_path(str(ROOT / "setup.py"))["MODULES"]
+    return table()
 
 
 def test_the_table_names_files_that_exist(modules):
@@ -227,44 +166,6 @@ def test_instruction_sets_by_machine(modules, machine, levels, tmp_path):
         assert (f"-m{level.lower()}" in text) == (level.lower() in levels)
 
 
-class Project:
-    """This project with stand-ins for its sources."""
-
-    def __init__(self, root: Path, modules):
-        self.root = root
-        for name in ("setup.py", "build_native.py", "pyproject.toml", "LICENSE"):
-            shutil.copy(ROOT / name, root)
-        (root / "README.md").touch()
-        (root / "fusedopt").mkdir()
-        (root / "fusedopt/__init__.py").write_text(
-            '__version__ = "0.1.0"\nimport torch_is_absent\n'
-        )
-        self.sources = [root / unit.source for module in modules for unit in module.units]
-        for source in self.sources:
-            source.parent.mkdir(parents=True, exist_ok=True)
-            source.write_text("")
-
-    def run(self, *words: str, **env: str):
-        words = (sys.executable, *words)
-        return subprocess.run(words, cwd=self.root, env=ENV | env, capture_output=True, text=True)
-
-    def wheel(self, **env: str) -> tuple[str, list[str], dict]:
-        """Build a wheel: its tags, the names inside, what it records about _cpu."""
-        shutil.rmtree(self.root / "dist", ignore_errors=True)
-        done = self.run("setup.py", "-q", "bdist_wheel", **env)
-        assert done.returncode == 0, done.stderr
-        (path,) = (self.root / "dist").iterdir()
-        with zipfile.ZipFile(path) as wheel:
-            config: dict = {}
-            exec(wheel.read("fusedopt/_build_config.py"), config)
-            names = wheel.namelist()
-        return path.stem.split("-", 2)[2], names, config["BUILD_CONFIG"]["modules"]["_cpu"]
-
-    @property
-    def native_in_tree(self) -> list[str]:
-        return [path.name for path in (self.root / "fusedopt").glob("_cpu*")]
-
-
 @pytest.fixture
 def project(tmp_path, modules):
     return Project(tmp_path, modules)
@@ -272,23 +173,27 @@ def project(tmp_path, modules):
 
 @needs_compiler
 def test_no_wheel_ships_what_another_build_made(project):
-    tags, names, record = project.wheel()
+    def cpu_wheel(**env):
+        tags, names, records = project.wheel(**env)
+        return tags, names, records["_cpu"]
+
+    tags, names, record = cpu_wheel()
     assert record["built"], record["reason"]
     assert record["compiler"]
     assert any(name.startswith("fusedopt/_cpu.") for name in names)
     assert "-none-any" not in tags
 
-    tags, names, record = project.wheel(FUSEDOPT_CPU="0")
+    tags, names, record = cpu_wheel(FUSEDOPT_CPU="0")
     assert not record["built"]
     assert not any(name.startswith("fusedopt/_cpu.") for name in names)
     assert tags == "py3-none-any"
     assert len(list((project.root / "build").iterdir())) == 2  # a directory for each
 
     (project.root / "fusedopt/gone.py").touch()
-    assert "fusedopt/gone.py" in project.wheel()[1]
+    assert "fusedopt/gone.py" in cpu_wheel()[1]
     (project.root / "fusedopt/gone.py").unlink()
     project.sources[0].write_text("#error this cannot be")
-    tags, names, record = project.wheel()
+    tags, names, record = cpu_wheel()
     assert "#error this cannot be" in record["reason"]
     assert not any(name.startswith(("fusedopt/_cpu.", "fusedopt/gone")) for name in names)
     assert tags == "py3-none-any"

@@ -61,13 +61,16 @@ def test_the_device_is_served_by_the_fastest_backend(cpu_backend, monkeypatch, c
 
 def test_the_build_record_is_told(monkeypatch, capsys):
     module = {"built": True, "reason": "", "compiler": "c++ 12.2", "flags": [], "simd": ["generic"]}
+    cuda = module | {"simd": [], "architectures": ["sm_75", "compute_75"], "compiler": "nvcc 13.0"}
     other = {"built": False, "reason": "no nvcc", "compiler": "", "flags": [], "simd": []}
-    record = {"version": "0", "commit": "0123abc", "modules": {"_cpu": module, "_x": other}}
+    modules = {"_cpu": module, "_cuda": cuda, "_x": other}
+    record = {"version": "0", "commit": "0123abc", "modules": modules}
     monkeypatch.setattr(report, "build_record", lambda: record)
     report.main([])
     out = capsys.readouterr().out
     assert "commit 0123abc" in out
     assert "generic; built with c++ 12.2" in out
+    assert "sm_75, compute_75; built with nvcc 13.0" in out
     assert "not built: no nvcc" in out
 
 

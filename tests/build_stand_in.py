@@ -1,0 +1,138 @@
+"""What the tests of the build build: a module of one source, or all of setup.py without sources."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+build_compilers = _load("build_compilers")
+build_native = _load("build_native")
+SHAPING = (*build_compilers.VARIABLES, "MAX_JOBS", "NVCC_THREADS")
+ENV = {k: v for k, v in os.environ.items() if k not in SHAPING and not k.startswith("FUSEDOPT_")}
+
+
+def compiler_missing():
+    try:
+        build_native.find_cxx(ENV)
+    except build_native.NotBuilt as problem:
+        return str(problem)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(compiler_missing()), reason=compiler_missing())
+
+
+SOURCE = """
+#include "value.h"
+#ifdef __FAST_MATH__
+#error fast-math came through
+#endif
+#ifndef EXTRA
+#define EXTRA 0
+#endif
+extern "C" __attribute__((visibility("default"))) int value() { return VALUE + EXTRA; }
+"""
+
+
+class StandIn:
+    """A module of one source and one header; each build goes into a file of its own name."""
+
+    def __init__(self, root: Path, suffix: str = ".cpp", source: str = SOURCE, **unit):
+        self.root, self.folder = root, root / "out put"
+        self.numbers = itertools.count()
+        self.source = f"stand_in{suffix}"
+        self.module = build_native.Module(
+            "_stand_in",
+            "FUSEDOPT_STAND_IN",
+            (build_native.Unit(f"csrc/{self.source}", **unit),),
+            openmp=suffix == ".cpp",
+        )
+        self.write(self.source, source)
+        self.write("value.h", "#define VALUE 1\n")
+
+    def write(self, name: str, text: str):
+        path = self.root / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def build(self, target: Path | None = None, **env: str):
+        # another name every time: dlopen gives the old library for a path it knows
+        self.target = target or self.root / f"built{next(self.numbers)}.so"
+        return build_native.build(self.module, self.target, self.folder, ENV | env, self.root)
+
+    def value(self) -> int:
+        return ctypes.CDLL(str(self.target)).value()
+
+    @property
+    def object_time(self) -> int:
+        return (self.folder / f"csrc.{self.source}.o").stat().st_mtime_ns
+
+
+def table():
+    """The modules of setup.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        patch.chdir(ROOT)
+        return runpy.run_path(str(ROOT / "setup.py"))["MODULES"]
+
+
+class Project:
+    """This project with stand-ins for its sources."""
+
+    def __init__(self, root: Path, modules):
+        self.root = root
+        for name in (
+            "setup.py", "build_native.py", "build_compilers.py", "pyproject.toml", "LICENSE",
+        ):  # fmt: skip
+            shutil.copy(ROOT / name, root)
+        (root / "README.md").touch()
+        (root / "fusedopt").mkdir()
+        (root / "fusedopt/__init__.py").write_text(
+            '__version__ = "0.1.0"\nimport torch_is_absent\n'
+        )
+        self.sources = [root / unit.source for module in modules for unit in module.units]
+        for source in self.sources:
+            source.parent.mkdir(parents=True, exist_ok=True)
+            source.write_text("")
+
+    def run(self, *words: str, **env: str):
+        words = (sys.executable, *words)
+        env = ENV | {"FUSEDOPT_CUDA": "0"} | env
+        return subprocess.run(words, cwd=self.root, env=env, capture_output=True, text=True)
+
+    def wheel(self, **env: str) -> tuple[str, list[str], dict]:
+        """Build a wheel: its tags, the names inside, what it records about each module."""
+        shutil.rmtree(self.root / "dist", ignore_errors=True)
+        done = self.run("setup.py", "-q", "bdist_wheel", **env)
+        assert done.returncode == 0, done.stderr
+        (path,) = (self.root / "dist").iterdir()
+        with zipfile.ZipFile(path) as wheel:
+            config: dict = {}
+            exec(wheel.read("fusedopt/_build_config.py"), config)
+            names = wheel.namelist()
+        return path.stem.split("-", 2)[2], names, config["BUILD_CONFIG"]["modules"]
+
+    @property
+    def native_in_tree(self) -> list[str]:
+        return [path.name for path in (self.root / "fusedopt").glob("_cpu*")]

@@ -1,0 +1,91 @@
+"""A training run in small, for what has to agree between two ways of running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import CHUNK
+from gpu_helpers import BACKEND, DEVICE
+from gpu_twins import assert_pairs_agree, everything
+from harness import FUSED, make_param, randn
+from torch import Tensor
+
+import fusedopt
+
+SCALERS: dict[str, Callable[..., Any]] = {
+    "torch": lambda **kw: torch.amp.GradScaler(DEVICE.type, **kw),
+    "ours": lambda **kw: fusedopt.GradScaler(DEVICE.type, **kw),
+    "converted": lambda **kw: fusedopt.fuse_scaler(torch.amp.GradScaler(DEVICE.type, **kw)),
+}
+RULES: dict[str, dict[str, Any]] = {
+    "adamw": {"weight_decay": 0.1, "amsgrad": True},
+    "sgd": {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1},
+}
+SHAPES = [(5,), (37, 11), (CHUNK + 3,), (), (0,)]
+INIT_SCALE = 2.0**10
+
+
+def make_scaler(name: str) -> Any:
+    scaler = SCALERS[name](init_scale=INIT_SCALE, growth_interval=6)
+    scaler.scale(torch.zeros((), device=DEVICE))  # makes the scale, outside a capture
+    return scaler
+
+
+class Run:
+    """Params, inputs that keep their place, an optimizer and a scaler; `iteration` uses them all.
+
+    The gradient of a param is (input + 0.1 param) * scale: elementwise, so that two runs agree to
+    the bit, and overflowing in half precision when the scale has grown.
+    """
+
+    def __init__(
+        self, rule: str, scaler: str | None, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> None:
+        self.params: list[Tensor] = [
+            make_param(randn(shape, k, dtype).to(DEVICE)) for k, shape in enumerate(SHAPES)
+        ]
+        self.inputs = [torch.zeros_like(p, requires_grad=False) for p in self.params]
+        self.lr = torch.tensor(0.01).to(DEVICE)
+        options = {"lr": self.lr, "max_grad_norm": 3.0, "backend": BACKEND, **options}
+        self.opt = FUSED[rule](self.params, **RULES[rule], **options)
+        self.scaler = None
+        if scaler is not None:
+            self.scaler = make_scaler(scaler)
+
+    def feed(self, step: int, bad: float | None = None) -> None:
+        """New values where the inputs are; `bad` goes into the last element of one of them."""
+        for k, tensor in enumerate(self.inputs):
+            generator = torch.Generator().manual_seed(1000 * step + k)
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        if bad is not None:
+            self.inputs[step % 3].view(-1)[-1] = bad
+
+    def backward(self) -> None:
+        terms = [
+            (p * x).sum() + 0.05 * (p * p).sum()
+            for p, x in zip(self.params, self.inputs, strict=True)
+        ]
+        loss = torch.stack([t.float() for t in terms]).sum()
+        (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+
+    def step(self) -> None:
+        if self.scaler is None:
+            self.opt.step()
+        else:
+            self.scaler.step(self.opt)
+            self.scaler.update()
+
+    def iteration(self, set_to_none: bool = True) -> None:
+        self.opt.zero_grad(set_to_none=set_to_none)
+        self.backward()
+        self.step()
+
+
+def assert_runs_agree(run: Run, other: Run, label: str) -> None:
+    pairs = everything(run.opt, run.params, other.opt, other.params)
+    if run.scaler is not None and other.scaler is not None:
+        for name in ("_scale", "_growth_tracker"):
+            pairs.append((name, getattr(run.scaler, name), getattr(other.scaler, name)))
+    assert_pairs_agree([(f"{label}: {name}", ours, others) for name, ours, others in pairs])

@@ -1,0 +1,168 @@
+"""What ptxas made of the CUDA kernels, read from the built module: no GPU needed.
+
+With FUSEDOPT_REQUIRE_CUDA_BUILD=1 what would be skipped fails.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import sass
+from sass import Instruction, Key
+
+REGISTERS = 64  # with more, no four blocks of 256 threads fit on a multiprocessor
+
+
+def _skip(reason: str) -> None:
+    if os.environ.get("FUSEDOPT_REQUIRE_CUDA_BUILD") == "1":
+        pytest.fail(f"{reason} and FUSEDOPT_REQUIRE_CUDA_BUILD=1", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def binary() -> Path:
+    spec = importlib.util.find_spec("fusedopt._cuda")
+    if spec is None or spec.origin is None:
+        _skip("the native module fusedopt._cuda is not built")
+    return Path(spec.origin)
+
+
+@pytest.fixture(scope="module")
+def tools(binary: Path) -> Path:
+    folder = sass.find_tools()
+    if folder is None:
+        _skip("no cuobjdump and nvdisasm: neither a CUDA toolkit nor the triton package has them")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def code(binary: Path, tools: Path) -> dict[Key, list[Instruction]]:
+    return hot(sass.parse_code(sass.cuobjdump(tools, "-sass", str(binary)).splitlines()))
+
+
+def hot(kernels: dict) -> dict:
+    """Those that see every element: reduce and the variants of update."""
+    found = {key: value for key, value in kernels.items() if kind(key)}
+    for arch in {arch for arch, _ in kernels}:
+        assert {kind(key) for key in found if key[0] == arch} == set(STREAMS), arch
+    return found
+
+
+# One pass of a thread through the loop over fp32 tensors: loads and stores of 16 bytes, and how
+# many times it waits for loads. amsgrad has more streams than fit in registers at once.
+STREAMS = {
+    "reduce": (8, 0, 1),
+    "AdamW": (8, 6, 1),
+    "AdamW amsgrad": (10, 8, 2),
+    "SGD": (6, 4, 1),
+}
+
+
+def kind(key: Key) -> str:
+    if "reduce_kernel" in key[1]:
+        return "reduce"
+    update = re.search(r"update_kernelINS_\d+([A-Za-z]+?)ELb([01])", key[1])
+    return update[1] + (" amsgrad" if update[2] == "1" else "") if update else ""
+
+
+def vector_loops(kernel: list[Instruction]) -> list[list[Instruction]]:
+    """The loops that load and store 16 bytes at a time."""
+    loops = sass.innermost_loops(kernel)
+    return [x for x in loops if any(i.is_global_load and i.bits == 128 for i in x)]
+
+
+def wide_loops(kernel: list[Instruction]) -> list[list[Instruction]]:
+    """Those without a narrow load: every stream, the gradient's too, is on a 16-byte boundary."""
+    return [x for x in vector_loops(kernel) if all(i.bits == 128 for i in x if i.is_global_load)]
+
+
+def test_the_binary_holds_what_the_build_recorded(binary, tools):
+    from fusedopt._build_config import BUILD_CONFIG
+
+    recorded = BUILD_CONFIG["modules"]["_cuda"]["architectures"]
+    code = re.findall(r"\.(sm_\w+)\.cubin", sass.cuobjdump(tools, "-lelf", str(binary)))
+    ptx = re.findall(r"\.sm_(\w+)\.ptx", sass.cuobjdump(tools, "-lptx", str(binary)))
+    assert set(code) | {f"compute_{n}" for n in ptx} == set(recorded)
+
+
+def test_registers_and_no_spills(binary, tools):
+    resources = sass.parse_resources(sass.cuobjdump(tools, "-res-usage", str(binary)))
+    for key, used in hot(resources).items():
+        assert used["REG"] <= REGISTERS, (key, used)
+        assert used["STACK"] == used["LOCAL"] == 0, (key, used)
+
+
+def test_no_local_memory(code):
+    for key, kernel in code.items():
+        assert not [i for i in kernel if re.match(r"(LDL|STL)\b", i.opcode)], key
+
+
+def test_steady_state_loops_use_16_bytes(code):
+    for key, kernel in code.items():
+        loops = wide_loops(kernel)
+        assert loops, key
+        for loop in loops:
+            assert not [i for i in loop if i.is_generic_or_local], key
+            assert all(i.bits == 128 for i in loop if i.is_global_store), key
+
+
+def test_only_the_gradient_is_loaded_narrow(code):
+    for key, kernel in code.items():
+        for loop in vector_loops(kernel):
+            stores = [i for i in loop if i.is_global_store]
+            assert all(i.bits == 128 for i in stores), key
+            # every stream that is stored was loaded wide; of the rest a loop has its gradient
+            wide = [i for i in loop if i.is_global_load and i.bits == 128]
+            assert len(wide) >= len(stores), key
+
+
+def test_all_loads_come_before_the_first_use(code):
+    for key, kernel in code.items():
+        for loop in vector_loops(kernel):
+            late = [i for batch in sass.batches(loop) for i in sass.late_loads(batch)]
+            at = [hex(i.address) for i in late if i.bits == 128]
+            assert not at, f"{key[0]}: {kind(key)} starts loads late at {at}"
+
+
+def test_the_loop_over_fp32_tensors_loads_and_stores_what_it_must(code):
+    for key, kernel in code.items():
+        shapes = set()
+        for loop in wide_loops(kernel):
+            loads = sum(i.is_global_load for i in loop)
+            stores = sum(i.is_global_store for i in loop)
+            waits = sum(any(i.is_global_load for i in part) for part in sass.batches(loop))
+            shapes.add((loads, stores, waits))
+        assert STREAMS[kind(key)] in shapes, (key, shapes)
+
+
+def test_old_drivers_can_unpack_it(binary):
+    """Zstandard, which nvcc 13 uses unasked, is unknown to drivers before 550."""
+    content, zstandard, kinds = binary.read_bytes(), 0x8000, set()
+    start = 0
+    while (start := content.find(struct.pack("<IH", 0xBA55ED50, 1), start)) >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", content, start)
+        entry, start = start + header, start + header + size
+        while entry < start:
+            _, _, entry_header, entry_size = struct.unpack_from("<HHIQ", content, entry)
+            (flags,) = struct.unpack_from("<Q", content, entry + 40)
+            kinds.add(flags & 0xF000)
+            entry += entry_header + entry_size
+    assert kinds
+    assert zstandard not in kinds, kinds
+
+
+def test_the_cuda_runtime_inside_is_hidden(binary):
+    """torch brings another one; the dynamic linker must mix up neither's functions."""
+    if not shutil.which("nm"):
+        _skip("no nm: binutils is not installed")
+    listed = subprocess.run(["nm", "-D", str(binary)], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert "PyInit__cuda" in names
+    assert not [name for name in names if re.match(r"_*(cuda|cu[A-Z])", name)]

@@ -1,0 +1,180 @@
+"""How the GPU benchmark measures: what it refuses to time, its clocks and its counters."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
+
+pytest.importorskip("numpy")
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks import (
+    gpu_cases,
+    gpu_kernels,
+    gpu_machine,
+    gpu_measure,
+    gpu_pipelines,
+    gpu_report,
+    gpu_targets,
+    param_sets,
+    pipelines,
+)
+
+
+class Wrong(pipelines.Pipeline):
+    def step(self) -> None:
+        self.scaler.step(self.optimizer)  # not clipped
+        self.scaler.update()
+
+
+def kinds_with(kind: pipelines.Kind) -> dict[str, pipelines.Kind]:
+    return gpu_pipelines.gpu_kinds("cpu") | {"adamw_fused": kind}
+
+
+def without_shim() -> gpu_machine.DryRun:
+    """A DryRun that leaves the CUDA backend of this process as it is."""
+    machine = gpu_machine.DryRun.__new__(gpu_machine.DryRun)
+    machine._shim, machine.backend = None, "cpu"
+    return machine
+
+
+def measured(kind: pipelines.Kind, **changes: float) -> dict[str, gpu_measure.Measured]:
+    case = gpu_cases.gpu_cases()["adamw-10M"].shrunk()
+    machine = without_shim()
+    if "free_bytes" in changes:
+        machine.free_bytes = lambda: int(changes["free_bytes"])
+    items = gpu_measure.measure_case(case, kinds_with(kind), machine, 3, lambda: 1.0, False)
+    return {item.pipeline: item for item in items}
+
+
+def fused(make: type[pipelines.Pipeline]) -> pipelines.Kind:
+    adamw = pipelines.torch_adamw(fused=True)
+    return pipelines.Kind("fused", 48, lambda p, g: make(p, g, adamw))
+
+
+def test_another_step_is_not_timed(cpu_backend):
+    items = measured(fused(Wrong))
+    assert items["adamw_fused"].wrong and not items["adamw_fused"].samples
+    assert "different steps" in items["adamw_fused"].note
+    assert len(items["adamw_foreach"].samples) == len(items["fusedopt_adamw"].samples) == 3
+
+
+def test_a_pipeline_that_fails_takes_no_other_with_it(cpu_backend):
+    def fail(params: object, grads: object) -> pipelines.Pipeline:
+        raise OSError("libsomething.so: not found")
+
+    items = measured(pipelines.Kind("fails", 1, fail))
+    assert items["adamw_fused"].note == "OSError: libsomething.so: not found"
+    assert not items["adamw_fused"].wrong
+    assert len(items["adamw_foreach"].samples) == 3
+
+
+def test_with_little_memory_two_pipelines_are_there_at_a_time(cpu_backend):
+    case = gpu_cases.gpu_cases()["adamw-llama-1.24B"]
+    everything = [case.pipelines]
+    assert list(gpu_measure._groups(case, 139 << 30)) == everything
+    pairs = [[case.ours, rival] for rival in case.pipelines[1:]]
+    assert list(gpu_measure._groups(case, 1 << 30)) == pairs
+    items = measured(fused(pipelines.Pipeline), free_bytes=1)
+    assert [len(item.samples) for item in items.values()] == [3] * 4
+    assert all(item.ratio("gpu_ms").p50 > 0 for item in items.values())
+
+
+@pytest.mark.parametrize("name", ["megatron_fp16", "deepspeed_fp16"])
+def test_fp16_rivals_skip_a_step_with_an_inf(name):
+    shapes = gpu_cases.tiny()
+    grads = param_sets.Gradients(shapes, torch.float16)
+    params = param_sets.make_params(shapes, torch.float16)
+    pipeline = gpu_pipelines.gpu_kinds("cpu")[name].build(params, grads)
+    before = [value.detach().clone() for value in pipeline.updated()]
+    pipeline.prepare()
+    params[2].grad[5] = float("inf")
+    pipeline.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, pipeline.updated(), strict=True))
+
+
+def test_bucket_gradients_are_kept_views_off_alignment():
+    shapes = [(64, 4), (8,), (16,)]
+    grads = param_sets.Gradients(shapes, torch.float32, "bucket")
+    params = param_sets.make_params(shapes, torch.float32)
+    grads.backward(params)
+    first = [param.grad for param in params]
+    assert all(grad.data_ptr() % 16 == 4 for grad in first)
+    assert len({grad.untyped_storage().data_ptr() for grad in first}) == 1
+    values = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()
+    grads.backward(params)
+    assert all(param.grad is grad for param, grad in zip(params, first, strict=True))
+    torch.testing.assert_close([param.grad for param in params], values, rtol=0, atol=0)
+
+
+class Event:
+    """A CUDA event on a clock that only the calls themselves move."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = Event.now
+
+    def synchronize(self) -> None:
+        assert self.time == Event.now  # the last one
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.time - self.time
+
+
+def test_events_enclose_each_call_with_the_queue_held_before(monkeypatch):
+    held: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", held.append)
+    machine = gpu_machine.Cuda.__new__(gpu_machine.Cuda)
+    machine._scratch, machine._cycles_per_ms = torch.zeros(8, dtype=torch.uint8), 1000.0
+
+    def call(ms: float) -> None:
+        assert len(held) == 1
+        Event.now += ms
+
+    assert machine.event_ms([lambda: call(2.0), lambda: call(5.0)], 3.0) == [2.0, 5.0]
+    assert held == [3000] and machine._scratch.tolist() == [1] * 8
+    held.clear()
+    machine.event_ms([lambda: call(1.0)], 1e9)
+    assert held == [int(gpu_machine.MAX_HOLD_MS * 1000)]
+
+
+def test_only_work_on_the_device_counts_as_a_launch(monkeypatch):
+    names = ["kernel", "cuda_runtime", "gpu_user_annotation", "gpu_memset", "cpu_op", "gpu_memcpy"]
+    events = [{"name": name, "cat": name} for name in names] + [{"name": "process_name"}]
+    monkeypatch.setattr(gpu_machine, "_trace", lambda *_: events)
+    machine = gpu_machine.Cuda.__new__(gpu_machine.Cuda)
+    machine.device = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert machine.launches(lambda: None) == ["kernel", "gpu_memset", "gpu_memcpy"]
+
+
+NCU = """==PROF== Connected to process 17
+"ID","Process ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"
+"","","","byte","byte"
+"0","17","reduce_kernel(DeviceStep, bool)","4,000","8"
+"1","17","void update_kernel<AdamW, 0>(DeviceStep)","16000","12000"
+==PROF== Disconnected
+"""
+
+
+def test_counters_are_read_off_the_profilers_csv():
+    found = gpu_kernels.parse_counters(NCU, 1000)
+    assert list(found.values()) == [4.008, 28.0]
+    report = gpu_report.Report(without_shim())
+    (row,) = report.counters("adamw-400M", 1000, "adamw", found)
+    assert (row["bytes_per_param"], row["dram_bytes_per_param"]) == (32, "32.008")
+    off = [target for target in gpu_targets.TARGETS if "counters" in target.label]
+    assert off[0].figure(report.lookup) == pytest.approx(0.025)
+    assert gpu_kernels.parse_counters("==ERROR== ERR_NVGPUCTRPERM\n", 1000) == {}
