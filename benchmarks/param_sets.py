@@ -39,11 +39,15 @@ def tiny(count: int, numel_each: int = 8) -> list[Shape]:
     return [(numel_each,)] * count
 
 
-def make_params(shapes: Sequence[Shape], dtype: torch.dtype) -> list[Tensor]:
+def make_params(
+    shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> list[Tensor]:
     """The same values at every call: pipelines that are compared start from the same params."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator(device).manual_seed(0)
     return [
-        torch.nn.Parameter(torch.randn(shape, generator=rng).mul_(PARAM_STD).to(dtype))
+        torch.nn.Parameter(
+            torch.randn(shape, generator=rng, device=device).mul_(PARAM_STD).to(dtype)
+        )
         for shape in shapes
     ]
 
@@ -53,16 +57,24 @@ class Gradients:
 
     `new`, as after zero_grad(): new tensors every step, at new addresses and without a Python
     object yet, so that looking them up is part of the step. `kept`, as after
-    zero_grad(set_to_none=False): other values in the same tensors.
+    zero_grad(set_to_none=False): other values in the same tensors. `bucket`, as DDP's
+    gradient_as_bucket_view=True leaves them: kept views into one buffer, here all off alignment.
     """
 
-    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, kind: str = "new") -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        dtype: torch.dtype,
+        kind: str = "new",
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.kind = kind
         numels = [math.prod(shape) for shape in shapes]
         offsets = [8 * i % 4096 for i in range(len(shapes))]  # equal shapes get different values
-        rng = torch.Generator().manual_seed(1)
+        rng = torch.Generator(device).manual_seed(1)
         std = GRAD_SCALE * GRAD_NORM / math.sqrt(sum(numels))
-        self._pool = torch.randn(max(numels) + 4096, generator=rng).mul_(std).to(dtype)
+        pool = torch.randn(max(numels) + 4096, generator=rng, device=device)
+        self._pool = pool.mul_(std).to(dtype)
         self._sources = [
             self._pool[offset : offset + numel].view(shape)
             for shape, numel, offset in zip(shapes, numels, offsets, strict=True)
@@ -70,13 +82,28 @@ class Gradients:
 
     def backward(self, params: Sequence[Tensor]) -> None:
         kept = [param.grad for param in params if param.grad is not None]
-        if self.kind == "kept" and kept:
+        if self.kind == "bucket" and not kept:
+            kept = self._bucket_views(params)
+        if self.kind != "new" and kept:
             torch._foreach_copy_(kept, self._sources)
             return
         del kept
         for param in params:
             param.grad = None
         torch.autograd.backward(params, self._sources)
+
+    def use(self, sources: Sequence[Tensor]) -> None:
+        """Hand out these gradients instead, the same on every device."""
+        self._sources = list(sources)
+
+    def _bucket_views(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Sets the params' gradients to views into one new buffer, the first at its element 1."""
+        numels = [param.numel() for param in params]
+        bucket = torch.empty(1 + sum(numels), dtype=self._pool.dtype, device=self._pool.device)
+        views = bucket[1:].split(numels)
+        for param, view in zip(params, views, strict=True):
+            param.grad = view.view(param.shape)
+        return [param.grad for param in params if param.grad is not None]
 
     def multiply(self, power_of_two: float) -> None:
         self._pool.mul_(power_of_two)

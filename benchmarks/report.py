@@ -50,7 +50,7 @@ def provenance() -> dict[str, object]:
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "timestamp": now.isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--verify", "HEAD") or "none",
+        "commit": _git("rev-parse", "--verify", "HEAD") or os.environ.get("GIT_COMMIT", "none"),
         "dirty": int(changes != ""),
         "machine": cpu_model(),
         "cpus": os.cpu_count(),
@@ -137,17 +137,19 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def append(path: Path, new_rows: Sequence[dict[str, object]]) -> None:
+def append(
+    path: Path, new_rows: Sequence[dict[str, object]], columns: Sequence[str] = COLUMNS
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    check_header(path)
+    check_header(path, columns)
     is_new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(new_rows)
 
 
-def check_header(path: Path) -> None:
-    if path.exists() and path.read_text().split("\n", 1)[0] != ",".join(COLUMNS):
+def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    if path.exists() and path.read_text().split("\n", 1)[0] != ",".join(columns):
         raise SystemExit(f"{path} has other columns than this version writes; use another --out")

@@ -187,14 +187,14 @@ def summarize(trials: Sequence[Trial]) -> Summary:
     quiet = len(clean) >= max(3, len(trials) // 4) or len(clean) == len(trials)
     used = clean if quiet else list(trials)
     return Summary(
-        ms=_spread([1e3 * trial.seconds for trial in used]),
-        reference_ms=_spread([1e3 * trial.reference_seconds for trial in used]),
-        ratio=_spread([trial.ratio for trial in used]),
+        ms=spread([1e3 * trial.seconds for trial in used]),
+        reference_ms=spread([1e3 * trial.reference_seconds for trial in used]),
+        ratio=spread([trial.ratio for trial in used]),
         samples=len(used),
         disturbed=len(trials) - len(clean),
         quiet=quiet,
     )
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
     return Spread(*(float(value) for value in np.percentile(values, [20, 50, 80])))

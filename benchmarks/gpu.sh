@@ -1,0 +1,214 @@
+#!/usr/bin/env bash
+# Builds, tests and measures the CUDA backend on a machine with an NVIDIA GPU: no network, 9 minutes.
+#
+#   bash benchmarks/gpu.sh              everything; rows go to benchmarks/results/<gpu>.csv
+#   bash benchmarks/gpu.sh --quick      a minute: what is installed, few cases, no rows
+#   bash benchmarks/gpu.sh --dry-run    without a GPU: the same steps on the CPU, no figures
+#   bash benchmarks/gpu.sh --logs DIR   keeps the log of every stage there, and a copy of the rows
+#
+# PYTHON=/path/to/python chooses the Python; it needs torch, and setuptools and pybind11 to build.
+set -uo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3} on PATH" >&2; exit 2; }
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+mode=full
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+logs=$work/logs
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick) mode=quick ;;
+    --dry-run) mode=dry ;;
+    --logs) logs=$2 && shift ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 2 ;;
+  esac
+  shift
+done
+mkdir -p "$logs" && logs=$(cd "$logs" && pwd)
+[ -d /usr/local/cuda/bin ] && PATH=$PATH:/usr/local/cuda/bin
+export PATH PYTHONUNBUFFERED=1
+
+# From here Python finds the benchmarks of the checkout, and the package where pip installed it.
+ln -s "$root/benchmarks" "$work/benchmarks"
+cd "$work" || exit 2
+
+total=525 # seconds; the rest of the 9 minutes is for what cannot be foreseen
+summary=$work/summary
+failed=0
+
+note() { printf '| %s | %s | %s | %s |\n' "$1" "$2" "$3" "$4" >>"$summary"; }
+
+# The last line of a log that matches, cut to what a table has room for.
+last() { grep -E "$2" "$logs/$1.log" | tail -n 1 | tr '|' '/' | cut -c 1-110; }
+
+# stage NAME LIMIT RESERVE COMMAND...: at most LIMIT seconds, and RESERVE seconds stay for the rest.
+# Sets `status`: 0, the command's own, 124 when the time was up, 125 when there was none.
+stage() {
+  local name=$1 limit=$2 room=$((total - SECONDS - $3))
+  shift 3
+  [ "$limit" -lt "$room" ] || limit=$room
+  if [ "$limit" -lt 5 ]; then
+    status=125 seconds=0
+    echo "no time left" >"$logs/$name.log"
+    return
+  fi
+  printf '\n==> %3ds  %s (at most %ds)\n' "$SECONDS" "$name" "$limit"
+  local start=$SECONDS
+  # SIGINT: pytest and the benchmark then still print what they have
+  timeout -s INT -k 10 "$limit" "$@" >"$logs/$name.log" 2>"$logs/$name.err"
+  status=$?
+  [ "$status" -ne 137 ] || status=124
+  cat "$logs/$name.err" >>"$logs/$name.log"
+  rm "$logs/$name.err"
+  seconds=$((SECONDS - start))
+}
+
+# Judges the last stage: result, and on a failure the end of its log. `may_stop`: time up is no failure.
+may_stop=0
+judge() {
+  local name=$1 detail=$2 result=passed
+  case $status in
+    0) ;;
+    124) result='TIME UP' ;;
+    125) result='no time' ;;
+    *) result=FAILED ;;
+  esac
+  [ "$result" = passed ] || { [ "$may_stop" = 1 ] && [ "$result" != FAILED ]; } || failed=1
+  [ "$result" = passed ] || tail -n 40 "$logs/$name.log"
+  note "$name" "$result" "$seconds" "$detail"
+}
+
+skip() { note "$1" skipped 0 "$2"; }
+
+run_pytest() { # NAME LIMIT RESERVE ARGUMENTS...
+  local name=$1 limit=$2 reserve=$3
+  shift 3
+  # not `python -m pytest` in the checkout: that would test the sources, without the built module
+  stage "$name" "$limit" "$reserve" "$python" -m pytest -q -c "$root/pyproject.toml" \
+    --rootdir "$root" -p no:cacheprovider "$@"
+  local found
+  found=$(last "$name" '[0-9]+ (passed|failed|error|skipped)')
+  case $found in
+    *failed* | *error*) [ "$status" -ne 124 ] || status=1 ;;
+    *passed*) ;;
+    *) [ "$status" -ne 0 ] || status=1 ;; # nothing ran: that proves nothing
+  esac
+  judge "$name" "$found"
+}
+
+sanitize() { # TOOL
+  local name=$1
+  stage "$name" 50 200 compute-sanitizer --tool "$name" --kernel-name kns=fusedopt \
+    --error-exitcode 99 --print-limit 5 "$python" -m benchmarks.gpu_sanitize
+  local found
+  found=$(last "$name" '(ERROR|RACECHECK) SUMMARY')
+  if [ "$status" -eq 99 ] || { [ "$status" -eq 0 ] && [ -n "$found" ]; }; then
+    judge "$name" "${found#========= }"
+  else # the tool itself does not work on every machine: that is no finding about the kernels
+    note "$name" 'not run' "$seconds" "status $status: $(tail -n 1 "$logs/$name.log" | tr '|' '/' | cut -c 1-90)"
+  fi
+}
+
+# ---- environment --------------------------------------------------------------------------------
+
+stage environment 60 0 "$python" -m benchmarks.gpu_environment
+cat "$logs/environment.log"
+if [ "$status" -ne 0 ] && [ "$mode" != dry ]; then
+  echo "No NVIDIA GPU that torch can use; bash benchmarks/gpu.sh --dry-run needs none." >&2
+  exit 2
+fi
+gpu=$(last environment '^gpu  ')
+note environment passed "$seconds" "$(echo "$gpu" | tr -s ' ')"
+
+# ---- build and install --------------------------------------------------------------------------
+
+if [ "$mode" = full ]; then
+  arch=$("$python" -m benchmarks.gpu_environment --arch)
+  stage build 200 230 env FUSEDOPT_CUDA=1 "TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}" \
+    "$python" -m pip install --no-build-isolation --no-deps --no-index \
+    --disable-pip-version-check "$root"
+  judge build "$(last build '(Successfully|rror)')"
+  built=$status
+else
+  skip build "$mode: what is installed is used"
+  built=0
+fi
+stage report 60 0 "$python" -m fusedopt
+cat "$logs/report.log"
+judge report "$(last report '^module _cuda|^backend cuda')"
+
+# ---- tests --------------------------------------------------------------------------------------
+
+has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+
+gpu_tests=$(grep -lE 'on_gpu|mark\.gpu\b' "$root"/tests/test_*.py)
+if [ "$mode" = quick ]; then
+  skip tests "quick"
+elif ! has pytest; then
+  skip tests "pytest is not installed"
+elif [ -z "$gpu_tests" ]; then
+  skip tests "there are no tests marked gpu"
+elif [ "$mode" = dry ]; then
+  stand_in=emulate
+  [ ! -e "$root/tests/cuda_shim.py" ] || stand_in=shim
+  export FUSEDOPT_TEST_GPU=$stand_in
+  may_stop=1 # a CPU takes its time to stand in for a GPU
+  # shellcheck disable=SC2086
+  run_pytest tests 60 0 -m gpu -x $gpu_tests
+  may_stop=0
+  unset FUSEDOPT_TEST_GPU
+elif [ "$built" -eq 0 ]; then
+  # shellcheck disable=SC2086
+  FUSEDOPT_REQUIRE_CUDA=1 run_pytest tests 170 220 -m gpu $gpu_tests
+  workers=()
+  ! has xdist || workers=(-n "$(nproc)")
+  # the kernels through the shim, the machine code, the build: what needs no GPU
+  may_stop=1
+  run_pytest other-tests 75 220 -m 'not gpu and not clients' "${workers[@]}" \
+    "$root"/tests/test_cuda*.py "$root"/tests/test_build_cuda.py
+  may_stop=0
+fi
+
+# ---- compute-sanitizer --------------------------------------------------------------------------
+
+if [ "$mode" = dry ]; then
+  stage sanitized-program 60 0 "$python" -m benchmarks.gpu_sanitize --dry-run
+  judge sanitized-program "on the CPU, without the tool: $(grep -c 'same bits' "$logs/sanitized-program.log") cases agree"
+elif [ "$mode" = quick ]; then
+  skip memcheck quick
+elif ! command -v compute-sanitizer >/dev/null; then
+  skip memcheck "compute-sanitizer is not on PATH"
+elif [ "$built" -eq 0 ]; then
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor an allocation of its own, with known ends
+  sanitize memcheck
+  sanitize racecheck
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+fi
+
+# ---- benchmark ----------------------------------------------------------------------------------
+
+options=()
+[ "$mode" != dry ] || options=(--dry-run)
+[ "$mode" != quick ] || options=(--quick --budget 35)
+if [ "$built" -eq 0 ]; then
+  [ "$mode" != full ] || options=(--budget $((total - SECONDS - 25)))
+  stage benchmark 500 5 "$python" -m benchmarks.gpu_step "${options[@]}" --targets "$work/targets"
+  grep -v '^USDT' "$logs/benchmark.log"
+  judge benchmark "$(last benchmark '^(rows in|no rows)')"
+  rows=$(sed -n 's/^rows in //p' "$logs/benchmark.log")
+  [ -z "$rows" ] || [ ! -e "$rows" ] || cp "$rows" "$logs/"
+else
+  note benchmark 'not run' 0 "the build failed"
+fi
+
+# ---- the short table ----------------------------------------------------------------------------
+
+printf '\n%s\n\n' "$gpu"
+if [ -e "$work/targets" ]; then cat "$work/targets" && echo; fi
+printf '| stage | result | s | |\n|---|---|---|---|\n'
+cat "$summary"
+printf '\n%d s in all' "$SECONDS"
+[ "$mode" != dry ] || printf '; DRY RUN: nothing was measured'
+printf '\n'
+exit "$failed"

@@ -1,0 +1,196 @@
+"""Time complete optimizer steps on the current NVIDIA GPU, ours and the alternatives in turns.
+
+python -m benchmarks.gpu_step              every case, appended to benchmarks/results/<gpu>.csv
+python -m benchmarks.gpu_step --quick      a few cases in few rounds, printed only
+python -m benchmarks.gpu_step --dry-run    without a GPU: everything but the measuring
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu_cases import GpuCase, gpu_cases, tiny
+from benchmarks.gpu_kernels import BYTES, COUNTED_NUMEL, count_dram_bytes, time_kernels
+from benchmarks.gpu_machine import Cuda, DryRun, Machine
+from benchmarks.gpu_measure import SMALL, Measured, count_launches_anew, measure_case
+from benchmarks.gpu_pipelines import gpu_kinds, unavailable_libraries
+from benchmarks.gpu_report import COLUMNS, Report, Row, predictions, table
+from benchmarks.gpu_streams import measure_streams
+from benchmarks.report import ROOT, append, check_header
+
+# Cases whose kernels are timed by themselves too.
+KERNELS = {"adamw-llama-1.24B": "adamw", "fp16-llama-1.24B": "adamw_fp16",
+           "sgd-llama-1.24B": "sgd", "adamw-gpt2-124M": "adamw",
+           "adamw-resnet50": "adamw"}  # fmt: skip
+COUNTED = "adamw-400M"
+RESERVE_S = {"counters": 45.0, "compiled": 60.0, "case": 12.0}  # not begun with less time left
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Run:
+    """A run against the clock; rows are on disk as soon as their case is done."""
+
+    def __init__(self, args: argparse.Namespace, machine: Machine) -> None:
+        self.args, self.machine = args, machine
+        self.report = Report(machine)
+        self.kinds = gpu_kinds(machine.backend)
+        self._end = time.monotonic() + args.budget
+        self.notes: list[str] = []
+        self.wrong = False
+
+    def left(self) -> float:
+        return float(self._end - time.monotonic())
+
+    def all(self) -> None:
+        self._keep(self.report.streams(*measure_streams(self.machine)))
+        for name, reason in unavailable_libraries().items():
+            self.notes.append(f"not compared: {name} ({reason})")
+        cases = [gpu_cases()[name] for name in self.args.cases]
+        small = [case for case in cases if case.numel <= SMALL and not case.compiles]
+        waiting = [self._case(case, count_launches=False) for case in small]
+        for measured in waiting:  # now the profiler may run
+            self._finish(measured)
+        large = [case for case in cases if case not in small and not case.compiles]
+        for case in large:
+            self._finish(self._case(case, count_launches=True))
+        if not self.args.quick or self.machine.dry:
+            self._counters()
+        for case in (case for case in cases if case.compiles):
+            self._finish(self._case(case, count_launches=True))
+
+    def _case(self, case: GpuCase, count_launches: bool) -> list[Measured]:
+        if self.left() < RESERVE_S["compiled" if case.compiles else "case"]:
+            self.notes.append(f"{case.name}: not measured, no time left")
+            return []
+        start = time.monotonic()
+        predicted = predictions([Measured(case, n, self.kinds[n]) for n in case.pipelines])
+        case = case.shrunk() if self.machine.dry else case
+        print(f"\n{case.label}\n{predicted}", flush=True)
+        try:
+            measured = measure_case(
+                case, self.kinds, self.machine, self.args.rounds, self.left, count_launches
+            )
+        except RuntimeError as error:  # out of memory, a failed launch: on with the next case
+            self._failed(case, error)
+            return []
+        for item in measured:
+            if not item.samples:
+                self.notes.append(f"{case.name}: {item.pipeline} not measured: {item.note}")
+            self.wrong |= item.wrong
+        print(f"{time.monotonic() - start:.1f} s, {self.left():.0f} s left", flush=True)
+        return measured
+
+    def _finish(self, measured: list[Measured]) -> None:
+        if not measured or not measured[0].samples:
+            return
+        case = measured[0].case
+        try:
+            count_launches_anew(measured, self.machine)
+            self._keep(self.report.case(measured))
+            if case.name in KERNELS:
+                times = time_kernels(KERNELS[case.name], case.shapes(), self.machine)
+                self._keep(self.report.kernels(case.name, times))
+        except RuntimeError as error:
+            self._failed(case, error)
+
+    def _failed(self, case: GpuCase, error: RuntimeError) -> None:
+        self.notes.append(f"{case.name}: {type(error).__name__}: {error}".splitlines()[0])
+        self.wrong = True
+
+    def _counters(self) -> None:
+        if self.machine.dry:
+            faked = {"reduce_kernel": float(BYTES["adamw"][0]), "update_kernel": 0.0}
+            self._keep(self.report.counters(COUNTED, tiny_numel(), "adamw", faked))
+            return
+        if self.left() < RESERVE_S["counters"]:
+            self.notes.append("DRAM counters: not read, no time left")
+            return
+        self.machine.release_memory()
+        measured, reason = count_dram_bytes("adamw", min(90.0, self.left()))
+        if reason:
+            self.notes.append(f"DRAM counters: not read, {reason}")
+        else:
+            self._keep(self.report.counters(COUNTED, COUNTED_NUMEL, "adamw", measured))
+
+    def _keep(self, rows: Sequence[Row]) -> None:
+        if self.args.out is not None:
+            append(self.args.out, rows, COLUMNS)
+        print(table(rows), flush=True)
+
+
+def tiny_numel() -> int:
+    return sum(torch.Size(shape).numel() for shape in tiny())
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = list(gpu_cases())
+    parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=", ".join(names))
+    parser.add_argument("--rounds", type=int, help="samples of each pipeline (default: 30)")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds for all (default 240)")
+    parser.add_argument("--quick", action="store_true", help="default to a few small cases")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU; measures nothing")
+    parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
+    parser.add_argument("--targets", type=Path, help="write the table of targets to this file too")
+    args = parser.parse_args(arguments)
+    quick = [name for name, case in gpu_cases().items() if case.quick]
+    args.cases = args.cases or (quick if args.quick else names)
+    args.rounds = args.rounds or (2 if args.dry_run else 8 if args.quick else 30)
+    if args.dry_run and args.out is not None and args.out.resolve().is_relative_to(RESULTS):
+        parser.error(f"--dry-run measures nothing: --out {args.out} is where results are")
+    return args
+
+
+def output(args: argparse.Namespace, machine: Machine) -> Path | None:
+    """Where the rows go."""
+    out: Path | None = args.out
+    if machine.dry:
+        out = out or Path(tempfile.mkdtemp(prefix="fusedopt-")) / "dry-run.csv"
+    elif out is None and not args.quick:
+        out = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', machine.name.lower()).strip('-')}.csv"
+    if out is not None:
+        check_header(out, COLUMNS)
+    return out
+
+
+def stop(*_: object) -> None:
+    raise SystemExit("stopped before the end")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    if not args.dry_run and not torch.cuda.is_available():
+        raise SystemExit("torch.cuda.is_available() is False: no NVIDIA GPU; --dry-run needs none")
+    machine: Machine = DryRun() if args.dry_run else Cuda()
+    args.out = output(args, machine)
+    if isinstance(machine, DryRun):
+        print(f"{machine.name}: {machine.how}")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+    signal.signal(signal.SIGTERM, stop)
+    run = Run(args, machine)
+    print(", ".join(f"{key} {value}" for key, value in machine.facts().items()), flush=True)
+    try:
+        run.all()
+    finally:  # also when the time is up: what was measured is worth its table
+        print("\n" + "\n".join(run.notes))
+        print(f"rows in {args.out}" if args.out else "no rows written")
+        print(run.report.targets(), flush=True)
+        if args.targets is not None:
+            args.targets.write_text(run.report.targets() + "\n")
+    return int(run.wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
