@@ -1,7 +1,7 @@
 """Everything about the package stands in pyproject.toml; here is only the native build.
 
-`_cpu` is left out, with one line saying why, where it cannot be built: the package then works
-without it. What was built is recorded in the generated fusedopt/_build_config.py.
+`_cpu` and `_cuda` are left out, with one line saying why, where they cannot be built: the package
+then works without them. What was built is recorded in the generated fusedopt/_build_config.py.
 """
 
 from __future__ import annotations
@@ -44,6 +44,16 @@ MODULES = (
             Unit("csrc/cpu/dispatch.cpp"),
             Unit("csrc/cpu/watch.cpp", python=True),
             Unit("csrc/cpu/bindings.cpp", python=True),
+        ),
+        openmp=True,
+    ),
+    Module(
+        "_cuda",
+        switch="FUSEDOPT_CUDA",
+        units=(
+            Unit("csrc/cuda/kernels.cu", tool="nvcc"),
+            Unit("csrc/cuda/device_plan.cpp"),
+            Unit("csrc/cuda/bindings.cpp", python=True),
         ),
     ),
 )
