@@ -51,19 +51,19 @@ def _flags(sanitize: str) -> list[str]:
 
 def _command(source: Path, sanitize: str) -> list[str]:
     """How one source is compiled. What is not under test is not instrumented."""
-    includes = ["-I", str(TESTS / "shim"), "-I", str(CSRC)]
+    known = {"address": "-DSHIM_ASAN", "thread": "-DSHIM_TSAN"}
+    flags = [known[name] for name in sanitize.split(",") if name in known]
+    flags += ["-I", str(TESTS / "shim"), "-I", str(CSRC)]
     if source.parent == TESTS / "shim" and source.suffix == ".cpp":
-        known = {"address": ["-DSHIM_ASAN"], "thread": ["-DSHIM_TSAN"]}
-        defines = [d for name in sanitize.split(",") for d in known.get(name, [])]
-        return [*_flags(""), "-g", *includes, *defines]
+        return [*_flags(""), "-g", *flags]
     if source.name != "bindings.cpp":
-        flags = [*_flags(sanitize), *includes]  # nvcc includes its runtime unasked
-        return [*flags, "-x", "c++", "-include", "cuda_runtime.h"]
+        # nvcc includes its runtime unasked
+        return [*_flags(sanitize), *flags, "-x", "c++", "-include", "cuda_runtime.h"]
     import pybind11
 
     python = sysconfig.get_paths()["include"]
     return [
-        *_flags(""), *includes, "-DFUSEDOPT_CUDA_MODULE=_cuda_shim",
+        *_flags(""), *flags, "-DFUSEDOPT_CUDA_MODULE=_cuda_shim",
         "-isystem", pybind11.get_include(), "-isystem", python,
     ]  # fmt: skip
 
@@ -178,6 +178,10 @@ class Shim:
     def current_device(self) -> int:
         device: int = self.functions.shim_current_device()
         return device
+
+    def guard(self, address: int, n_bytes: int) -> None:
+        """Kill the process if the host touches these whole pages before the next ``reset``."""
+        self.functions.shim_guard(ctypes.c_void_p(address), ctypes.c_size_t(n_bytes))
 
     def make_current(self, device: int) -> None:
         self.functions.shim_make_current(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from typing import Any
 
 import cuda_shim
@@ -28,10 +29,12 @@ from cases import (
 from conftest import require_cpu_backend
 from cuda_twins import KERNEL_CASES, RUN_LENGTHS, ShimTwins
 from gpu_twins import grads_like
-from harness import randn
+from harness import make_param, randn
+from tolerances import assert_same_bits
 from torch import Tensor
 
 import fusedopt
+from fusedopt.backends import cuda, native
 
 MEASURE = OptimizerCase("measure", "sgd", {"lr": 0.125}, {"max_grad_norm": 2.0})
 
@@ -145,6 +148,32 @@ def test_thousands_of_tensors() -> None:
     for case in PLAIN_CASES:
         twins = ShimTwins.of_lengths(case, [1 + k % 13 for k in range(2500)], max_grad_norm=1.0)
         twins.run(steps=2)
+
+
+def lazily_zero(n: int) -> Tensor:
+    """bf16 zeros that take memory only where they are touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    return torch.frombuffer(mmap.mmap(-1, 2 * n, flags=flags), dtype=torch.bfloat16)
+
+
+def test_more_elements_than_an_int_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and the last chunks of a tensor of 2^31 elements and more; the rest stays away."""
+    n, near, far = 2**31 + 5000, slice(0, CHUNK), slice(-2 * CHUNK, None)
+    for module in (native, cuda):
+        chunks = native.chunk_table([n])
+        few = torch.cat([chunks[:1], chunks[-3:]])
+        monkeypatch.setattr(module, "chunk_table", lambda numels, few=few: few)
+    params = [make_param(lazily_zero(n)) for _ in range(2)]
+    grad = lazily_zero(n)
+    grad[near], grad[far] = randn(CHUNK, 1, grad.dtype), randn(2 * CHUNK, 2, grad.dtype)
+    for param, backend in zip(params, ("cuda", "cpu"), strict=True):
+        param.grad = grad
+        fusedopt.FusedSGD(
+            [param], lr=0.5, master_weights=False, max_grad_norm=1.0, backend=backend
+        ).step()
+    for part in (near, far):
+        assert params[0][part].any()
+        assert_same_bits(params[0][part], params[1][part], str(part))
 
 
 # ---- norm, clipping, skipping -------------------------------------------------------------------

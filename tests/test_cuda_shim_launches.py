@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from typing import Any
 
 import cuda_shim
@@ -126,6 +127,40 @@ def test_grid_and_schedule_leave_no_trace(
     for case, dtype in itertools.product(FULL_CASES, (torch.float32, torch.bfloat16)):
         shim.set(processors=processors, blocks_per_processor=1, **schedule)
         ShimTwins.of_lengths(case, RUN_LENGTHS, dtype).run(steps=2)
+
+
+def paged(value: float, n: int = 1) -> Tensor:
+    """A tensor on a page of its own."""
+    return torch.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), dtype=torch.float32)[:n].fill_(value)
+
+
+def guard(shim: cuda_shim.CudaShim, tensor: Tensor) -> None:
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE)
+    last = (tensor.data_ptr() + max(tensor.nbytes, 1)) // mmap.PAGESIZE
+    if tensor.nbytes <= 32:  # paged
+        last = first + 1
+    assert last > first, "no whole page in it"
+    shim.guard(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+
+def test_the_host_leaves_device_memory_alone(shim: cuda_shim.CudaShim) -> None:
+    """What it read there would be what an earlier step left, or have to be waited for."""
+    for case, dtype in itertools.product(FULL_CASES, (torch.float32, torch.bfloat16)):
+        twins = ShimTwins.of_lengths(case, [3 * CHUNK, 3 * CHUNK + 5], dtype)
+        twins.opt._scalars = paged(0.0, 8)
+        twins.run(steps=1)  # states and masters are made by torch, which is the host here
+        for step in range(1, 3):
+            twins.give(grads_like(twins.params, step))
+            twins.twin.grad_scale, twins.twin.found_inf = torch.tensor(3.0), torch.tensor(0.0)
+            twins.twin.step()
+            twins.opt.grad_scale, twins.opt.found_inf = small = paged(3.0), paged(0.0)
+            states = [s for p in twins.params for s in twins.opt.state[p].values() if s.dim() > 0]
+            grads = [p.grad for p in twins.params if p.grad is not None]
+            for tensor in [twins.opt._scalars, *small, *twins.params, *grads, *states]:
+                guard(shim, tensor)
+            twins.opt.step()
+            shim.reset()
+            twins.check()
 
 
 SECOND = torch.device("cpu", 1)

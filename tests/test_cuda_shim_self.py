@@ -99,11 +99,11 @@ def test_last_block_by_ticket(shim: cuda_shim.Shim, schedule: dict[str, int]) ->
     for blocks in (1, 3, 8, 8):
         total, partials = ints(1), ints(8)
         arguments = (address(partials), address(ticket), address(total), blocks)
-        assert shim.functions.ticket(*arguments, True, True) == 0
+        assert shim.functions.ticket(*arguments, 0) == 0
         assert total.item() == blocks * (blocks + 1) // 2 and ticket.item() == 0
-    assert shim.functions.ticket(*arguments, True, False) == 0
+    assert shim.functions.ticket(*arguments, 3) == 0
     total.zero_()
-    assert shim.functions.ticket(*arguments, True, True) == 0
+    assert shim.functions.ticket(*arguments, 0) == 0
     assert total.item() == 0, "a ticket that is not put back was not noticed"
 
 

@@ -51,6 +51,8 @@ struct InputsLayout {
 
 DevicePlan::DevicePlan(const DeviceTables& tables, Rule rule, bool amsgrad)
     : tables_(tables), rule_(rule), amsgrad_(amsgrad) {
+  FUSEDOPT_CHECK(tables.n_chunks < INT32_MAX, tables.n_chunks,
+                 " chunks are more than an int counts");
   const DeviceGuard guard(tables.device);
   check(resident_blocks(rule, amsgrad, &reduce_blocks_, &update_blocks_), "resident_blocks");
   FUSEDOPT_CHECK(reduce_blocks_ > 0 && update_blocks_ > 0, "this GPU cannot hold one block");

@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   const PlanView& plan = step.plan;
   write_step_counts<R>(plan, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
-  for (int64_t c = plan.n_chunks - 1 - blockIdx.x; c >= 0; c -= gridDim.x) {
+  const int last = static_cast<int>(plan.n_chunks) - 1;
+  for (int c = last - static_cast<int>(blockIdx.x); c >= 0; c -= static_cast<int>(gridDim.x)) {
     update_chunk<R, kAmsgrad>(step, plan.chunks[c]);
   }
 }

@@ -46,11 +46,21 @@ template <class Visit>
 __device__ __forceinline__ void for_each_element(const ChunkOfGrads& c, int t, const Visit& visit) {
   int row = 0;
   if (aligned16(c.data) && c.dtype == DType::kFloat32) {
-    const auto* data = static_cast<const float4*>(c.data);
-#pragma unroll 4
-    for (; row + kWarpElements <= c.n; row += kWarpElements) {
-      const float4 low = __ldcg(data + row / 4 + t);
-      const float4 high = __ldcg(data + row / 4 + kWarp + t);
+    const float4* data = static_cast<const float4*>(c.data) + t;
+    for (; row + 4 * kWarpElements <= c.n; row += 4 * kWarpElements, data += kWarpElements) {
+      float4 x[8];
+#pragma unroll
+      for (int k = 0; k < 8; ++k) x[k] = __ldcg(data + k * kWarp);
+      __syncwarp();  // ptxas for sm_100 and sm_120 would otherwise start the last loads late
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const int j = 4 * (k % 2);
+        visit(j, x[k].x), visit(j + 1, x[k].y), visit(j + 2, x[k].z), visit(j + 3, x[k].w);
+      }
+    }
+#pragma unroll 1
+    for (; row + kWarpElements <= c.n; row += kWarpElements, data += kWarpElements / 4) {
+      const float4 low = __ldcg(data), high = __ldcg(data + kWarp);
       visit(0, low.x), visit(1, low.y), visit(2, low.z), visit(3, low.w);
       visit(4, high.x), visit(5, high.y), visit(6, high.z), visit(7, high.w);
     }

@@ -12,8 +12,6 @@ __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
 
-unsigned fence_word;
-
 namespace {
 
 constexpr unsigned kWarp = 32;
@@ -27,7 +25,8 @@ struct Fiber {
   Context context;
   unsigned thread;
   State state;
-  int line;  // where it waits
+  int line;     // where it waits
+  bool fenced;  // since its last atomic
 };
 
 struct Meeting {  // of threads of a warp
@@ -51,7 +50,9 @@ struct Block {
   Meeting meetings[kMaxThreads / kWarp];
   uint64_t exchanged[2][kMaxThreads];
   char block_order[2], warp_order[2][kMaxThreads / kWarp];
-  unsigned count;  // blocks so far
+  unsigned count;    // blocks so far
+  void* atomics[8];  // addresses of the latest in this block
+  unsigned n_atomics;
   char before[2];  // what orders one block after another, for even and odd counts
 };
 
@@ -183,6 +184,7 @@ void start(Block& block, const Grid& grid) {
   block.at_block_barrier = block.returned = 0;
   block.outcome = Outcome::kDone;
   ++block.count;
+  block.n_atomics = 0;
   for (unsigned t = 0; t < grid.threads; ++t) block.fibers[t].state = State::kReady;
 }
 
@@ -257,6 +259,21 @@ uint64_t exchange(unsigned mask, uint64_t bits, int source, int line) {
   }
   return values[source];
 }
+
+#if defined(SHIM_TSAN)
+void before_atomic(void* address) {
+  Fiber& fiber = *here->running;
+  if (fiber.fenced) release(address);
+  fiber.fenced = false;
+}
+
+void after_atomic(void* address) { here->atomics[here->n_atomics++ % 8] = address; }
+
+void device_fence() {
+  for (unsigned k = 0; k < 8 && k < here->n_atomics; ++k) acquire(here->atomics[k]);
+  here->running->fenced = true;
+}
+#endif
 
 void misaligned(const volatile void* address, int bytes) {
   std::fprintf(stderr,

@@ -66,15 +66,30 @@ T load(const T* address) {
   return value;
 }
 
-extern unsigned fence_word;
-
-inline void device_fence() {
-#if defined(__SANITIZE_THREAD__)
-  // ThreadSanitizer has no fences. To it this orders all of them, and so what stands around them.
-  __atomic_fetch_add(&fence_word, 1u, __ATOMIC_ACQ_REL);
+#if defined(SHIM_TSAN)
+// ThreadSanitizer has no fences. It is told their rule: what comes before a fence and then an
+// atomic is ordered before what follows, in another block, an atomic on the same address and then a
+// fence.
+void before_atomic(void* address);
+void after_atomic(void* address);
+void device_fence();
 #else
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+inline void before_atomic(void*) {}
+inline void after_atomic(void*) {}
+inline void device_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 #endif
+
+// `change` of the value at `address`, which by itself orders nothing around it, as on the device.
+template <class Change>
+unsigned atomic(unsigned* address, const Change& change) {
+  check_aligned(address, sizeof *address);
+  before_atomic(address);
+  unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(address, &old, change(old), true, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+  }
+  after_atomic(address);
+  return old;
 }
 
 // ---- what a launch does -------------------------------------------------------------------------

@@ -60,24 +60,16 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int line = __builtin_LI
   return shim::exchanged(mask, value, static_cast<int>(threadIdx.x % 32) ^ lane_mask, line);
 }
 
-// Atomics order nothing around them, as on the device.
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  shim::check_aligned(address, sizeof *address);
-  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  return shim::atomic(address, [=](unsigned old) { return old + value; });
 }
 
 inline unsigned atomicExch(unsigned* address, unsigned value) {
-  shim::check_aligned(address, sizeof *address);
-  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+  return shim::atomic(address, [=](unsigned) { return value; });
 }
 
 inline unsigned atomicInc(unsigned* address, unsigned last) {
-  shim::check_aligned(address, sizeof *address);
-  unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(address, &old, old >= last ? 0 : old + 1, true,
-                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return old;
+  return shim::atomic(address, [=](unsigned old) { return old >= last ? 0 : old + 1; });
 }
 
 inline void __threadfence() { shim::device_fence(); }

@@ -23,6 +23,7 @@ mistakes = {
     "first_barrier": lambda: functions.sum(data, out, 4, 1),
     "last_barrier": lambda: functions.sum(data, out, 4, 2),
     "warp_barrier": lambda: functions.warps(data, False),
-    "fence": lambda: functions.ticket(data, ticket, out, 4, False, True),
+    "first_fence": lambda: functions.ticket(data, ticket, out, 4, 1),
+    "second_fence": lambda: functions.ticket(data, ticket, out, 4, 2),
 }
 assert mistakes[sys.argv[1]]() == 0

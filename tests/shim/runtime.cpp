@@ -1,6 +1,7 @@
 // The host side of the fake runtime, and what tests do with it: count, inject failures, and shape
 // the device (the extern "C" functions, called through ctypes by tests/cuda_shim.py).
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -19,12 +20,18 @@ struct Launch {
   int32_t blocks, device;
 };
 
+struct Pages {
+  void* first;
+  size_t bytes;
+};
+
 struct Runtime {
   std::map<std::string, int> calls;  // "": all together
   std::map<std::string, int> settings;
   std::vector<Launch> launches;
-  std::string failing;       // the function whose call fails; "": any
-  int calls_to_failure = 0;  // 1: the next; 0: none fails
+  std::vector<Pages> guarded;  // that only kernels may touch
+  std::string failing;         // the function whose call fails; "": any
+  int calls_to_failure = 0;    // 1: the next; 0: none fails
   cudaError_t failure = cudaSuccess;
   cudaError_t last_error = cudaSuccess;
   int device = 0;
@@ -68,6 +75,10 @@ cudaError_t entered(const char* function) {
   }
   if (setting("devices") == 0) return failed(cudaErrorNoDevice);
   return cudaSuccess;
+}
+
+void protect_guarded(int protection) {
+  for (const Pages& pages : runtime().guarded) mprotect(pages.first, pages.bytes, protection);
 }
 
 struct ErrorText {
@@ -188,7 +199,10 @@ cudaError_t shim::launch(const cudaLaunchConfig_t& config, const void* kernel, s
   schedule.host_threads = setting("host_threads");
   if (setting("blocks_descending")) schedule.blocks = Order::kDescending;
   if (setting("threads_descending")) schedule.threads = Order::kDescending;
-  switch (run_grid({body, grid.x, block.x, schedule})) {
+  protect_guarded(PROT_READ | PROT_WRITE);
+  const Outcome outcome = run_grid({body, grid.x, block.x, schedule});
+  protect_guarded(PROT_NONE);
+  switch (outcome) {
     case Outcome::kMisaligned:
       return failed(cudaErrorMisalignedAddress);
     case Outcome::kIllegalAddress:
@@ -202,7 +216,16 @@ cudaError_t shim::launch(const cudaLaunchConfig_t& config, const void* kernel, s
 
 #define SHIM_API extern "C" __attribute__((visibility("default")))
 
-SHIM_API void shim_reset() { runtime() = Runtime(); }
+SHIM_API void shim_reset() {
+  protect_guarded(PROT_READ | PROT_WRITE);
+  runtime() = Runtime();
+}
+
+// From now on these whole pages are memory of the device: the host that touches them is killed.
+SHIM_API void shim_guard(void* first, size_t bytes) {
+  runtime().guarded.push_back({first, bytes});
+  protect_guarded(PROT_NONE);
+}
 
 SHIM_API void shim_set(const char* name, int value) { runtime().settings[name] = value; }
 

@@ -49,17 +49,19 @@ __global__ void warp_kernel(unsigned* data) {
   data[t] = values[t ^ 31];
 }
 
+enum Missing { kNothing, kFenceBefore, kFenceAfter, kReset };
+
 // The block that draws the last ticket adds up what all have written.
-template <bool kFence, bool kReset>
+template <Missing kMissing>
 __global__ void ticket_kernel(unsigned* partials, unsigned* ticket, unsigned* total) {
   __shared__ bool is_last;
   const unsigned t = threadIdx.x;
   if (t == 0) {
     partials[blockIdx.x] = blockIdx.x + 1;
-    if (kFence) __threadfence();
-    const unsigned drawn = kReset ? atomicInc(ticket, gridDim.x - 1) : atomicAdd(ticket, 1u);
-    is_last = drawn == gridDim.x - 1;
-    if (kFence) __threadfence();
+    if (kMissing != kFenceBefore) __threadfence();
+    const unsigned last = gridDim.x - 1;
+    is_last = (kMissing == kReset ? atomicAdd(ticket, 1u) : atomicInc(ticket, last)) == last;
+    if (kMissing != kFenceAfter) __threadfence();
   }
   __syncthreads();
   if (!is_last) return;
@@ -132,10 +134,17 @@ TEST_API int warps(unsigned* data, bool barrier) {
 }
 
 TEST_API int ticket(unsigned* partials, unsigned* drawn, unsigned* total, unsigned blocks,
-                    bool fence, bool reset) {
-  if (!fence) return launch(blocks, ticket_kernel<false, true>, partials, drawn, total);
-  if (!reset) return launch(blocks, ticket_kernel<true, false>, partials, drawn, total);
-  return launch(blocks, ticket_kernel<true, true>, partials, drawn, total);
+                    int missing) {
+  switch (missing) {
+    case kFenceBefore:
+      return launch(blocks, ticket_kernel<kFenceBefore>, partials, drawn, total);
+    case kFenceAfter:
+      return launch(blocks, ticket_kernel<kFenceAfter>, partials, drawn, total);
+    case kReset:
+      return launch(blocks, ticket_kernel<kReset>, partials, drawn, total);
+    default:
+      return launch(blocks, ticket_kernel<kNothing>, partials, drawn, total);
+  }
 }
 
 TEST_API int write(unsigned* destination, unsigned first) {
