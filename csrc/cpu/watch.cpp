@@ -84,8 +84,9 @@ constexpr size_t kAhead = 8;
 // The Python object, and torch's record around the sizes that the exchange showed.
 void fetch(const void* object, const void* record) {
   __builtin_prefetch(object);
-  for (int line = -2; line <= 2; ++line) {
-    __builtin_prefetch(static_cast<const char*>(record) + 64 * line);
+  const auto middle = reinterpret_cast<uintptr_t>(record);  // a hint: null and stale are allowed
+  for (uintptr_t at = middle - 128; at != middle + 192; at += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(at));
   }
 }
 
