@@ -65,7 +65,7 @@ struct AdamW {
   // Bias corrections belong to the betas as rounded for the kernel: weight * geometric_sum is what
   // the recurrence accumulates for a constant gradient, so a constant gradient comes out exact.
   // sqrt(bias_correction2) divides sqrt(exp_avg_sq) in torch; here it multiplies numerator and eps,
-  // once a step in fp64, which saves each element a division (docs/numerics.md has the figure).
+  // once a step in fp64, which saves each element a division.
   FUSEDOPT_FN RowScalars row_scalars(const Options& o, int64_t step) {
     const double weight1 = static_cast<float>(1.0 - o.beta1);
     const double weight2 = static_cast<float>(1.0 - o.beta2);

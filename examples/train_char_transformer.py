@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pydoc_data.topics import topics  # the text of help("if"): ships with every Python
 from typing import Any
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
         return self.head(self.norm(hidden)).float()
 
 
-class Training:
+class Training(ABC):
     """One run: everything that makes up its state, and what was measured on the way."""
 
     name: str
@@ -114,12 +115,13 @@ class Training:
         self.losses: list[float] = []
         self.watch, self.whole_watch = Stopwatch(args.device), Stopwatch(args.device)
 
+    @abstractmethod
     def make_optimizer(self, groups: list[dict[str, Any]], args: argparse.Namespace) -> Any:
-        raise NotImplementedError
+        """The optimizer of these param groups."""
 
+    @abstractmethod
     def update(self) -> torch.Tensor:
         """Unscale, clip and step; return the norm of the gradients."""
-        raise NotImplementedError
 
     def step(self, text: Text) -> None:
         with self.whole_watch:

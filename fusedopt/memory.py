@@ -19,8 +19,8 @@ def zeros_like_all(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> l
     """One zeroed tensor for each of ``params``, with its shape, strides and device.
 
     CPU tensors are cut from one mapping that asks for huge pages: an optimizer streams through its
-    state once a step, and with 4 KiB pages the walk of the page tables costs 9-18 % of that. Each
-    tensor is a storage of its own, so that saving one does not save them all.
+    state once a step, and with 4 KiB pages the walk of the page tables adds to that. Each tensor
+    is a storage of its own, so that saving one does not save them all.
 
     Args:
         params: tensors whose elements are dense in memory (no gaps, no overlap).

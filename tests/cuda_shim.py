@@ -149,9 +149,9 @@ class Launch:
 class Shim:
     """A library of ``build`` and its runtime."""
 
-    def __init__(self, library: Path) -> None:
-        self.library = library
-        self.functions = ctypes.CDLL(str(library))
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.functions = ctypes.CDLL(str(path))
 
     def reset(self) -> None:
         """No calls so far, no failures to come, a device like any other."""
@@ -191,7 +191,7 @@ class Shim:
         count = self.functions.shim_launches(None, 0)
         records = (_LaunchRecord * count)()
         self.functions.shim_launches(records, count)
-        names = kernel_names(self.library)
+        names = kernel_names(self.path)
         return [Launch(names[r.kernel], r.blocks, r.device, r.stream) for r in records]
 
 
@@ -216,9 +216,9 @@ def _short(function: str) -> str:
 class CudaShim(Shim):
     """The kernels of csrc/cuda and their bindings."""
 
-    def __init__(self, library: Path) -> None:
-        super().__init__(library)
-        spec = importlib.util.spec_from_file_location("_cuda_shim", library)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        spec = importlib.util.spec_from_file_location("_cuda_shim", path)
         assert spec is not None and spec.loader is not None
         self.module: ModuleType = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,26 +75,50 @@ def test_import_and_cpu_step_without_a_gpu(tmp_path: Path) -> None:
     assert reason and not initialized
 
 
-@built
-def test_the_module_answers_without_a_gpu(tmp_path: Path) -> None:
-    """Imported by itself, without torch; without a driver it raises with CUDA's own text."""
-    code = (
+def module_in_a_child(code: str, cwd: Path) -> str:
+    """Last line that ``code`` prints about ``module``, imported by itself: no torch, no device."""
+    load = (
         "import importlib.util, sys\n"
         "spec = importlib.util.spec_from_file_location('_cuda', sys.argv[1])\n"
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
         "assert 'torch' not in sys.modules\n"
-        "print(sorted(module.versions()))\n"
-        "try: print(module.device_count())\n"
-        "except RuntimeError as error: print(error)\n"
     )
     spec = importlib.util.find_spec("fusedopt._cuda")
     assert spec is not None and spec.origin is not None
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code, spec.origin]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    command = [sys.executable, "-c", load + code, spec.origin]
+    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    answer = done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()[-1]
+
+
+@built
+def test_the_module_answers_without_a_gpu(tmp_path: Path) -> None:
+    """Imported by itself, without torch; without a driver it raises with CUDA's own text."""
+    code = (
+        "print(sorted(module.versions()))\n"
+        "try: print(module.device_count())\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    answer = module_in_a_child(code, tmp_path)
     assert answer == "0" or answer.startswith("fusedopt: CUDA: "), answer
+
+
+@built
+@pytest.mark.parametrize("device", [0, 1])
+def test_a_plan_without_a_gpu_is_refused_in_cudas_words(tmp_path: Path, device: int) -> None:
+    """The constructor asks CUDA about the device, and never looks at the tables."""
+    numbers = {"device": device, "n_groups": 1, "n_rows": 1, "n_chunks": 1, "n_elements": 5}
+    numbers |= {"n_totals": 1, "own_total": 0}
+    names = "inputs", "rows", "chunks", "partials", "row_steps", "totals", "ticket", "host_inputs"
+    tables = {**numbers, **dict.fromkeys(names, 16)}
+    code = (
+        f"try: module.Plan(tables={tables}, rule='adamw', amsgrad=False)\n"
+        "except RuntimeError as error: print(error)\n"
+        "else: print('accepted')\n"
+    )
+    answer = module_in_a_child(code, tmp_path)
+    assert re.fullmatch(r"fusedopt: CUDA: \w+: cudaError\w+: .+", answer), answer
 
 
 # Asked for by name

@@ -53,7 +53,7 @@ bool negated(PyObject* tensor) {
 }
 
 // New reference, or null with an error set. For the two plain types the attribute's own function is
-// called, which leaves out a third of the time: the search for the name.
+// called, which leaves out the search for the name.
 PyObject* grad_of(PyObject* param) {
   static PyObject* const kGrad = interned("grad");
   if (torch.grad && plain_tensor(param)) return torch.grad->get(param, torch.grad->closure);

@@ -33,7 +33,7 @@ __device__ __forceinline__ double total_of_partials(const PlanView& plan, NormTy
   return lanes[0];
 }
 
-// Options that the user keeps on the device.
+// Options that the user keeps on the device. Whoever reads them has to meet a barrier first.
 __device__ __forceinline__ void fetch_device_numbers(const DeviceStep& step) {
   auto* fields = static_cast<double*>(step.group_options);
   for (int i = threadIdx.x; i < step.n_device_numbers; i += kThreads) {
@@ -41,7 +41,6 @@ __device__ __forceinline__ void fetch_device_numbers(const DeviceStep& step) {
     fields[number.field] = number.is_double ? *static_cast<const double*>(number.data)
                                             : *static_cast<const float*>(number.data);
   }
-  __syncthreads();
 }
 
 template <class R>
@@ -108,7 +107,7 @@ __device__ __forceinline__ void finalize_step(const DeviceStep& step) {
     if (step.inf_flag) *step.inf_flag = step.scalars->found_inf;
     skip = step.scalars->skip != 0.0f;
   }
-  __syncthreads();
+  __syncthreads();  // for skip and the numbers fetched
   if (skip || step.plan.n_rows == 0) return;
   if (step.rule == Rule::kAdamW) {
     prepare_rows<AdamW>(step);
