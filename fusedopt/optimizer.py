@@ -22,11 +22,18 @@ from torch.optim import Optimizer
 from .amp import AmpAttributes
 from .backends import Backend, choose, requested_backend
 from .options import Options
-from .plan import CLIP_COEF, GRAD_NORM, N_STEP_SCALARS, SKIPPED_STEPS, Group, Plan, StepInputs
+from .plan import (
+    CLIP_COEF,
+    GRAD_NORM,
+    N_STEP_SCALARS,
+    OPTIONS_BYTES,
+    SKIPPED_STEPS,
+    Group,
+    Plan,
+    StepInputs,
+)
 from .rows import build_rows, check_param, label_of
 from .state import loaded
-
-OPTIONS_BYTES = 64  # of one param group, for every rule (csrc/rules.h)
 
 # Stands in the options table for a number that is on the device: a NaN that nobody else uses, so
 # that a table which holds a number again differs from it.

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-BACKEND_NAMES = ("auto", "cuda", "cpu", "reference")
+BACKEND_NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
 
 @dataclass(frozen=True)

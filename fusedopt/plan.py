@@ -7,6 +7,7 @@ handed to kernels is each backend's own business (``fusedopt/backends``).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 # Fields of StepScalars (csrc/scalars.h), eight fp32 values on the device.
 GRAD_NORM, CLIP_COEF, GRAD_MULT, INV_SCALE, FOUND_INF, SKIP, SKIPPED_STEPS = range(7)
 N_STEP_SCALARS = 8
+OPTIONS_BYTES = 64  # of one param group, for every rule (csrc/rules.h)
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -65,6 +67,16 @@ class StepInputs:
     inf_flag: Tensor | None  # fp32; where our own GradScaler expects the answer
     # Options that the user keeps on the device: which double of the options table, one element.
     device_numbers: list[tuple[int, Tensor]]
+
+    @property
+    def clip_threshold(self) -> float:
+        """``max_grad_norm`` as StepOptions has it: negative for none (csrc/scalars.h)."""
+        return -1.0 if self.max_grad_norm is None else self.max_grad_norm
+
+    @property
+    def value_threshold(self) -> float:
+        """``max_grad_value`` as the rules have it."""
+        return math.inf if self.max_grad_value is None else self.max_grad_value
 
 
 class Plan(ABC):

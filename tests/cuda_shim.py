@@ -227,7 +227,9 @@ class CudaShim(Shim):
         """For ``fusedopt.backends.cuda``: this module drives the CPU's tensors."""
         from fusedopt.backends import cuda
 
-        class HostDriver(cuda.Driver):
+        class HostDriver(cuda.CudaDriver):
+            device_type = "cpu"
+
             def stream(self, device: object) -> int:
                 return 0
 
@@ -240,7 +242,7 @@ class CudaShim(Shim):
             def record_stream(self, tensor: object, device: object) -> None:
                 pass
 
-        return HostDriver(self.module, "cpu")
+        return HostDriver(self.module)
 
 
 @functools.cache

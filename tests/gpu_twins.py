@@ -60,6 +60,8 @@ class Twins:
     A tensor among the hyper-parameters goes to the device for ours and stays for the twin.
     """
 
+    backend = BACKEND
+
     def __init__(
         self,
         rule: str,
@@ -82,7 +84,7 @@ class Twins:
             )
         self.params: list[Tensor] = [p for group in ours for p in group["params"]]
         self.twin_params: list[Tensor] = [p for group in twins for p in group["params"]]
-        self.opt = FUSED[rule](ours, backend=BACKEND, **common)
+        self.opt = FUSED[rule](ours, backend=self.backend, **common)
         self.twin = FUSED[rule](twins, backend="cpu", **common)
 
     @classmethod

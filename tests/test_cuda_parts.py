@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt.backends.cuda import CudaPlan
+from fusedopt.backends.device import DevicePlan
 from fusedopt.optimizer import FusedOptimizer
 
 shim = pytest.fixture(cuda_shim.fixture)
@@ -67,7 +67,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_devices_share_norm_and_decision(shim, monkeypatch, name, bad_row):
     expected = train(name, "cpu", bad_row, max_grad_norm=1.0)
-    monkeypatch.setattr(CudaPlan, "device_of", by_position)
+    monkeypatch.setattr(DevicePlan, "device_of", by_position)
     split = train(name, "cuda", bad_row, max_grad_norm=1.0)
     assert len(split[1]._plan.parts) == 2
     assert split[2][-1][2] == (bad_row is not None)
@@ -75,7 +75,7 @@ def test_two_devices_share_norm_and_decision(shim, monkeypatch, name, bad_row):
 
 
 def test_two_devices_launch_three_kernels_each(shim, monkeypatch):
-    monkeypatch.setattr(CudaPlan, "device_of", by_position)
+    monkeypatch.setattr(DevicePlan, "device_of", by_position)
     _, opt, _ = train("adamw", "cuda", max_grad_norm=1.0)
     shim.reset()
     opt.step()

@@ -57,6 +57,12 @@ def _cuda() -> Any:
     return cuda
 
 
+def _triton() -> Any:
+    from . import triton
+
+    return triton
+
+
 def _reference() -> Backend:
     from .reference import ReferenceBackend
 
@@ -103,16 +109,20 @@ def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
     obstacle = _obstacle(name, params)
     if obstacle is not None:
         raise RuntimeError(f"backend {name!r} cannot serve: {obstacle}; use backend='reference'")
-    backend: Backend = _cuda().CudaBackend() if name == "cuda" else _native().CpuBackend()
+    backend: Backend
+    if name == "triton":
+        backend = _triton().TritonBackend()
+    else:
+        backend = _cuda().CudaBackend() if name == "cuda" else _native().CpuBackend()
     return backend
 
 
 def _obstacle(name: str, params: Sequence[Tensor]) -> str | None:
-    module = _cuda() if name == "cuda" else _native()
+    module = {"cuda": _cuda, "triton": _triton, "cpu": _native}[name]()
     reason: str | None = module.unavailable_reason()
     if reason is not None:
         return f"the native {name.upper()} module is not available ({reason})"
-    wanted = module.driver().device_type if name == "cuda" else "cpu"
+    wanted = "cpu" if name == "cpu" else module.driver().device_type
     elsewhere = {p.device.type for p in params} - {wanted}
     if elsewhere:
         return (

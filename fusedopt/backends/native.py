@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -81,6 +80,11 @@ if _import_error is None:
         _cpu.set_simd(os.environ[SIMD_VARIABLE])
 
 
+def watch(groups: list[Group], state: dict[Tensor, Any], kinds: list[int]) -> Any:
+    """The native look at every tensor before each step (csrc/cpu/watch.h)."""
+    return _cpu.Watch(groups, state, kinds)
+
+
 class CpuPlan(TablePlan):
     """A plan with the tables that only the CPU kernels need."""
 
@@ -155,7 +159,7 @@ class CpuBackend:
             plan.rule,
             step.options,
             step.norm_type,
-            -1.0 if step.max_grad_norm is None else step.max_grad_norm,
+            step.clip_threshold,
             step.measured,
             step.skip_nonfinite,
             address(step.grad_scale),
@@ -165,6 +169,5 @@ class CpuBackend:
 
     def update(self, plan: Plan, step: StepInputs) -> None:
         assert isinstance(plan, CpuPlan)
-        limit = math.inf if step.max_grad_value is None else step.max_grad_value
         native = plan.native(step.scalars)
-        _cpu.update(native, plan.rule, step.options, limit, torch.get_num_threads())
+        _cpu.update(native, plan.rule, step.options, step.value_threshold, torch.get_num_threads())

@@ -58,11 +58,20 @@ def pack_row(row: Row) -> bytes:
     )
 
 
+def _watch(groups: list[Group], state: dict[Tensor, Any], kinds: list[int]) -> Any:
+    from . import native
+
+    if native.unavailable_reason() is None:
+        return native.watch(groups, state, kinds)
+    raise RuntimeError("TODO")
+
+
 class TablePlan(Plan):
     """Keeps the table of gradients, which the native ``Watch`` fills before every step.
 
     Args:
-        before_grads: bytes to leave free before the gradients, for a backend that hands over more.
+        before_grads, after_grads: bytes to leave free around the gradients, for a backend that
+            hands over more.
     """
 
     def __init__(
@@ -73,14 +82,14 @@ class TablePlan(Plan):
         groups: list[Group],
         state: dict[Tensor, Any],
         before_grads: int = 0,
+        after_grads: int = 0,
     ) -> None:
-        from .. import _cpu
-
         super().__init__(rule, rows, layout)
         self._grads_at = before_grads
-        self._inputs = bytearray(before_grads + max(len(self.rows), 1) * GRAD.size)
+        grads_bytes = max(len(self.rows), 1) * GRAD.size
+        self._inputs = bytearray(before_grads + grads_bytes + after_grads)
         self._inputs_view = torch.frombuffer(self._inputs, dtype=torch.uint8)
-        self._watch = _cpu.Watch(groups, state, [self._kind(row) for row in self.rows])
+        self._watch = _watch(groups, state, [self._kind(row) for row in self.rows])
         self._params = [row.param for row in self.rows]
         self._n_absent = 0
 

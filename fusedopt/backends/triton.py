@@ -1,0 +1,271 @@
+"""The Triton backend: the kernels of ``fusedopt/triton_kernels`` over the tables of a plan.
+
+For GPUs that the CUDA module does not serve: no nvcc at the build, or AMD. Kernels are compiled
+when a plan is made, after the first time from Triton's cache, and launched without the JIT's search
+for a variant. The table of inputs is copied from pinned memory when it has changed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import OPTIONS_BYTES
+from .device import DEVICE_NUMBER, DEVICE_NUMBERS, DeviceBackend, DeviceTables, Driver, Launches
+from .tables import GRAD, address
+
+OLDEST = (3, 6)  # release of Triton
+
+# What the CUDA kernels get by value; triton_kernels/tables.py names the fields.
+HEADER = struct.Struct("=2d6q")
+NORM_IS_TWO, MEASURED, SKIP_NONFINITE = 1, 2, 4
+
+Launch = Callable[[int, int], None]  # programs, stream
+
+
+class TritonDriver(Driver):
+    """Through Triton's own driver of the GPUs that torch sees."""
+
+    step_bytes = HEADER.size
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[int, str, str, bool], Any] = {}
+
+    def launches(self, tables: DeviceTables) -> Launches:
+        return TritonLaunches(self, tables)
+
+    def launcher(
+        self, device: torch.device, verb: str, rule: str, halves: bool, values: dict[str, int]
+    ) -> Launch:
+        """Launches of one variant, with its arguments bound; compiles it if need be."""
+        key = (self.index(device), verb, rule, halves)
+        if key not in self._kernels:
+            with torch.cuda.device(device):
+                self._kernels[key] = self._load(verb, rule, halves)
+        kernel = self._kernels[key]
+        arguments = [values.get(name, 0) for name in kernel.src.fn.arg_names]  # 0: a constant
+        run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
+        index = key[0]
+
+        def launch(programs: int, stream: int) -> None:
+            if torch.cuda.current_device() == index:
+                run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+                return
+            with torch.cuda.device(index):
+                run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+        return launch
+
+    def _load(self, verb: str, rule: str, halves: bool) -> Any:
+        from triton.runtime import driver
+
+        from ..triton_kernels.variants import Variant, compiled
+
+        kernel = compiled(Variant(verb, rule, halves), driver.active.get_current_target())
+        kernel._init_handles()  # loads it on the current device: not while a graph is captured
+        return kernel
+
+    def reduce_programs(self, device: torch.device) -> int:
+        """As many warps of ``reduce`` as may be resident."""
+        return 32 * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def host_buffer(self, n_bytes: int) -> Tensor:
+        """Memory that a device copies from by itself."""
+        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def event(self, device: torch.device) -> Any:
+        with torch.cuda.device(device):
+            return torch.cuda.Event()
+
+
+class _Upload:
+    """Copies the table of inputs to its device. Nobody waits: a buffer is used again once the copy
+    from it is over, and one that a graph copies from, never."""
+
+    def __init__(self, driver: TritonDriver, tables: DeviceTables) -> None:
+        self._driver = driver
+        self._device = tables.device
+        self._source = tables.host_inputs
+        self._target = tables.tensors["inputs"]
+        self._written: bytes | None = None  # what the device holds, where that is known
+        self._free = [self._new_buffer(), self._new_buffer()]
+        self._busy: list[tuple[Tensor, Any]] = []
+        self._captured: list[Tensor] = []
+
+    def _new_buffer(self) -> Tensor:
+        return self._driver.host_buffer(len(self._source))
+
+    def due(self, capturing: bool) -> bool:
+        """A graph's replays write the table too, so after a capture what it holds is not known."""
+        return capturing or bool(self._captured) or self._written != self._source
+
+    def run(self, capturing: bool) -> None:
+        if not capturing:
+            self._reclaim()
+        buffer = self._free.pop() if self._free else self._new_buffer()
+        now = bytes(self._source)
+        ctypes.memmove(buffer.data_ptr(), now, len(now))
+        self._written = None
+        self._target.copy_(buffer, non_blocking=True)
+        if capturing:
+            self._captured.append(buffer)
+            return
+        event = self._driver.event(self._device)
+        event.record()
+        self._busy.append((buffer, event))
+        if not self._free:
+            self._free.append(self._new_buffer())  # for a capture, which may not make one
+        self._written = now
+
+    def _reclaim(self) -> None:
+        done = [event.query() for _, event in self._busy]
+        self._free += [buffer for (buffer, _), is_done in zip(self._busy, done) if is_done]
+        self._busy = [entry for entry, is_done in zip(self._busy, done) if not is_done]
+
+
+class TritonLaunches:
+    """The kernels over the tables of one device."""
+
+    def __init__(self, driver: TritonDriver, tables: DeviceTables) -> None:
+        self._driver = driver
+        self._tables = tables
+        self._upload = _Upload(driver, tables)
+        numbers_at = tables.n_groups * OPTIONS_BYTES
+        grads_at = numbers_at + tables.n_groups * DEVICE_NUMBERS * DEVICE_NUMBER.size
+        self._header_at = len(tables.host_inputs) - HEADER.size
+        inputs = address(tables.tensors["inputs"])
+        self._values = {
+            **{name: address(tensor) for name, tensor in tables.tensors.items()},
+            "step": inputs + self._header_at,
+            "options": inputs,
+            "numbers": inputs + numbers_at,
+            "grads": inputs + grads_at,
+            "n_rows": tables.n_rows,
+            "n_chunks": tables.n_chunks,
+            "n_totals": tables.n_totals,
+            "own_total": tables.own_total,
+            "finalizes": int(tables.n_totals == 1),
+        }
+        words = torch.frombuffer(tables.host_inputs, dtype=torch.int32)
+        grads = words[grads_at // 4 : self._header_at // 4].view(-1, GRAD.size // 4)
+        self._grad_dtypes = grads[: tables.n_rows, 2]  # codes, of which fp32 is zero
+        self._reduce_programs = max(1, min(tables.n_chunks, driver.reduce_programs(tables.device)))
+        self._reduce = self._launcher("reduce")
+        self._finalize = self._launcher("finalize")
+        self._halves = tables.half_params
+        self._update = self._update_launcher()
+        self._stream = 0
+
+    def _launcher(self, verb: str) -> Launch:
+        rule = self._tables.rule
+        return self._driver.launcher(self._tables.device, verb, rule, False, self._values)
+
+    def _update_launcher(self) -> Launch:
+        rule = "amsgrad" if self._tables.amsgrad else self._tables.rule
+        device = self._tables.device
+        return self._driver.launcher(device, "update", rule, self._halves, self._values)
+
+    def begin(
+        self,
+        *,
+        norm_type: float,
+        max_grad_norm: float,
+        measured: bool,
+        skip_nonfinite: bool,
+        max_grad_value: float,
+        grad_scale: int,
+        found_inf: int,
+        inf_flag: int,
+        scalars: int,
+        n_device_numbers: int,
+        stream: int,
+        capturing: bool,
+    ) -> None:
+        flags = NORM_IS_TWO * (norm_type != math.inf)
+        flags += MEASURED * measured + SKIP_NONFINITE * skip_nonfinite
+        addresses = (grad_scale, found_inf, inf_flag, scalars)
+        header = (max_grad_norm, max_grad_value, *addresses, n_device_numbers, flags)
+        HEADER.pack_into(self._tables.host_inputs, self._header_at, *header)
+        self._stream = stream
+        if not self._upload.due(capturing):
+            return
+        halves = self._tables.half_params or bool(self._grad_dtypes.any())
+        if halves != self._halves:
+            self._halves = halves
+            self._update = self._update_launcher()
+        self._upload.run(capturing)
+
+    def reduce(self, finalizes: bool) -> None:
+        assert finalizes == bool(self._values["finalizes"])
+        self._reduce(self._reduce_programs, self._stream)
+
+    def finalize(self) -> None:
+        self._finalize(1, self._stream)
+
+    def update(self) -> None:
+        self._update(max(1, self._tables.n_chunks), self._stream)
+
+
+_driver: TritonDriver | None = None  # made when it is first asked for
+
+
+def driver() -> TritonDriver:
+    """The driver of this machine's GPUs.
+
+    Raises:
+        RuntimeError: there is none; the message says why.
+    """
+    global _driver
+    if _driver is None:
+        reason = unavailable_reason()
+        if reason is not None:
+            raise RuntimeError(f"the Triton backend is not available ({reason})")
+        _driver = TritonDriver()
+    return _driver
+
+
+def version() -> str | None:
+    """Of the installed Triton."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    found: str = triton.__version__
+    return found
+
+
+def unavailable_reason() -> str | None:
+    """Why GPU tensors cannot be served, or ``None``."""
+    if _driver is not None:
+        return None
+    found = version()
+    if found is None:
+        return "Triton is not installed: pip install triton"
+    release = tuple(int(part) for part in found.split(".")[:2])
+    if release < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"Triton {found} is too old: upgrade it to {oldest} or newer"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    try:
+        from triton.runtime import driver as runtime
+
+        runtime.active.get_current_target()
+    except Exception as error:  # of any kind: a missing C compiler, two vendors' drivers
+        return f"Triton {found} cannot use this GPU: {error}"
+    return None
+
+
+class TritonBackend(DeviceBackend):
+    """Kernels of ``fusedopt/triton_kernels``."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        super().__init__(driver())
