@@ -7,6 +7,7 @@ host.
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -45,28 +46,14 @@ class Backend(Protocol):
     def update(self, plan: Plan, step: StepInputs) -> None: ...
 
 
-def _native() -> Any:
-    from . import native
-
-    return native
-
-
-def _cuda() -> Any:
-    from . import cuda
-
-    return cuda
+REFERENCE = "reference"
+TITLES = {"cuda": "CUDA", "triton": "Triton", "cpu": "CPU"}  # in the order of preference
+UPDATE_DRIVER = "update the driver, or reinstall fusedopt with an older CUDA toolkit"
 
 
-def _triton() -> Any:
-    from . import triton
-
-    return triton
-
-
-def _reference() -> Backend:
-    from .reference import ReferenceBackend
-
-    return ReferenceBackend()
+def _module(name: str) -> Any:
+    """Imported when it is first asked for."""
+    return importlib.import_module(f".{'native' if name == 'cpu' else name}", __name__)
 
 
 def requested_backend(argument: str | None) -> str:
@@ -85,45 +72,81 @@ def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
     """The backend for ``params``.
 
     Raises:
-        RuntimeError: a backend was asked for by name that cannot serve these parameters, or the
-            CUDA backend is there and its driver is not.
+        RuntimeError: a backend was asked for by name that cannot serve these parameters; or the
+            CUDA backend is there, its driver is not, and Triton cannot serve either.
     """
     name = requested_backend(argument)
-    if name == "reference":
-        return _reference()
-    if name == "auto":
-        name = "cuda" if any(p.device.type == "cuda" for p in params) else "cpu"
-        obstacle = _obstacle(name, params)
-        problem = _cuda().driver_problem() if name == "cuda" else None
-        if obstacle is not None and problem is not None:
-            raise RuntimeError(
-                f"the CUDA backend is installed and cannot use this GPU: {problem}; update the "
-                "driver, or reinstall fusedopt with an older CUDA toolkit, or use "
-                "backend='reference' (plain torch operations)"
-            )
+    if not params and name != REFERENCE:
+        name = "cpu" if _missing("cpu") is None else REFERENCE  # there is nothing to serve
+    elif name == "auto":
+        name = _best(params)
+    elif name != REFERENCE:
+        obstacle = _missing(name) or _unfit(name, _device_type(name), params)
         if obstacle is not None:
-            _announce(obstacle)
-            return _reference()
-    if not params:
-        name = "cpu"  # there is nothing to serve, on no device
-    obstacle = _obstacle(name, params)
-    if obstacle is not None:
-        raise RuntimeError(f"backend {name!r} cannot serve: {obstacle}; use backend='reference'")
-    backend: Backend
-    if name == "triton":
-        backend = _triton().TritonBackend()
-    else:
-        backend = _cuda().CudaBackend() if name == "cuda" else _native().CpuBackend()
+            raise RuntimeError(
+                f"backend {name!r} cannot serve: {obstacle}; use backend='reference'"
+            )
+    backend: Backend = getattr(_module(name), f"{name.capitalize()}Backend")()
     return backend
 
 
-def _obstacle(name: str, params: Sequence[Tensor]) -> str | None:
-    module = {"cuda": _cuda, "triton": _triton, "cpu": _native}[name]()
-    reason: str | None = module.unavailable_reason()
-    if reason is not None:
-        return f"the native {name.upper()} module is not available ({reason})"
-    wanted = "cpu" if name == "cpu" else module.driver().device_type
-    elsewhere = {p.device.type for p in params} - {wanted}
+def _best(params: Sequence[Tensor]) -> str:
+    """The fastest that can serve; announces one that is slower than was to be expected."""
+    on_gpu = any(p.device.type == "cuda" for p in params)  # ROCm's devices have this name, too
+    names = _by_speed(on_gpu)
+    obstacle = _unfit(names[0], "cuda" if on_gpu else "cpu", params)
+    if obstacle is not None:
+        _announce(obstacle, REFERENCE)
+        return REFERENCE
+    obstacles: list[str] = []
+    for name in names:
+        obstacle = _missing(name)
+        if obstacle is None:
+            if obstacles:
+                _announce(obstacles[0], name, _remedy(names[0]))
+            return name
+        obstacles.append(obstacle)
+    problem = _module("cuda").driver_problem() if "cuda" in names else None
+    if problem is not None:
+        raise RuntimeError(
+            f"the CUDA backend is installed and cannot use this GPU: {problem}; {UPDATE_DRIVER}, "
+            f"or use backend='reference' (plain torch operations); {obstacles[-1]}"
+        )
+    _announce(" and ".join(obstacles), REFERENCE, _remedy(names[0]))
+    return REFERENCE
+
+
+def _by_speed(on_gpu: bool) -> list[str]:
+    if not on_gpu:
+        return ["cpu"]
+    return ["cuda", "triton"] if torch.version.hip is None else ["triton"]
+
+
+def _missing(name: str) -> str | None:
+    """Why the backend can serve no parameters here, whatever they are."""
+    reason: str | None = _module(name).unavailable_reason()
+    return None if reason is None else f"the {TITLES[name]} backend is not available ({reason})"
+
+
+def _remedy(name: str) -> str:
+    """What would make the backend available. Triton's reasons say that themselves."""
+    if name == "triton":
+        return ""
+    compiler = "a C++ compiler" if name == "cpu" else "nvcc"
+    remedy = f"reinstall fusedopt with {compiler} on PATH"
+    if name == "cuda" and _module("cuda").driver_problem() is not None:
+        remedy = UPDATE_DRIVER
+    return f" For the {TITLES[name]} backend {remedy}."
+
+
+def _device_type(name: str) -> str:
+    device_type: str = "cpu" if name == "cpu" else _module(name).driver().device_type
+    return device_type
+
+
+def _unfit(name: str, device_type: str, params: Sequence[Tensor]) -> str | None:
+    """Why the kernels of a backend are not for these parameters."""
+    elsewhere = {p.device.type for p in params} - {device_type}
     if elsewhere:
         return (
             f"parameters are on {', '.join(sorted(elsewhere))}, for which backend {name!r} has no "
@@ -137,30 +160,26 @@ def _obstacle(name: str, params: Sequence[Tensor]) -> str | None:
 _announced: set[str] = set()
 
 
-def _announce(obstacle: str) -> None:
+def _announce(obstacle: str, name: str, remedy: str = "") -> None:
     if obstacle in _announced:
         return
     _announced.add(obstacle)
+    slow = " (plain torch operations, right but slow)" if name == REFERENCE else ""
+    title = TITLES.get(name, name)
     warnings.warn(
-        f"fusedopt: {obstacle}; the reference backend (plain torch operations, right but slow) "
-        "serves instead. `python -m fusedopt` shows what is installed; backend='reference' "
-        "silences this.",
+        f"fusedopt: {obstacle}; the {title} backend{slow} serves instead.{remedy} "
+        f"`python -m fusedopt` shows what is installed; backend={name!r} silences this.",
         FusedOptFallbackWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
 def report() -> dict[str, dict[str, Any]]:
     """Every backend: whether it can serve here, and why not."""
-    native = _native()
-    reason = native.unavailable_reason()
-    cpu: dict[str, Any] = {"available": reason is None, "reason": reason or ""}
-    cpu.update(native.details())
-    no_cuda = _cuda().unavailable_reason()
-    cuda: dict[str, Any] = {"available": no_cuda is None, "reason": no_cuda or ""}
-    cuda.update(_cuda().details())
-    return {
-        "cuda": cuda,
-        "cpu": cpu,
-        "reference": {"available": True, "reason": "", "note": "plain torch operations; slow"},
-    }
+    told = {}
+    for name in TITLES:
+        reason = _module(name).unavailable_reason()
+        available = {"available": reason is None, "reason": reason or ""}
+        told[name] = {**available, **_module(name).details()}
+    told[REFERENCE] = {"available": True, "reason": "", "note": "plain torch operations; slow"}
+    return told

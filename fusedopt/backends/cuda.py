@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..plan import OPTIONS_BYTES
-from . import native as cpu
 from .device import (
     DEVICE_NUMBER,
     DEVICE_NUMBERS,
@@ -21,6 +20,7 @@ from .device import (
     Driver,
     Launches,
 )
+from .native import reason_not_built
 from .tables import CHUNK_BYTES, CHUNK_ELEMENTS, GRAD, ROW, address
 
 try:
@@ -80,10 +80,7 @@ def unavailable_reason() -> str | None:
     if _driver is not None:
         return None
     if _import_error is not None:
-        return cpu.reason_not_built("_cuda") or _import_error
-    no_watch = cpu.unavailable_reason()
-    if no_watch is not None:
-        return f"it needs the native CPU module, which is missing: {no_watch}"
+        return reason_not_built("_cuda") or _import_error
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
     reason = driver_problem()

@@ -27,12 +27,13 @@ from ..plan import (
     Row,
     StepInputs,
 )
+from .watch import Snapshot
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 
 
 class ReferencePlan(Plan):
-    """A plan that looks at the optimizer in Python."""
+    """A plan that keeps the gradients as tensors."""
 
     def __init__(
         self,
@@ -48,25 +49,10 @@ class ReferencePlan(Plan):
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
         self.grad_mult = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._snapshot = self._look_at(groups, state)
-
-    @staticmethod
-    def _look_at(groups: list[Group], state: dict[Tensor, Any]) -> list[object]:
-        """Identity and address of everything the plan depends on; None compares unequal later."""
-        seen: list[object] = [id(state)]
-        for group in groups:
-            for p in group["params"]:
-                seen.append((id(p), p.data_ptr(), p.dtype, p.device, p.shape, p.stride()))
-        for key, entry in state.items():
-            seen.append((id(key), id(entry)))
-            if isinstance(entry, dict):
-                for name, value in entry.items():
-                    address = value.data_ptr() if isinstance(value, Tensor) else 0
-                    seen.append((name, id(value), address))
-        return seen
+        self._snapshot = Snapshot(groups, state)
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
-        if self._look_at(groups, state) != self._snapshot:
+        if not self._snapshot.is_current(groups, state):
             return None
         self.grads = [None] * len(self.rows)
         odd = [i for i, row in enumerate(self.rows) if row.param.grad is not None]

@@ -21,8 +21,7 @@ CHUNK_BYTES = 16
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATES = 3
 
-# RowKind in csrc/cpu/watch.h
-_READY, _AWAITS_STATE, _STAGED = range(3)
+READY, AWAITS_STATE, STAGED = range(3)  # RowKind in csrc/cpu/watch.h
 
 
 def address(tensor: Tensor | None) -> int:
@@ -59,15 +58,16 @@ def pack_row(row: Row) -> bytes:
 
 
 def _watch(groups: list[Group], state: dict[Tensor, Any], kinds: list[int]) -> Any:
+    """What looks at every tensor before each step."""
     from . import native
+    from .watch import PythonWatch
 
-    if native.unavailable_reason() is None:
-        return native.watch(groups, state, kinds)
-    raise RuntimeError("TODO")
+    watch = native.watch if native.unavailable_reason() is None else PythonWatch
+    return watch(groups, state, kinds)
 
 
 class TablePlan(Plan):
-    """Keeps the table of gradients, which the native ``Watch`` fills before every step.
+    """Keeps the table of gradients, which a watch fills before every step.
 
     Args:
         before_grads, after_grads: bytes to leave free around the gradients, for a backend that
@@ -96,8 +96,8 @@ class TablePlan(Plan):
     @staticmethod
     def _kind(row: Row) -> int:
         if row.awaits_state:
-            return _AWAITS_STATE
-        return _STAGED if row.staged else _READY
+            return AWAITS_STATE
+        return STAGED if row.staged else READY
 
     def _grads_address(self) -> int:
         return address(self._inputs_view) + self._grads_at
@@ -106,6 +106,7 @@ class TablePlan(Plan):
         look = self._watch.refresh(groups, state, self._grads_address())
         if look is None:
             return None
+        odd: Sequence[int]
         odd, self._n_absent = look
         return odd
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -81,7 +83,8 @@ class TritonDriver(Driver):
 
     def event(self, device: torch.device) -> Any:
         with torch.cuda.device(device):
-            return torch.cuda.Event()
+            event: Any = torch.cuda.Event
+            return event()
 
 
 class _Upload:
@@ -93,7 +96,7 @@ class _Upload:
         self._device = tables.device
         self._source = tables.host_inputs
         self._target = tables.tensors["inputs"]
-        self._written: bytes | None = None  # what the device holds, where that is known
+        self._written = b""  # what the device holds, or nothing where that is not known
         self._free = [self._new_buffer(), self._new_buffer()]
         self._busy: list[tuple[Tensor, Any]] = []
         self._captured: list[Tensor] = []
@@ -103,7 +106,7 @@ class _Upload:
 
     def due(self, capturing: bool) -> bool:
         """A graph's replays write the table too, so after a capture what it holds is not known."""
-        return capturing or bool(self._captured) or self._written != self._source
+        return capturing or bool(self._captured) or self._source != self._written
 
     def run(self, capturing: bool) -> None:
         if not capturing:
@@ -111,7 +114,7 @@ class _Upload:
         buffer = self._free.pop() if self._free else self._new_buffer()
         now = bytes(self._source)
         ctypes.memmove(buffer.data_ptr(), now, len(now))
-        self._written = None
+        self._written = b""
         self._target.copy_(buffer, non_blocking=True)
         if capturing:
             self._captured.append(buffer)
@@ -124,9 +127,13 @@ class _Upload:
         self._written = now
 
     def _reclaim(self) -> None:
-        done = [event.query() for _, event in self._busy]
-        self._free += [buffer for (buffer, _), is_done in zip(self._busy, done) if is_done]
-        self._busy = [entry for entry, is_done in zip(self._busy, done) if not is_done]
+        still: list[tuple[Tensor, Any]] = []
+        for buffer, event in self._busy:
+            if event.query():
+                self._free.append(buffer)
+            else:
+                still.append((buffer, event))
+        self._busy = still
 
 
 class TritonLaunches:
@@ -230,36 +237,57 @@ def driver() -> TritonDriver:
     return _driver
 
 
-def version() -> str | None:
-    """Of the installed Triton."""
-    try:
-        import triton
-    except ImportError:
-        return None
-    found: str = triton.__version__
-    return found
-
-
 def unavailable_reason() -> str | None:
     """Why GPU tensors cannot be served, or ``None``."""
     if _driver is not None:
         return None
-    found = version()
-    if found is None:
-        return "Triton is not installed: pip install triton"
-    release = tuple(int(part) for part in found.split(".")[:2])
-    if release < OLDEST:
+    try:
+        import triton
+
+        version = triton.__version__
+    except Exception as error:  # of any kind: a broken installation
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "Triton is not installed: pip install triton"
+        return f"Triton cannot be imported: {_one_line(error)}"
+    if not is_supported(version):
         oldest = ".".join(map(str, OLDEST))
-        return f"Triton {found} is too old: upgrade it to {oldest} or newer"
+        return f"Triton {version} is too old: upgrade it to {oldest} or newer"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     try:
-        from triton.runtime import driver as runtime
-
-        runtime.active.get_current_target()
-    except Exception as error:  # of any kind: a missing C compiler, two vendors' drivers
-        return f"Triton {found} cannot use this GPU: {error}"
+        _target()
+    except Exception as error:  # of any kind: no C compiler for its launcher, two vendors' drivers
+        return f"Triton {version} cannot use this GPU: {_one_line(error)}"
     return None
+
+
+def is_supported(version: str) -> bool:
+    """Whether a Triton of this version, say ``3.10.0a1`` or ``3.6.0+git1234``, is new enough."""
+    release = re.match(r"(\d+)\.(\d+)", version)
+    return release is not None and tuple(map(int, release.groups())) >= OLDEST
+
+
+def _target() -> Any:
+    """What Triton compiles for on this machine."""
+    from triton.runtime import driver as runtime
+
+    return runtime.active.get_current_target()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def details() -> dict[str, Any]:
+    """For the environment report."""
+    told = {}
+    with suppress(Exception):  # what is wrong, unavailable_reason says
+        import triton
+
+        told["version"] = triton.__version__
+        target = _target()
+        told["target"] = f"{target.backend} {target.arch}"
+    return told
 
 
 class TritonBackend(DeviceBackend):

@@ -22,8 +22,6 @@ from .tables import (
     ROW_STEP_FLOATS,
     ROW_WORDS,
     double,
-    half_word,
-    single,
     word,
 )
 
@@ -32,21 +30,48 @@ NUMBERS = tl.constexpr(32)  # fetched at once
 
 
 @triton.jit
+def load_partials(partials, c, n_chunks, WHOLE: tl.constexpr):
+    """Past the L1 cache: other programs have just written them."""
+    pointer = tl.multiple_of(partials.to(tl.pointer_type(tl.float64)), 16) + c + tl.arange(0, LANES)
+    if WHOLE:
+        return tl.load(pointer, cache_modifier=".cg")
+    else:
+        inside = c + tl.arange(0, LANES) < n_chunks
+        return tl.load(pointer, mask=inside, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def combined(two, a, b):
+    return tl.where(two, a + b, larger(a, b))
+
+
+@triton.jit
 def total_of_partials(partials, n_chunks, flags):
     """Lanes by chunk index, then adjacent pairs."""
-    lane = tl.full([LANES], 0.0, tl.float64)
     two = (flags & NORM_IS_TWO) != 0
-    first = partials.to(tl.pointer_type(tl.float64)) + tl.arange(0, LANES)
-    for c in range(0, n_chunks, LANES):
-        # past the L1 cache: other programs have just written them
-        inside = c + tl.arange(0, LANES) < n_chunks
-        partial = tl.load(first + c, mask=inside, other=0.0, cache_modifier=".cg")
-        lane = tl.where(two, lane + partial, larger(lane, partial))
+    lane = tl.full([LANES], 0.0, tl.float64)
+    whole = n_chunks // (2 * LANES) * (2 * LANES)
+    for c in range(0, whole, 2 * LANES):  # two rows on their way at once
+        first = load_partials(partials, c, n_chunks, True)
+        second = load_partials(partials, c + LANES, n_chunks, True)
+        lane = combined(two, combined(two, lane, first), second)
+    for c in range(whole, n_chunks, LANES):
+        lane = combined(two, lane, load_partials(partials, c, n_chunks, False))
     total = sum_of_lanes(lane)
     if two == 0:
         total = tl.max(lane, 0)
         if tl.sum((lane != lane).to(tl.int32), 0) != 0:
             total = tl.full([], float("nan"), tl.float64)
+    return total
+
+
+@triton.jit
+def total_of_devices(step, totals, n_totals):
+    flags = word(step, FLAGS)
+    total = tl.full([], 0.0, tl.float64)
+    if (flags & MEASURED) != 0:
+        for i in range(n_totals):
+            total = combined((flags & NORM_IS_TWO) != 0, total, double(totals, i))
     return total
 
 
@@ -127,18 +152,9 @@ def prepare_rows(options, grads, rows, n_rows, row_steps, ADAMW: tl.constexpr):
 
 @triton.jit
 def finalize_step(
-    step, options, numbers, grads, rows, n_rows, row_steps, totals, n_totals, ADAMW: tl.constexpr
+    step, total, options, numbers, grads, rows, n_rows, row_steps, ADAMW: tl.constexpr
 ):
-    """All totals are there: of this device alone, or of every one that shares the norm."""
+    """``total``: over all chunks, of this device alone or of every one that shares the norm."""
     fetch_device_numbers(step, numbers, options)
-    flags = word(step, FLAGS)
-    total = tl.full([], 0.0, tl.float64)
-    if (flags & MEASURED) != 0:
-        for i in range(n_totals):
-            one = double(totals, i)
-            if (flags & NORM_IS_TWO) != 0:
-                total = total + one
-            else:
-                total = larger(total, one)
     if decide(step, total) == 0:
         prepare_rows(options, grads, rows, n_rows, row_steps, ADAMW)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .finalize import ROWS, finalize_step, total_of_partials
+from .finalize import ROWS, finalize_step, total_of_devices, total_of_partials
 from .reduce import reduce_chunk
 from .scalars import S_SKIP, S_SKIPPED_STEPS, inverse_scale
 from .tables import (
@@ -31,7 +31,7 @@ from .update import update_chunk
 @triton.jit
 def reduce_kernel(
     step, options, numbers, grads, rows, chunks, partials, row_steps, totals, ticket,
-    n_rows, n_chunks, n_totals, own_total, finalizes,
+    n_rows, n_chunks, own_total, finalizes,
     ADAMW: tl.constexpr,
 ):  # fmt: skip
     flags = word(step, FLAGS)
@@ -44,19 +44,18 @@ def reduce_kernel(
     if tl.atomic_add(drawn, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(drawn, 0)
         total = total_of_partials(partials, n_chunks, flags)
-        tl.store(totals.to(tl.pointer_type(tl.float64)) + own_total, total)
-        tl.debug_barrier()
         if finalizes:
-            finalize_step(
-                step, options, numbers, grads, rows, n_rows, row_steps, totals, n_totals, ADAMW
-            )
+            finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, ADAMW)
+        else:
+            tl.store(totals.to(tl.pointer_type(tl.float64)) + own_total, total)
 
 
 @triton.jit
 def finalize_kernel(
     step, options, numbers, grads, rows, row_steps, totals, n_rows, n_totals, ADAMW: tl.constexpr
 ):
-    finalize_step(step, options, numbers, grads, rows, n_rows, row_steps, totals, n_totals, ADAMW)
+    total = total_of_devices(step, totals, n_totals)
+    finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, ADAMW)
 
 
 @triton.jit

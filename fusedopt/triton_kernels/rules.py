@@ -125,9 +125,6 @@ def sgd_update(h, decay, momentum, nesterov, grad, param, momentum_buffer):
         grad = tl.fma(h_decay, param, grad)
     if momentum:
         momentum_buffer = tl.fma(buffer_momentum, momentum_buffer, grad_weight * grad)
-        if nesterov:
-            grad = tl.fma(h_momentum, momentum_buffer, grad)
-        else:
-            grad = momentum_buffer
+        grad = tl.where(nesterov, tl.fma(h_momentum, momentum_buffer, grad), momentum_buffer)
     param = tl.fma(minus_lr, grad, param)
     return param, momentum_buffer

@@ -45,44 +45,24 @@ def store_stream(address, at, there, value, TYPE: tl.constexpr, ALIGNED: tl.cons
 
 
 @triton.jit
-def load_halves(address, at, there, ALIGNED: tl.constexpr):
-    """Bits of 16-bit values. Where aligned, two to a word: else Triton gives every thread eight
-    neighbours of each stream, and fp32 stores, of four, would go through shared memory."""
-    if ALIGNED:
-        pairs = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
-        words = tl.load(pairs + at, mask=there, other=0, eviction_policy="evict_first")
-        bits = tl.join((words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16))
-        bits = tl.reshape(bits, [2 * words.shape[0]])
-    else:
-        bits = load_stream(address, at, there, tl.uint16, False)
-    return bits
+def load_over(address, at, there, otherwise, TYPE: tl.constexpr):
+    """Whatever the alignment; ``otherwise`` where nothing is loaded."""
+    pointer = address.to(tl.pointer_type(TYPE))
+    return tl.load(pointer + at, mask=there, other=otherwise, eviction_policy="evict_first")
 
 
 @triton.jit
-def store_halves(address, at, there, bits, ALIGNED: tl.constexpr):
-    if ALIGNED:
-        low, high = tl.split(tl.reshape(bits, [bits.shape[0] // 2, 2]))
-        words = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
-        store_stream(address, at, there, words, tl.uint32, True)
-    else:
-        store_stream(address, at, there, bits, tl.uint16, False)
+def unpacked(words):
+    """16-bit values from words of two. Loaded one by one, Triton would give a thread eight
+    neighbours of every stream, and fp32 stores, which are of four, would need shared memory."""
+    low, high = (words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16)
+    return tl.reshape(tl.join(low, high), [2 * words.shape[0]])
 
 
 @triton.jit
-def load_gradient(address, dtype, grad_aligned, at, half_at, there, half_there, HALVES: tl.constexpr, ALIGNED: tl.constexpr):
-    """A misaligned gradient costs the wide loads of the gradient alone."""
-    if not HALVES or dtype == FLOAT32:
-        if ALIGNED and grad_aligned:
-            grad = load_stream(address, at, there, tl.float32, True)
-        else:
-            grad = load_stream(address, at, there, tl.float32, False)
-    else:
-        if ALIGNED and grad_aligned:
-            bits = load_halves(address, half_at, half_there, True)
-        else:
-            bits = load_halves(address, at, there, False)
-        grad = widened(bits, dtype == FLOAT16)
-    return grad
+def packed(bits):
+    low, high = tl.split(tl.reshape(bits, [bits.shape[0] // 2, 2]))
+    return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
 
 
 @triton.jit
@@ -95,107 +75,159 @@ def current_param(master, half, has_master, half_is_float16):
 
 
 @triton.jit
+def load_hyper(row_step, RULE: tl.constexpr):
+    """Anew for every block, out of the L1 cache: registers are for the data."""
+    h0 = single(row_step, 0)
+    h1 = single(row_step, 1)
+    h2 = single(row_step, 2)
+    h3 = single(row_step, 3)
+    h4 = single(row_step, 4)
+    if RULE == "sgd":
+        return h0, h1, h2, h3, h4
+    else:
+        return h0, h1, h2, h3, h4, single(row_step, 5), single(row_step, 6)
+
+
+@triton.jit
 def update_block(
-    streams, settings, hyper, at, half_at, there, half_there, RULE: tl.constexpr, HALVES: tl.constexpr, ALIGNED: tl.constexpr
-):
-    grad_address, grad_dtype, grad_aligned, primary, half, half_is_float16, state0, state1, state2 = streams
+    streams, settings, row_step, first, n,
+    RULE: tl.constexpr, HALVES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``BLOCK`` elements from ``first``, all loads before the first use.
+
+    ALIGNED: all of them are there, and every stream but the gradient starts on a 16-byte boundary;
+    a gradient that does not costs the wide loads of the gradient alone.
+    """
+    grad_at, grad_dtype, grad_aligned, primary, half, half_is_float16, state0, state1, state2 = (
+        streams
+    )
     decay, grad_mult, max_grad_value, momentum, nesterov = settings
-    has_primary = there & (primary != 0)
-    has_half = half_there & (half != 0)
-    param = load_stream(primary, at, has_primary, tl.float32, ALIGNED)
+    at = first + tl.arange(0, BLOCK)
+    if ALIGNED:
+        there = tl.full([BLOCK], True, tl.int1)
+    else:
+        there = at < n
+    float_grad = there
+    if HALVES:
+        float_grad = there & (grad_dtype == FLOAT32)
+        half_grad = there & (grad_dtype != FLOAT32)
+        if ALIGNED:
+            pair = first // 2 + tl.arange(0, BLOCK // 2)
+            pairs = tl.full([BLOCK // 2], True, tl.int1)
+            wide_grad = (grad_dtype != FLOAT32) & grad_aligned
+            half_words = load_stream(half, pair, pairs & (half != 0), tl.uint32, True)
+            grad_words = load_stream(grad_at, pair, pairs & wide_grad, tl.uint32, True)
+        else:
+            half_bits = load_stream(half, at, there & (half != 0), tl.uint16, False)
+            grad_bits = load_stream(grad_at, at, half_grad, tl.uint16, False)
+    param = load_stream(primary, at, there & (primary != 0), tl.float32, ALIGNED)
     s0 = load_stream(state0, at, there & (state0 != 0), tl.float32, ALIGNED)
     if RULE != "sgd":
         s1 = load_stream(state1, at, there, tl.float32, ALIGNED)
     if RULE == "amsgrad":
         s2 = load_stream(state2, at, there & (state2 != 0), tl.float32, ALIGNED)
-        s2 = tl.where(state2 != 0, s2, float("-inf"))
+    if ALIGNED:
+        grad = load_stream(grad_at, at, float_grad & grad_aligned, tl.float32, True)
+        grad = load_over(grad_at, at, float_grad & (grad_aligned == 0), grad, tl.float32)
+    else:
+        grad = load_stream(grad_at, at, float_grad, tl.float32, False)
+
     if HALVES:
-        bits = load_halves(half, half_at, has_half, ALIGNED)
-    grad = load_gradient(grad_address, grad_dtype, grad_aligned, at, half_at, there, half_there, HALVES, ALIGNED)
-    if HALVES:
+        if ALIGNED:
+            half_bits = unpacked(half_words)
+            narrow_grad = half_grad & (grad_aligned == 0)
+            grad_bits = load_over(grad_at, at, narrow_grad, unpacked(grad_words), tl.uint16)
+        if grad_dtype != FLOAT32:
+            grad = widened(grad_bits, grad_dtype == FLOAT16)
         if half != 0:
-            param = current_param(param, bits, primary != 0, half_is_float16)
+            param = current_param(param, half_bits, primary != 0, half_is_float16)
     grad = clipped(grad, grad_mult, max_grad_value)
-    h0 = single(hyper, 0)
-    h1 = single(hyper, 1)
-    h2 = single(hyper, 2)
-    h3 = single(hyper, 3)
-    h4 = single(hyper, 4)
+    h = load_hyper(row_step, RULE)
     if RULE == "sgd":
-        h = (h0, h1, h2, h3, h4)
         param, s0 = sgd_update(h, decay, momentum, nesterov, grad, param, s0)
     elif RULE == "amsgrad":
-        h = (h0, h1, h2, h3, h4, single(hyper, 5), single(hyper, 6))
+        s2 = tl.where(state2 != 0, s2, float("-inf"))  # without amsgrad: any moment is larger
         param, s0, s1, s2 = adamw_update(h, decay, grad, param, s0, s1, s2, True)
     else:
-        h = (h0, h1, h2, h3, h4, single(hyper, 5), single(hyper, 6))
         param, s0, s1, s2 = adamw_update(h, decay, grad, param, s0, s1, s1, False)
-    store_stream(primary, at, has_primary, param, tl.float32, ALIGNED)
+
+    store_stream(primary, at, there & (primary != 0), param, tl.float32, ALIGNED)
     store_stream(state0, at, there & (state0 != 0), s0, tl.float32, ALIGNED)
     if RULE != "sgd":
         store_stream(state1, at, there, s1, tl.float32, ALIGNED)
     if RULE == "amsgrad":
         store_stream(state2, at, there & (state2 != 0), s2, tl.float32, ALIGNED)
-    if HALVES and half != 0:
-        store_halves(half, half_at, has_half, narrowed(param, half_is_float16), ALIGNED)
+    if HALVES:
+        if half != 0:
+            bits = narrowed(param, half_is_float16)
+            if ALIGNED:
+                store_stream(half, pair, pairs, packed(bits), tl.uint32, True)
+            else:
+                store_stream(half, at, there, bits, tl.uint16, False)
+
+
+@triton.jit
+def moved(address, n_bytes):
+    """``address + n_bytes``; what is absent stays absent."""
+    return tl.where(address != 0, address + n_bytes, 0)
+
+
+@triton.jit
+def streams_of(row, grad, begin, RULE: tl.constexpr):
+    """Where each stream of a chunk starts, and whether all of the row's are aligned."""
+    grad_dtype = half_word(grad, 2)
+    dtype = half_word(row, 15)
+    param = word(row, 0)
+    grad_at = word(grad, 0) + begin * tl.where(grad_dtype == FLOAT32, 4, 2)
+    primary = moved(tl.where(dtype == FLOAT32, param, word(row, 1)), begin * 4)
+    half = tl.where(dtype == FLOAT32, 0, param + begin * 2)
+    state0 = moved(word(row, 2), begin * 4)
+    state1 = state0
+    state2 = state0
+    if RULE != "sgd":
+        state1 = moved(word(row, 3), begin * 4)
+    if RULE == "amsgrad":
+        state2 = moved(word(row, 4), begin * 4)
+    is_float16 = dtype == FLOAT16
+    grad_aligned = grad_at % 16 == 0
+    aligned = (primary | half | state0 | state1 | state2) % 16 == 0
+    streams = (grad_at, grad_dtype, grad_aligned, primary, half, is_float16, state0, state1, state2)
+    return streams, aligned
+
+
+@triton.jit
+def settings_of(step, group, RULE: tl.constexpr):
+    """What is the same for a whole tensor; ``group`` is the address of its Options."""
+    grad_mult = single(word(step, SCALARS), S_GRAD_MULT)
+    maximize = word(group, 5 if RULE == "sgd" else 6) != 0
+    grad_mult = tl.where(maximize, -grad_mult, grad_mult)
+    max_grad_value = double(step, MAX_GRAD_VALUE).to(tl.float32)
+    decay = decay_kind(double(group, 1), word(group, 4 if RULE == "sgd" else 5))
+    momentum = maximize
+    nesterov = maximize
+    if RULE == "sgd":
+        momentum = double(group, 2) != 0.0
+        nesterov = word(group, 6) != 0
+    return decay, grad_mult, max_grad_value, momentum, nesterov
 
 
 @triton.jit
 def update_chunk(
-    step, options, grads, rows, chunks, c, row_steps, RULE: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr
-):
+    step, options, grads, rows, chunks, c, row_steps,
+    RULE: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     record = chunks + tl.cast(c, tl.int64) * CHUNK_WORDS * 8
     r = half_word(record, 0).to(tl.int64)
     index = half_word(record, 1)
-    begin = index.to(tl.int64) * CHUNK
     row = rows + r * ROW_WORDS * 8
     grad = grads + r * GRAD_WORDS * 8
-    hyper = row_steps + r * ROW_STEP_FLOATS * 4
-    numel = word(row, 6)
-    n = tl.where(half_word(grad, 3) != 0, chunk_elements(numel, index), 0)
+    row_step = row_steps + r * ROW_STEP_FLOATS * 4
     group = options + half_word(row, 14).to(tl.int64) * OPTIONS_WORDS * 8
-    grad_dtype = half_word(grad, 2)
-    dtype = half_word(row, 15)
-    param = word(row, 0)
-    master = word(row, 1)
-    primary = tl.where(dtype == FLOAT32, param, master)
-    primary = tl.where(primary != 0, primary + begin * 4, 0)
-    half = tl.where(dtype == FLOAT32, 0, param + begin * 2)
-    grad_data = word(grad, 0) + begin * tl.where(grad_dtype == FLOAT32, 4, 2)
-    state0 = word(row, 2)
-    state0 = tl.where(state0 != 0, state0 + begin * 4, 0)
-    state1 = state0
-    state2 = state0
-    aligned = primary | half | state0
-    if RULE != "sgd":
-        state1 = word(row, 3) + begin * 4
-        aligned = aligned | state1
-    if RULE == "amsgrad":
-        state2 = word(row, 4)
-        state2 = tl.where(state2 != 0, state2 + begin * 4, 0)
-        aligned = aligned | state2
-
-    maximize = word(group, 5 if RULE == "sgd" else 6) != 0
-    grad_mult = single(word(step, SCALARS), S_GRAD_MULT)
-    grad_mult = tl.where(maximize, -grad_mult, grad_mult)
-    max_grad_value = double(step, MAX_GRAD_VALUE).to(tl.float32)
-    if RULE == "sgd":
-        decay = decay_kind(double(group, 1), word(group, 4))
-        momentum = double(group, 2) != 0.0
-        nesterov = word(group, 6) != 0
-    else:
-        decay = decay_kind(double(group, 1), word(group, 5))
-        momentum = maximize
-        nesterov = maximize
-    streams = (grad_data, grad_dtype, grad_data % 16 == 0, primary, half, dtype == FLOAT16, state0, state1, state2)
-    settings = (decay, grad_mult, max_grad_value, momentum, nesterov)
-    whole = tl.where(aligned % 16 == 0, n // BLOCK * BLOCK, 0)
+    n = tl.where(half_word(grad, 3) != 0, chunk_elements(word(row, 6), index), 0)
+    streams, aligned = streams_of(row, grad, index.to(tl.int64) * CHUNK, RULE)
+    settings = settings_of(step, group, RULE)
+    whole = tl.where(aligned, n // BLOCK * BLOCK, 0)
     for first in range(0, whole, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        half_at = first // 2 + tl.arange(0, BLOCK // 2)
-        there = tl.full([BLOCK], True, tl.int1)
-        half_there = tl.full([BLOCK // 2], True, tl.int1)
-        update_block(streams, settings, hyper, at, half_at, there, half_there, RULE, HALVES, True)
+        update_block(streams, settings, row_step, first, n, RULE, HALVES, True, BLOCK)
     for first in range(whole, n, BLOCK // 4):
-        at = first + tl.arange(0, BLOCK // 4)
-        update_block(streams, settings, hyper, at, at, at < n, at < n, RULE, HALVES, False)
+        update_block(streams, settings, row_step, first, n, RULE, HALVES, False, BLOCK // 4)

@@ -1,4 +1,4 @@
-"""Which binaries there are, and how they are compiled: ahead of the first step, never by its values.
+"""Which binaries there are, and how they are compiled: ahead of a step, never by its values.
 
 ``reduce`` and ``finalize`` come in one variant a rule, ``update`` in two: ``float32``, for plans
 whose params and gradients are all fp32, and ``any``. What else a step may be (dtypes, masters,
@@ -17,6 +17,8 @@ from triton.compiler import ASTSource
 from . import kernels
 
 RULES = ("adamw", "amsgrad", "sgd")
+THREADS = 128  # of update
+BLOCK = 8 * THREADS  # elements: 16 bytes of 16-bit values a thread
 COUNTS = ("n_rows", "n_chunks", "n_totals", "own_total", "finalizes")
 
 
@@ -37,15 +39,21 @@ class Variant:
     def kernel(self) -> Any:
         return getattr(kernels, f"{self.verb}_kernel")
 
-    def constants(self, warp_size: int) -> dict[str, Any]:
+    @property
+    def constants(self) -> dict[str, Any]:
         if self.verb != "update":
             return {"ADAMW": self.rule == "adamw"}
-        # 16 bytes of 16-bit values a thread
-        return {"RULE": self.rule, "HALVES": self.halves, "BLOCK": 8 * warp_size * self.num_warps}
+        return {"RULE": self.rule, "HALVES": self.halves, "BLOCK": BLOCK}
 
-    @property
-    def num_warps(self) -> int:
-        return 4 if self.verb == "update" else 1
+    def options(self, target: GPUTarget) -> dict[str, Any]:
+        """How it is compiled. Rounding is the numeric contract's, whatever Triton's default."""
+        threads = THREADS if self.verb == "update" else target.warp_size
+        options = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
+        if target.backend == "cuda":
+            options["maxnreg"] = 80  # six blocks of update a multiprocessor
+        elif target.warp_size == 32:
+            options["waves_per_eu"] = 16  # on RDNA, 96 registers
+        return options
 
 
 def all_variants() -> list[Variant]:
@@ -57,14 +65,11 @@ def all_variants() -> list[Variant]:
 def compiled(variant: Variant, target: GPUTarget) -> Any:
     """The variant's ``triton.compiler.CompiledKernel``, from Triton's cache if it is there."""
     names = variant.kernel.arg_names
-    constants = variant.constants(target.warp_size)
+    constants = variant.constants
     types = {name: "i32" if name in COUNTS else "i64" for name in names}
     source = ASTSource(
         variant.kernel,
         signature={**types, **dict.fromkeys(constants, "constexpr")},
         constexprs=constants,
     )
-    options = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
-    if target.backend == "cuda":
-        options["maxnreg"] = 96  # five blocks of update a multiprocessor
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=variant.options(target))

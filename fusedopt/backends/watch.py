@@ -1,0 +1,204 @@
+"""What a plan was built for, compared before every step with what is there now.
+
+``PythonWatch`` is the twin of ``Watch`` in csrc/cpu/watch.h for an installation without the native
+module: the same answers and the same bytes, only slower. Each thing is asked of all tensors in one
+``map`` and compared in one list, which is the fastest that Python does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Group
+from .tables import AWAITS_STATE, DTYPE_CODES, GRAD, STAGED
+
+# Where a tensor lies and how: one column each. Everything from the third on is its layout.
+_COLUMNS: tuple[Callable[[Tensor], Any], ...] = (
+    Tensor.data_ptr,
+    attrgetter("dtype"),
+    attrgetter("device"),
+    attrgetter("shape"),
+    Tensor.stride,
+)
+_GRAD = attrgetter("grad")
+_PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may keep its values elsewhere
+_ABSENT = (0, 0, 0)  # fields of a Grad record
+
+
+def _placed(tensors: Sequence[Tensor]) -> list[list[Any]]:
+    """The columns. Raises, as torch chooses, if a tensor has no memory of its own."""
+    return [list(map(column, tensors)) for column in _COLUMNS]
+
+
+def _has_place(value: object) -> bool:
+    """False for anything that is not a strided tensor."""
+    if not isinstance(value, Tensor):
+        return False
+    try:
+        _placed([value])
+    except Exception:
+        return False
+    return True
+
+
+def _same_layout(layout: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Device, shape and strides; a dimension of one element may carry any stride."""
+    if layout[:2] != other[:2]:
+        return False
+    dims = zip(layout[1], layout[2], other[2], strict=True)
+    return all(size < 2 or stride == others for size, stride, others in dims)
+
+
+def _same_places(places: list[list[Any]], others: list[list[Any]]) -> bool:
+    if places == others:
+        return True
+    return places[:2] == others[:2] and all(
+        map(_same_layout, zip(*places[2:], strict=True), zip(*others[2:], strict=True))
+    )
+
+
+def _param_lists(groups: object) -> list[Sequence[Any]]:
+    """Raises ``RuntimeError`` if these are no param groups."""
+    if not isinstance(groups, list):
+        raise RuntimeError("param_groups must be a list")
+    lists: list[Sequence[Any]] = []
+    for g, group in enumerate(groups):
+        params = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(params, (list, tuple)):
+            raise RuntimeError(f"param group {g} has no list of params")
+        lists.append(params)
+    return lists
+
+
+def _contents(
+    lists: Sequence[Sequence[Any]], state: dict[Tensor, Any]
+) -> tuple[list[int], list[object]]:
+    """How long the lists of params and the dicts of state are, and what is in them."""
+    entries = [entry for entry in state.values() if isinstance(entry, dict)]
+    lengths = [len(lists), *map(len, lists), len(state), *map(len, entries)]
+    items = chain.from_iterable(map(dict.values, entries))
+    objects = [state, *chain(*lists), *state, *state.values(), *chain(*entries), *items]
+    return lengths, objects
+
+
+class Snapshot:
+    """The optimizer's lists and dicts by identity, in order; tensors by their place as well, since
+    ``t.data = other`` keeps the object and changes the memory.
+
+    Raises:
+        RuntimeError: these are no optimizer's groups and state, or a param has no address.
+    """
+
+    def __init__(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+        if not isinstance(state, dict):
+            raise RuntimeError("state must be a dict")
+        lists = _param_lists(groups)
+        self._lengths, self._objects = _contents(lists, state)
+        self.params: list[Tensor] = list(chain(*lists))
+        entries = [entry for entry in state.values() if isinstance(entry, dict)]
+        with torch._C.DisableTorchFunctionSubclass():  # as the exchange of the native watch does
+            for row, param in enumerate(self.params):
+                if not _has_place(param):
+                    raise RuntimeError(f"param {row} in all is not a strided tensor")
+            items = [item for entry in entries for item in entry.values() if _has_place(item)]
+            self._tensors = [*self.params, *items]
+            self._places = _placed(self._tensors)
+
+    def places_of_params(self) -> list[list[Any]]:
+        return [column[: len(self.params)] for column in self._places]
+
+    def is_current(self, groups: list[Group], state: dict[Tensor, Any]) -> bool:
+        """Whether all is as it was."""
+        try:
+            lengths, objects = _contents(_param_lists(groups), state)
+            if lengths != self._lengths or not all(map(is_, objects, self._objects)):
+                return False
+            with torch._C.DisableTorchFunctionSubclass():
+                return _same_places(_placed(self._tensors), self._places)
+        except Exception:  # of any kind: no groups any more, or a tensor without an address
+            return False
+
+
+class PythonWatch:
+    """See ``Watch`` in csrc/cpu/watch.h.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        state: ``optimizer.state``.
+        kinds: one RowKind a row, rows being the params of all groups in order.
+    """
+
+    def __init__(self, groups: list[Group], state: dict[Tensor, Any], kinds: Sequence[int]) -> None:
+        self._snapshot = Snapshot(groups, state)
+        self._params = self._snapshot.params
+        if len(self._params) != len(kinds):
+            count = "fewer" if len(kinds) < len(self._params) else "more"
+            raise RuntimeError(f"{count} row kinds than params")
+        self._addresses, _, *self._layouts = self._snapshot.places_of_params()
+        self._awaiting = [row for row, kind in enumerate(kinds) if kind == AWAITS_STATE]
+        self._staged = {row for row, kind in enumerate(kinds) if kind == STAGED}
+        self._single = {row for row, shape in enumerate(self._layouts[1]) if shape.numel() == 1}
+        self._records = struct.Struct("=" + GRAD.format.lstrip("=") * len(kinds))
+
+    def refresh(
+        self, groups: list[Group], state: dict[Tensor, Any], address: int
+    ) -> tuple[list[int], int] | None:
+        """Fill in the Grad records at ``address``, those of odd rows as absent.
+
+        Returns:
+            Rows whose gradient the kernels cannot read as it lies, and the number of rows that have
+            none; ``None`` when the plan no longer describes the optimizer.
+        """
+        if not self._snapshot.is_current(groups, state):
+            return None
+        try:
+            grads = list(map(_GRAD, self._params))
+        except Exception:  # of any kind: a subclass has its own idea of .grad
+            return None
+        if any(grads[row] is not None for row in self._awaiting):
+            return None
+        found = self._read(grads)
+        records = self._records.pack(*chain.from_iterable(found))
+        ctypes.memmove(address, records, len(records))
+        unread = [row for row, fields in enumerate(found) if fields is _ABSENT]
+        odd = [row for row in unread if grads[row] is not None]
+        return odd, len(unread) - len(odd)
+
+    def _read(self, grads: Sequence[Any]) -> list[tuple[int, int, int]]:
+        """The fields of each row's record."""
+        found = [_ABSENT] * len(grads)
+        rows, (addresses, dtypes, *layouts) = _plain_rows(grads)
+        expected = [[column[row] for row in rows] for column in self._layouts]
+        if layouts != expected:
+            pairs = zip(zip(*layouts, strict=True), zip(*expected, strict=True), strict=True)
+            alike = [_same_layout(layout, wanted) for layout, wanted in pairs]
+        else:
+            alike = [True] * len(rows)
+        for row, address, dtype, same in zip(rows, addresses, dtypes, alike, strict=True):
+            if not same or dtype not in DTYPE_CODES or row in self._staged:
+                continue
+            # A lazily negated view has a stride of two: only a single element can look dense.
+            if row in self._single and grads[row].is_neg():
+                continue
+            if address == 0 and self._addresses[row] != 0:
+                continue  # zeros that were never allocated
+            found[row] = (address, DTYPE_CODES[dtype], 1)
+        return found
+
+
+def _plain_rows(grads: Sequence[Any]) -> tuple[list[int], list[list[Any]]]:
+    """Rows with a gradient of torch's own type and in strided memory, and its columns."""
+    rows = [row for row, grad in enumerate(grads) if type(grad) in _PLAIN]
+    try:
+        return rows, _placed([grads[row] for row in rows])
+    except Exception:
+        rows = [row for row in rows if _has_place(grads[row])]
+        return rows, _placed([grads[row] for row in rows])
