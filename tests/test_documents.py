@@ -95,6 +95,15 @@ def test_claims_repeat_a_figure(path: Path) -> None:
     assert set(CLAIM.findall(text)) <= medians
 
 
+def test_messages_are_ours() -> None:
+    """The words by which troubleshooting.md is searched stand in an error that we raise."""
+    sources = (path.read_text() for path in (ROOT / "fusedopt").rglob("*.py"))
+    text = "\n".join(sources)
+    messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
+    assert len(messages) > 10
+    assert [message for message in messages if message not in text] == []
+
+
 def test_there_are_figures_and_code() -> None:
     assert len(list(blocks())) >= 3
     assert len(FIGURE.findall((ROOT / "README.md").read_text())) >= 10
