@@ -37,7 +37,10 @@ def test_the_command(tmp_path):
     assert told["devices"]["cpu"]["backend"] == "reference"
     assert told["devices"]["cpu"]["self_test"] == "ok"
     assert told["backends"]["reference"]["available"] is True
-    assert isinstance(told["backends"]["cpu"]["available"], bool)
+    assert list(told["backends"]) == ["cuda", "triton", "cpu", "reference"]
+    for name in ("cuda", "triton", "cpu"):
+        available, reason = told["backends"][name]["available"], told["backends"][name]["reason"]
+        assert available is (reason == ""), f"{name}: {reason}"
     assert told["threads"] >= 1
 
 

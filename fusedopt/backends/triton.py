@@ -28,6 +28,9 @@ OLDEST = (3, 6)  # release of Triton
 HEADER = struct.Struct("=2d6q")
 NORM_IS_TWO, MEASURED, SKIP_NONFINITE = 1, 2, 4
 
+# Of the table of inputs, made with the plan: pinning more memory may wait for the device.
+BUFFERS = 16
+
 Launch = Callable[[int, int], None]  # programs, stream
 
 
@@ -45,15 +48,19 @@ class TritonDriver(Driver):
     def launcher(
         self, device: torch.device, verb: str, rule: str, halves: bool, values: dict[str, int]
     ) -> Launch:
-        """Launches of one variant, with its arguments bound; compiles it if need be."""
-        key = (self.index(device), verb, rule, halves)
+        """Launches of one variant, with its arguments bound; compiles it if need be.
+
+        Raises:
+            RuntimeError: it cannot be compiled or loaded.
+        """
+        index = self.index(device)
+        key = (index, verb, rule, halves)
         if key not in self._kernels:
-            with torch.cuda.device(device):
+            with torch.cuda.device(index):
                 self._kernels[key] = self._load(verb, rule, halves)
         kernel = self._kernels[key]
         arguments = [values.get(name, 0) for name in kernel.src.fn.arg_names]  # 0: a constant
         run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
-        index = key[0]
 
         def launch(programs: int, stream: int) -> None:
             if torch.cuda.current_device() == index:
@@ -69,8 +76,15 @@ class TritonDriver(Driver):
 
         from ..triton_kernels.variants import Variant, compiled
 
-        kernel = compiled(Variant(verb, rule, halves), driver.active.get_current_target())
-        kernel._init_handles()  # loads it on the current device: not while a graph is captured
+        variant = Variant(verb, rule, halves)
+        try:
+            kernel = compiled(variant, driver.active.get_current_target())
+            _ = kernel.run  # loads it on the current device: now, and not while a graph is captured
+        except Exception as error:  # Triton's own, LLVM's, ptxas's, a C compiler's
+            raise RuntimeError(
+                f"fusedopt: Triton cannot compile {variant.name} for this GPU: {error}; "
+                "use backend='reference' (plain torch operations)"
+            ) from error
         return kernel
 
     def reduce_programs(self, device: torch.device) -> int:
@@ -82,9 +96,11 @@ class TritonDriver(Driver):
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
 
     def event(self, device: torch.device) -> Any:
-        with torch.cuda.device(device):
-            event: Any = torch.cuda.Event
-            return event()
+        """Comes after everything that the device's current stream has to do so far."""
+        new_event: Any = torch.cuda.Event
+        event = new_event()
+        event.record(torch.cuda.current_stream(device))
+        return event
 
 
 class _Upload:
@@ -97,7 +113,7 @@ class _Upload:
         self._source = tables.host_inputs
         self._target = tables.tensors["inputs"]
         self._written = b""  # what the device holds, or nothing where that is not known
-        self._free = [self._new_buffer(), self._new_buffer()]
+        self._free = [self._new_buffer() for _ in range(BUFFERS)]
         self._busy: list[tuple[Tensor, Any]] = []
         self._captured: list[Tensor] = []
 
@@ -119,9 +135,7 @@ class _Upload:
         if capturing:
             self._captured.append(buffer)
             return
-        event = self._driver.event(self._device)
-        event.record()
-        self._busy.append((buffer, event))
+        self._busy.append((buffer, self._driver.event(self._device)))
         if not self._free:
             self._free.append(self._new_buffer())  # for a capture, which may not make one
         self._written = now
@@ -166,17 +180,17 @@ class TritonLaunches:
         self._reduce = self._launcher("reduce")
         self._finalize = self._launcher("finalize")
         self._halves = tables.half_params
-        self._update = self._update_launcher()
+        self._update = self._update_launcher(self._halves)
         self._stream = 0
 
     def _launcher(self, verb: str) -> Launch:
         rule = self._tables.rule
         return self._driver.launcher(self._tables.device, verb, rule, False, self._values)
 
-    def _update_launcher(self) -> Launch:
+    def _update_launcher(self, halves: bool) -> Launch:
         rule = "amsgrad" if self._tables.amsgrad else self._tables.rule
         device = self._tables.device
-        return self._driver.launcher(device, "update", rule, self._halves, self._values)
+        return self._driver.launcher(device, "update", rule, halves, self._values)
 
     def begin(
         self,
@@ -204,8 +218,8 @@ class TritonLaunches:
             return
         halves = self._tables.half_params or bool(self._grad_dtypes.any())
         if halves != self._halves:
+            self._update = self._update_launcher(halves)
             self._halves = halves
-            self._update = self._update_launcher()
         self._upload.run(capturing)
 
     def reduce(self, finalizes: bool) -> None:

@@ -35,7 +35,9 @@ _ABSENT = (0, 0, 0)  # fields of a Grad record
 
 def _placed(tensors: Sequence[Tensor]) -> list[list[Any]]:
     """The columns. Raises, as torch chooses, if a tensor has no memory of its own."""
-    return [list(map(column, tensors)) for column in _COLUMNS]
+    # As in the native watch: a subclass is not asked, nor is the mode of a default device.
+    with torch._C.DisableTorchFunction():
+        return [list(map(column, tensors)) for column in _COLUMNS]
 
 
 def _has_place(value: object) -> bool:
@@ -104,13 +106,12 @@ class Snapshot:
         self._lengths, self._objects = _contents(lists, state)
         self.params: list[Tensor] = list(chain(*lists))
         entries = [entry for entry in state.values() if isinstance(entry, dict)]
-        with torch._C.DisableTorchFunctionSubclass():  # as the exchange of the native watch does
-            for row, param in enumerate(self.params):
-                if not _has_place(param):
-                    raise RuntimeError(f"param {row} in all is not a strided tensor")
-            items = [item for entry in entries for item in entry.values() if _has_place(item)]
-            self._tensors = [*self.params, *items]
-            self._places = _placed(self._tensors)
+        for row, param in enumerate(self.params):
+            if not _has_place(param):
+                raise RuntimeError(f"param {row} in all is not a strided tensor")
+        items = [item for entry in entries for item in entry.values() if _has_place(item)]
+        self._tensors = [*self.params, *items]
+        self._places = _placed(self._tensors)
 
     def places_of_params(self) -> list[list[Any]]:
         return [column[: len(self.params)] for column in self._places]
@@ -121,8 +122,7 @@ class Snapshot:
             lengths, objects = _contents(_param_lists(groups), state)
             if lengths != self._lengths or not all(map(is_, objects, self._objects)):
                 return False
-            with torch._C.DisableTorchFunctionSubclass():
-                return _same_places(_placed(self._tensors), self._places)
+            return _same_places(_placed(self._tensors), self._places)
         except Exception:  # of any kind: no groups any more, or a tensor without an address
             return False
 
