@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds, tests and measures the CUDA backend on a machine with an NVIDIA GPU: no network, 9 minutes.
+# Builds, tests and measures the CUDA and the Triton backend on a machine with an NVIDIA GPU: no
+# network, 9 minutes.
 #
 #   bash benchmarks/gpu.sh              everything; rows go to benchmarks/results/<gpu>.csv
 #   bash benchmarks/gpu.sh --quick      a minute: what is installed, few cases, no rows
@@ -21,7 +22,7 @@ while [ $# -gt 0 ]; do
     --quick) mode=quick ;;
     --dry-run) mode=dry ;;
     --logs) logs=$2 && shift ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 2 ;;
   esac
   shift
 done
@@ -75,7 +76,7 @@ judge() {
     *) result=FAILED ;;
   esac
   [ "$result" = passed ] || { [ "$may_stop" = 1 ] && [ "$result" != FAILED ]; } || failed=1
-  [ "$result" = passed ] || tail -n 40 "$logs/$name.log"
+  [ "$result" = passed ] || grep -v '^USDT' "$logs/$name.log" | tail -n 40
   note "$name" "$result" "$seconds" "$detail"
 }
 
@@ -97,11 +98,11 @@ run_pytest() { # NAME LIMIT RESERVE ARGUMENTS...
   judge "$name" "$found"
 }
 
-sanitize() { # TOOL
-  local name=$1
-  stage "$name" 50 200 compute-sanitizer --tool "$name" --kernel-name kns=fusedopt \
-    --error-exitcode 99 --print-limit 5 "$python" -m benchmarks.gpu_sanitize
-  local found
+sanitize() { # NAME TOOL BACKEND KERNELS...: in the options' own words
+  local name=$1 tool=$2 backend=$3 kernels=() found
+  for found in "${@:4}"; do kernels+=(--kernel-name "$found"); done
+  stage "$name" 40 200 compute-sanitizer --tool "$tool" "${kernels[@]}" \
+    --error-exitcode 99 --print-limit 5 "$python" -m benchmarks.gpu_sanitize "$backend"
   found=$(last "$name" '(ERROR|RACECHECK) SUMMARY')
   if [ "$status" -eq 99 ] || { [ "$status" -eq 0 ] && [ -n "$found" ]; }; then
     judge "$name" "${found#========= }"
@@ -125,7 +126,7 @@ note environment passed "$seconds" "$(echo "$gpu" | tr -s ' ')"
 
 if [ "$mode" = full ]; then
   arch=$("$python" -m benchmarks.gpu_environment --arch)
-  stage build 200 230 env FUSEDOPT_CUDA=1 "TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}" \
+  stage build 150 330 env FUSEDOPT_CUDA=1 "TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}" \
     "$python" -m pip install --no-build-isolation --no-deps --no-index \
     --disable-pip-version-check "$root"
   judge build "$(last build '(Successfully|rror)')"
@@ -150,39 +151,51 @@ elif ! has pytest; then
 elif [ -z "$gpu_tests" ]; then
   skip tests "there are no tests marked gpu"
 elif [ "$mode" = dry ]; then
-  stand_in=emulate
-  [ ! -e "$root/tests/cuda_shim.py" ] || stand_in=shim
-  export FUSEDOPT_TEST_GPU=$stand_in
   may_stop=1 # a CPU takes its time to stand in for a GPU
   # shellcheck disable=SC2086
-  run_pytest tests 60 0 -m gpu -x $gpu_tests
-  may_stop=0
-  unset FUSEDOPT_TEST_GPU
-elif [ "$built" -eq 0 ]; then
+  FUSEDOPT_TEST_GPU=shim run_pytest tests-cuda 30 0 -m gpu -x $gpu_tests
   # shellcheck disable=SC2086
-  FUSEDOPT_REQUIRE_CUDA=1 run_pytest tests 170 220 -m gpu $gpu_tests
+  ! has triton || FUSEDOPT_TEST_GPU=interpreter run_pytest tests-triton 30 0 -m gpu -x $gpu_tests
+  may_stop=0
+elif [ "$built" -eq 0 ]; then
+  # a few processes share the GPU: most of a test is its twin on the CPU
   workers=()
+  ! has xdist || workers=(-n 4)
+  # shellcheck disable=SC2086
+  FUSEDOPT_TEST_GPU=cuda FUSEDOPT_REQUIRE_CUDA=1 \
+    run_pytest tests-cuda 110 290 -m gpu "${workers[@]}" $gpu_tests
+  if has triton; then
+    # shellcheck disable=SC2086
+    FUSEDOPT_TEST_GPU=triton FUSEDOPT_REQUIRE_TRITON=1 \
+      run_pytest tests-triton 120 220 -m gpu "${workers[@]}" $gpu_tests
+  else
+    skip tests-triton "Triton is not installed"
+  fi
   ! has xdist || workers=(-n "$(nproc)")
   # the kernels through the shim, the machine code, the build: what needs no GPU
   may_stop=1
-  run_pytest other-tests 75 220 -m 'not gpu and not clients' "${workers[@]}" \
-    "$root"/tests/test_cuda*.py "$root"/tests/test_build_cuda.py
+  run_pytest other-tests 60 215 -m 'not gpu and not clients' "${workers[@]}" \
+    "$root"/tests/test_cuda*.py "$root"/tests/test_build_cuda.py "$root"/tests/test_triton*.py
   may_stop=0
 fi
 
 # ---- compute-sanitizer --------------------------------------------------------------------------
 
 if [ "$mode" = dry ]; then
-  stage sanitized-program 60 0 "$python" -m benchmarks.gpu_sanitize --dry-run
-  judge sanitized-program "on the CPU, without the tool: $(grep -c 'same bits' "$logs/sanitized-program.log") cases agree"
+  for backend in cuda triton; do
+    stage "sanitized-$backend" 120 0 "$python" -m benchmarks.gpu_sanitize "$backend" --dry-run
+    judge "sanitized-$backend" "on the CPU, without the tool: $(grep -c 'same bits' "$logs/sanitized-$backend.log") cases agree"
+  done
 elif [ "$mode" = quick ]; then
   skip memcheck quick
 elif ! command -v compute-sanitizer >/dev/null; then
   skip memcheck "compute-sanitizer is not on PATH"
 elif [ "$built" -eq 0 ]; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor an allocation of its own, with known ends
-  sanitize memcheck
-  sanitize racecheck
+  sanitize memcheck memcheck cuda kns=fusedopt
+  sanitize racecheck racecheck cuda kns=fusedopt
+  ! has triton || sanitize memcheck-triton memcheck triton \
+    kne=reduce_kernel kne=finalize_kernel kne=update_kernel
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
 

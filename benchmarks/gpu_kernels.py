@@ -1,6 +1,6 @@
 """Our two kernels by themselves: their times, their launches and the DRAM bytes they move.
 
-python -m benchmarks.gpu_kernels CASE    # one step between the profiler's marks, for ncu
+python -m benchmarks.gpu_kernels CASE BACKEND    # one step between the profiler's marks, for ncu
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 import fusedopt
 from benchmarks.gpu_machine import Cuda, DryRun, Machine
+from benchmarks.gpu_pipelines import TRITON
 from benchmarks.param_sets import GRAD_SCALE, Gradients, Shape, make_params, one_tensor
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, SGD
 from benchmarks.timing import Spread, spread
@@ -25,6 +27,7 @@ from benchmarks.timing import Spread, spread
 ROUNDS = 20
 WARMUP = 3
 COUNTED_NUMEL = 400_000_000  # dirty lines that stay in the L2 cache are then under 1 % of the bytes
+SUFFIXES = {"cuda": "", "triton": TRITON}
 COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 
 # Bytes per param of reduce and update; a half param is also read, to follow what others wrote.
@@ -38,28 +41,34 @@ _DTYPES = {"adamw_fp16": torch.float16}
 
 @dataclass
 class KernelTimes:
-    name: str
+    name: str  # of the rule and dtype
+    backend: str
     numel: int
     reduce_ms: Spread
     update_ms: Spread
     launches: list[str]
 
+    @property
+    def pipeline(self) -> str:
+        return f"fusedopt_{self.name}{SUFFIXES[self.backend]}"
+
 
 class Verbs:
     """reduce, finalize and update of a real optimizer on its own plan, called one by one."""
 
-    def __init__(self, name: str, shapes: list[Shape], machine: Machine) -> None:
+    def __init__(self, name: str, shapes: list[Shape], machine: Machine, backend: str) -> None:
         dtype = _DTYPES.get(name, torch.float32)
+        serving = machine.backends[backend]
         self.params = make_params(shapes, dtype, machine.device)
         self._grads = Gradients(shapes, dtype, "new", machine.device)
         common: dict[str, Any] = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
         optimizer: fusedopt.FusedSGD | fusedopt.FusedAdamW
         if name == "sgd":
             optimizer = fusedopt.FusedSGD(
-                self.params, **SGD, decoupled_weight_decay=False, backend=machine.backend, **common
+                self.params, **SGD, decoupled_weight_decay=False, backend=serving, **common
             )
         else:
-            optimizer = fusedopt.FusedAdamW(self.params, **ADAMW, backend=machine.backend, **common)
+            optimizer = fusedopt.FusedAdamW(self.params, **ADAMW, backend=serving, **common)
         optimizer.grad_scale = torch.full((), GRAD_SCALE, device=machine.device)
         self._grads.backward(self.params)
         optimizer.step()
@@ -79,31 +88,38 @@ class Verbs:
         self.update()
 
 
-def time_kernels(name: str, shapes: list[Shape], machine: Machine) -> KernelTimes:
-    verbs = Verbs(name, shapes, machine)
-    calls = [verbs.reduce, verbs.update]
-    for _ in range(WARMUP):
-        machine.event_ms(calls, hold_ms=0.0)
-    rounds = 2 if machine.dry else ROUNDS
-    times = [machine.event_ms(calls, hold_ms=1.0) for _ in range(rounds)]
-    launches = machine.launches(verbs.both)
-    numel = sum(param.numel() for param in verbs.params)
-    del verbs, calls
+def time_kernels(
+    name: str, shapes: list[Shape], machine: Machine, backends: Sequence[str]
+) -> list[KernelTimes]:
+    """Of all backends in turns, each with params and states of its own."""
+    verbs = {backend: Verbs(name, shapes, machine, backend) for backend in backends}
+    times: dict[str, list[list[float]]] = {backend: [] for backend in backends}
+    for round_index in range(1 + 2 if machine.dry else WARMUP + ROUNDS):
+        warm = round_index >= (1 if machine.dry else WARMUP)
+        for backend, own in verbs.items():
+            taken = machine.event_ms([own.reduce, own.update], hold_ms=1.0 if warm else 0.0)
+            if warm:
+                times[backend].append(taken)
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    measured = []
+    for backend, own in verbs.items():
+        reduce_ms, update_ms = (spread([t[k] for t in times[backend]]) for k in (0, 1))
+        launches = machine.launches(own.both)
+        measured.append(KernelTimes(name, backend, numel, reduce_ms, update_ms, launches))
+    del verbs, own
     gc.collect()
     machine.release_memory()
-    return KernelTimes(
-        name, numel, spread([t[0] for t in times]), spread([t[1] for t in times]), launches
-    )
+    return measured
 
 
-def count_dram_bytes(name: str, limit_s: float) -> tuple[dict[str, float], str]:
+def count_dram_bytes(name: str, backend: str, limit_s: float) -> tuple[dict[str, float], str]:
     """Bytes per param of each of our kernels, off the hardware counters; or the reason why not."""
     tool = shutil.which("ncu")
     if tool is None:
         return {}, "ncu is not on PATH"
     command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv"]
     command += ["--page", "raw", "--print-units", "base", "--metrics", ",".join(COUNTERS)]
-    command += [sys.executable, "-m", "benchmarks.gpu_kernels", name]
+    command += [sys.executable, "-m", "benchmarks.gpu_kernels", name, backend]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit_s, env=os.environ
@@ -131,9 +147,9 @@ def parse_counters(output: str, numel: int) -> dict[str, float]:
 
 
 def main() -> None:
-    name = sys.argv[1]
+    name, backend = sys.argv[1:]
     machine: Machine = Cuda() if torch.cuda.is_available() else DryRun()
-    verbs = Verbs(name, one_tensor(4096 if machine.dry else COUNTED_NUMEL), machine)
+    verbs = Verbs(name, one_tensor(4096 if machine.dry else COUNTED_NUMEL), machine, backend)
     verbs.both()
     machine.synchronize()
     if machine.dry:

@@ -35,7 +35,7 @@ class Machine(Protocol):
     name: str
     dry: bool
     device: torch.device
-    backend: str
+    backends: dict[str, str]  # what serves as `cuda` and as `triton`
 
     def synchronize(self) -> None: ...
 
@@ -55,9 +55,9 @@ class Machine(Protocol):
 
 class Cuda:
     dry = False
-    backend = "cuda"
 
     def __init__(self) -> None:
+        self.backends = {"cuda": "cuda", "triton": "triton"}
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.device)
         self._scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
@@ -105,8 +105,13 @@ class DryRun:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self._shim, self.how = stand_in()
-        self.backend = "cpu" if self._shim is None else "cuda"
+        self._shim, shim_how = _stand_in(_shim)
+        self._interpreter, interpreter_how = _stand_in(_interpreter)
+        self.how = f"CUDA: {shim_how}; Triton: {interpreter_how}"
+        self.backends = {
+            "cuda": "cpu" if self._shim is None else "cuda",
+            "triton": "cpu" if self._interpreter is None else "triton",
+        }
 
     def synchronize(self) -> None:
         pass
@@ -128,30 +133,47 @@ class DryRun:
         """The launches of our kernels; torch's operators where there are none."""
         if self._shim is not None:
             self._shim.reset()
+        if self._interpreter is not None:
+            self._interpreter.launched.clear()
         events = _trace(call, self.synchronize, ProfilerActivity.CPU)
         ours = [launch.kernel for launch in self._shim.launches()] if self._shim else []
+        if self._interpreter is not None:
+            ours += [name for name, _ in self._interpreter.launched]
         return ours or [event["name"] for event in events if event.get("cat") == "cpu_op"]
 
     def facts(self) -> dict[str, object]:
         return {"gpu": self.name, "driver": "none", **versions()}
 
 
-def stand_in() -> tuple[Any, str]:
-    """The CUDA kernels compiled for the CPU, where tests/cuda_shim.py can make them."""
-    folder = ROOT / "tests"
+def _stand_in(load: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
+    """What `load` gives, with the helpers of the tests on the path, or why it gives nothing."""
+    folder = str(ROOT / "tests")
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
-        if not (folder / "cuda_shim.py").exists():
-            raise ImportError("there is no tests/cuda_shim.py")
-        sys.path.append(str(folder))
-        import cuda_shim  # type: ignore[import-not-found, unused-ignore]
-
-        from fusedopt.backends import cuda  # type: ignore[attr-defined, unused-ignore]
-
-        shim = cuda_shim.load()
-        cuda._driver = shim.driver()
-    except Exception as error:  # no compiler, or one that fails
+        return load()
+    except Exception as error:  # no compiler, or one that fails; no Triton
         return None, f"backend cpu stands in ({type(error).__name__}: {error})"
-    return shim, "the CUDA kernels run on the CPU, through the shim of the tests"
+
+
+def _shim() -> tuple[Any, str]:
+    import cuda_shim  # type: ignore[import-not-found, unused-ignore]
+
+    from fusedopt.backends import cuda  # type: ignore[attr-defined, unused-ignore]
+
+    shim = cuda_shim.load()
+    cuda._driver = shim.driver()
+    return shim, "the kernels compiled for the CPU"
+
+
+def _interpreter() -> tuple[Any, str]:
+    import triton_interpreter  # type: ignore[import-not-found, unused-ignore]
+
+    from fusedopt.backends import triton  # type: ignore[attr-defined, unused-ignore]
+
+    triton_interpreter.kernels()
+    triton._driver = triton_interpreter.Interpreter()
+    return triton._driver, "the kernels in Triton's interpreter"
 
 
 def _trace(call: Call, synchronize: Call, activity: ProfilerActivity) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ on one rank, launches and host syncs included; only their own fused Adam is repl
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from benchmarks.pipelines import (
     torch_adamw,
 )
 
+TRITON = "_triton"  # at the end of the names of pipelines and kernels of the Triton backend
 EPS = 1e-6  # of torch's clip_grad_norm_; Megatron and DeepSpeed have the same
 BY_BF16_GRADS = 20.0  # tolerances: the clipped gradient was rounded to bf16
 BY_BF16_PARAMS = 500.0  # tolerances: half a move of AdamW, where a param of 0.1 is known to 2e-4
@@ -155,22 +156,46 @@ def _torch_sgd(**flags: Any) -> Callable[[list[Tensor]], Any]:
     return lambda params: torch.optim.SGD(params, **SGD, **flags)
 
 
-def gpu_kinds(backend: str) -> dict[str, Kind]:
-    """All pipelines by name, ours on `backend`.
-
-    Ours reads a half param that it writes, to follow what others wrote to it: 32 bytes, not 30.
-    """
+def _ours_on(backend: str, suffix: str, label: str) -> dict[str, Kind]:
+    """Ours reads a half param that it writes, to follow what others wrote to it: 32 bytes."""
     adamw: dict[str, Any] = {**ADAMW, "backend": backend}
     sgd: dict[str, Any] = {**SGD, "decoupled_weight_decay": False, "backend": backend}
-    half, half_stock = ours("FusedAdamW", **adamw), ours("FusedAdamW", stock_scaler=True, **adamw)
+    build = _where_available(backend, ours("FusedAdamW", **adamw))
+    return {
+        f"fusedopt_adamw{suffix}": Kind(label, 32, build),
+        f"fusedopt_adamw_fp16{suffix}": Kind(label, 32, build),
+        f"fusedopt_adamw_bf16{suffix}": Kind(label, 32, build),
+        f"fusedopt_sgd{suffix}": Kind(
+            label, 24, _where_available(backend, ours("FusedSGD", **sgd))
+        ),
+    }
+
+
+def _where_available(
+    backend: str, build: Callable[[list[Tensor], Gradients], Pipeline]
+) -> Callable[[list[Tensor], Gradients], Pipeline]:
+    """Triton may be missing, as a library may; without the CUDA module there is nothing to time."""
+
+    def checked(params: list[Tensor], grads: Gradients) -> Pipeline:
+        if backend == "triton":
+            reason = importlib.import_module("fusedopt.backends.triton").unavailable_reason()
+            if reason is not None:
+                raise Unavailable(reason)
+        return build(params, grads)
+
+    return checked
+
+
+def gpu_kinds(backends: Mapping[str, str]) -> dict[str, Kind]:
+    """All pipelines by name, ours on what serves as the backends `cuda` and `triton`."""
+    adamw: dict[str, Any] = {**ADAMW, "backend": backends["cuda"]}
+    half_stock = ours("FusedAdamW", stock_scaler=True, **adamw)
     te, apex = "transformer_engine.pytorch.optimizers", "apex.optimizers"
     return {
-        "fusedopt_adamw": Kind("fusedopt", 32, half),
+        **_ours_on(backends["cuda"], "", "fusedopt"),
+        **_ours_on(backends["triton"], TRITON, "fusedopt, Triton"),
         "fusedopt_adamw_stock_scaler": Kind("fusedopt, torch's scaler", 40, half_stock),
-        "fusedopt_adamw_fp16": Kind("fusedopt", 32, half),
         "fusedopt_adamw_fp16_stock_scaler": Kind("fusedopt, torch's scaler", 36, half_stock),
-        "fusedopt_adamw_bf16": Kind("fusedopt", 32, half),
-        "fusedopt_sgd": Kind("fusedopt", 24, ours("FusedSGD", **sgd)),
         **{name: KINDS[name] for name in ("adamw_fused", "adamw_foreach", "adamw_bf16_torch_ops")},
         "adamw_compiled": Kind("torch.compile", 44, Compiled),
         "sgd_fused": Kind(

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.gpu_kernels import BYTES, KernelTimes
+from benchmarks.gpu_first_step import FirstSteps
+from benchmarks.gpu_kernels import BYTES, SUFFIXES, KernelTimes
 from benchmarks.gpu_machine import DRY_RUN, Machine
 from benchmarks.gpu_measure import Measured
-from benchmarks.gpu_targets import PREDICTIONS, TARGETS, Prediction
+from benchmarks.gpu_targets import (
+    FIRST_STEP,
+    FIRST_STEP_MS,
+    PREDICTIONS,
+    TARGETS,
+    Prediction,
+)
 from benchmarks.report import provenance
 from benchmarks.timing import Spread
 
@@ -68,18 +75,28 @@ class Report:
             ("reduce", "update"), BYTES[times.name], (times.reduce_ms, times.update_ms), strict=True
         ):
             note = f"{n_launches} launches for both: {', '.join(_short(n) for n in times.launches)}"
-            row = self._row(case, f"fusedopt_{times.name}:{verb}", note[:200])
+            row = self._row(case, f"{times.pipeline}:{verb}", note[:200])
             row |= {"params": times.numel, **_spread_columns("gpu_ms", ms)}
             row["launches"] = "" if self._dry else n_launches / 2
             rows.append(self._bytes(row, n_bytes, ms))
         return rows
 
-    def counters(self, case: str, numel: int, name: str, measured: dict[str, float]) -> list[Row]:
+    def counters(
+        self, case: str, numel: int, name: str, backend: str, measured: dict[str, float]
+    ) -> list[Row]:
         kernels = ", ".join(f"{_short(kernel)} {value:.3f}" for kernel, value in measured.items())
-        row = self._row(case, f"fusedopt_{name}:counters", kernels)
+        row = self._row(case, f"fusedopt_{name}{SUFFIXES[backend]}:counters", kernels)
         total = sum(measured.values())
         row |= {"params": numel, "bytes_per_param": sum(BYTES[name])}
         row["dram_bytes_per_param"] = _digits(total)
+        return [row]
+
+    def first_step(self, measured: FirstSteps) -> list[Row]:
+        row = self._row(FIRST_STEP, f"fusedopt_adamw_triton:{measured.cache}", measured.note)
+        row |= {"params": measured.numel, "tensors": measured.tensors, "dtype": "float32"}
+        row |= {"grads": "new", "samples": measured.samples}
+        row |= _spread_columns("wall_ms", measured.wall_ms)
+        row["predicted_wall_ms"] = _digits(FIRST_STEP_MS[measured.cache])
         return [row]
 
     def _bytes(self, row: Row, bytes_per_param: float, ms: Spread) -> Row:

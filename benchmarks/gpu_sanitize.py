@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_sanitize [--dry-run]`: small steps for compute-sanitizer to watch.
+"""`python -m benchmarks.gpu_sanitize BACKEND [--dry-run]`: steps for compute-sanitizer to watch.
 
 Every rule and dtype, both norms, tails, a chunk and a bit, gradients off alignment and more tensors
 than one launch can carry addresses of. The result is compared with the CPU backend's, bit for bit.
@@ -56,17 +56,20 @@ def steps(
 
 
 def main() -> int:
-    machine: Machine = DryRun() if "--dry-run" in sys.argv[1:] else Cuda()
+    backend = sys.argv[1]
+    machine: Machine = DryRun() if "--dry-run" in sys.argv[2:] else Cuda()
+    serving = machine.backends[backend]
     failed = 0
-    for name, make, options, dtype, kind, shapes in CASES:
+    for name, make, options, dtype, kind, all_shapes in CASES:
         results = []
+        shapes = all_shapes[: 5 if machine.dry and backend == "triton" else None]
         values = [value.detach() for value in make_params(shapes, dtype)]
         sources = [torch.randn(value.shape, dtype=torch.float32) for value in values]
-        for device, backend in ((machine.device, machine.backend), (torch.device("cpu"), "cpu")):
+        for device, used in ((machine.device, serving), (torch.device("cpu"), "cpu")):
             params: list[Tensor] = [torch.nn.Parameter(v.to(device, copy=True)) for v in values]
             grads = Gradients(shapes, dtype, kind, device)
             grads.use([source.mul(1024.0).to(device, dtype) for source in sources])
-            results.append(steps(make, options, params, grads, backend))
+            results.append(steps(make, options, params, grads, used))
         same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         finite = all(bool(value.isfinite().all()) for value in results[0])
         failed += not (same and finite)

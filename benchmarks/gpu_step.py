@@ -8,6 +8,7 @@ python -m benchmarks.gpu_step --dry-run    without a GPU: everything but the mea
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import signal
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_cases import GpuCase, gpu_cases, tiny
+from benchmarks.gpu_first_step import measure_first_steps
 from benchmarks.gpu_kernels import BYTES, COUNTED_NUMEL, count_dram_bytes, time_kernels
 from benchmarks.gpu_machine import Cuda, DryRun, Machine
 from benchmarks.gpu_measure import SMALL, Measured, count_launches_anew, measure_case
@@ -33,7 +35,12 @@ KERNELS = {"adamw-llama-1.24B": "adamw", "fp16-llama-1.24B": "adamw_fp16",
            "sgd-llama-1.24B": "sgd", "adamw-gpt2-124M": "adamw",
            "adamw-resnet50": "adamw"}  # fmt: skip
 COUNTED = "adamw-400M"
-RESERVE_S = {"counters": 45.0, "compiled": 60.0, "case": 12.0}  # not begun with less time left
+RESERVE_S = {
+    "first step": 60.0,
+    "counters": 45.0,
+    "compiled": 60.0,
+    "case": 12.0,
+}  # not begun with less time left
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -43,7 +50,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, machine: Machine) -> None:
         self.args, self.machine = args, machine
         self.report = Report(machine)
-        self.kinds = gpu_kinds(machine.backend)
+        self.kinds = gpu_kinds(machine.backends)
+        self._no_triton = no_triton(machine)
         self._end = time.monotonic() + args.budget
         self.notes: list[str] = []
         self.wrong = False
@@ -58,6 +66,7 @@ class Run:
         cases = [gpu_cases()[name] for name in self.args.cases]
         small = [case for case in cases if case.numel <= SMALL and not case.compiles]
         waiting = [self._case(case, count_launches=False) for case in small]
+        self._first_steps()
         for measured in waiting:  # now the profiler may run
             self._finish(measured)
         large = [case for case in cases if case not in small and not case.compiles]
@@ -98,8 +107,10 @@ class Run:
             count_launches_anew(measured, self.machine)
             self._keep(self.report.case(measured))
             if case.name in KERNELS:
-                times = time_kernels(KERNELS[case.name], case.shapes(), self.machine)
-                self._keep(self.report.kernels(case.name, times))
+                for times in time_kernels(
+                    KERNELS[case.name], case.shapes(), self.machine, self._backends()
+                ):
+                    self._keep(self.report.kernels(case.name, times))
         except RuntimeError as error:
             self._failed(case, error)
 
@@ -107,25 +118,53 @@ class Run:
         self.notes.append(f"{case.name}: {type(error).__name__}: {error}".splitlines()[0])
         self.wrong = True
 
-    def _counters(self) -> None:
-        if self.machine.dry:
-            faked = {"reduce_kernel": float(BYTES["adamw"][0]), "update_kernel": 0.0}
-            self._keep(self.report.counters(COUNTED, tiny_numel(), "adamw", faked))
-            return
-        if self.left() < RESERVE_S["counters"]:
-            self.notes.append("DRAM counters: not read, no time left")
-            return
-        self.machine.release_memory()
-        measured, reason = count_dram_bytes("adamw", min(90.0, self.left()))
-        if reason:
-            self.notes.append(f"DRAM counters: not read, {reason}")
+    def _backends(self) -> list[str]:
+        """Whose kernels are timed by themselves."""
+        return ["cuda", *(["triton"] if self._no_triton is None else [])]
+
+    def _first_steps(self) -> None:
+        if self._no_triton is not None:
+            self.notes.append(f"first step with Triton: not measured: {self._no_triton}")
+        elif self.left() < RESERVE_S["first step"]:
+            self.notes.append("first step with Triton: not measured, no time left")
         else:
-            self._keep(self.report.counters(COUNTED, COUNTED_NUMEL, "adamw", measured))
+            try:
+                for measured in measure_first_steps(self.machine):
+                    self._keep(self.report.first_step(measured))
+            except RuntimeError as error:
+                self.notes.append(f"first step with Triton: {error}")
+                self.wrong = True
+
+    def _counters(self) -> None:
+        for backend in self._backends():
+            if self.machine.dry:
+                faked = {"reduce_kernel": float(BYTES["adamw"][0]), "update_kernel": 0.0}
+                self._keep(self.report.counters(COUNTED, tiny_numel(), "adamw", backend, faked))
+                continue
+            if self.left() < RESERVE_S["counters"]:
+                self.notes.append(f"DRAM counters, {backend}: not read, no time left")
+                continue
+            self.machine.release_memory()
+            measured, reason = count_dram_bytes("adamw", backend, min(60.0, self.left()))
+            if reason:
+                self.notes.append(f"DRAM counters, {backend}: not read, {reason}")
+            else:
+                rows = self.report.counters(COUNTED, COUNTED_NUMEL, "adamw", backend, measured)
+                self._keep(rows)
 
     def _keep(self, rows: Sequence[Row]) -> None:
         if self.args.out is not None:
             append(self.args.out, rows, COLUMNS)
         print(table(rows), flush=True)
+
+
+def no_triton(machine: Machine) -> str | None:
+    """Why there is nothing of the Triton backend to measure."""
+    if machine.backends["triton"] != "triton":
+        return "the CPU backend stands in for it"
+    module = importlib.import_module("fusedopt.backends.triton")
+    reason: str | None = module.unavailable_reason()
+    return reason
 
 
 def tiny_numel() -> int:

@@ -1,71 +1,131 @@
-"""What the tests of the CUDA backend need of a GPU, and what stands in for it without one.
+"""What the tests of the GPU backends need of a GPU, and what stands in for it without one.
 
-FUSEDOPT_TEST_GPU=emulate runs them with device "cpu" and the CPU backend, FUSEDOPT_TEST_GPU=shim
-with device "cpu" and the CUDA kernels compiled for the CPU (tests/cuda_shim.py): then a stream, a
-graph or a count of launches is a stand-in, and what is left of a test is its own arithmetic.
+Every test runs once for each backend, CUDA and Triton: ``device_fixture`` makes it so, and
+``backend()`` says which one it is. FUSEDOPT_TEST_GPU=cuda or =triton leaves the other one out. The
+stand-ins run the tests with device "cpu": =shim with the CUDA kernels compiled for the CPU
+(tests/cuda_shim.py), =interpreter with the Triton kernels in Triton's interpreter
+(tests/triton_interpreter.py), =emulate with the CPU backend. Then a stream, a graph or a count of
+allocations is a stand-in too, and what is left of a test is its own arithmetic.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from cases import CHUNK, LENGTHS
 from torch import Tensor
 
-from fusedopt.backends import cuda
+T = TypeVar("T")
 
 VARIABLE = "FUSEDOPT_TEST_GPU"
-STAND_IN = os.environ.get(VARIABLE)
-if STAND_IN not in (None, "", "emulate", "shim"):
-    raise ValueError(f"{VARIABLE}={STAND_IN!r}; use emulate or shim, or unset it")
+STAND_INS = {"emulate": "cpu", "shim": "cuda", "interpreter": "triton"}
+ON_A_GPU = ("cuda", "triton")
+CHOSEN = os.environ.get(VARIABLE, "")
+if CHOSEN not in ("", *STAND_INS, *ON_A_GPU):
+    raise ValueError(
+        f"{VARIABLE}={CHOSEN!r}; use {', '.join(STAND_INS)} (without a GPU), cuda or triton (that "
+        "backend alone), or unset it"
+    )
+STAND_IN = CHOSEN if CHOSEN in STAND_INS else None
 
 REAL = not STAND_IN and torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if REAL else torch.device("cpu")
-BACKEND = "cpu" if STAND_IN == "emulate" else "cuda"
+BACKENDS = (STAND_INS[STAND_IN],) if STAND_IN else (CHOSEN,) if CHOSEN else ON_A_GPU
 
-# Every file of GPU tests starts with `pytestmark = on_gpu` and takes the fixture `device`.
+# Every file of GPU tests starts with `pytestmark = on_gpu` and `device = device_fixture()`.
 on_gpu = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (REAL or STAND_IN), reason="torch.cuda.is_available() is False: no NVIDIA GPU"
-    ),
+    pytest.mark.skipif(not (REAL or STAND_IN), reason="torch.cuda.is_available() is False: no GPU"),
 ]
-real_gpu = pytest.mark.skipif(not REAL, reason="there is nothing to see without an NVIDIA GPU")
-
-# The CPU that stands in for a GPU takes its time with thousands of tensors.
-MANY_LENGTHS = LENGTHS if REAL else [0, 1, 3, 8, 17, 51, 257, CHUNK + 1, 2 * CHUNK + 257]
+real_gpu = pytest.mark.skipif(not REAL, reason="there is nothing to see without a GPU")
 
 
-def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """The body of the fixture `device`: DEVICE can be used, with whatever stands in for it.
+def by_speed(gpu: T, stand_in: T, interpreter: T) -> T:
+    """A CPU that stands in for a GPU takes its time; the interpreter, 10 ms for each tensor."""
+    return interpreter if STAND_IN == "interpreter" else gpu if REAL else stand_in
 
-    With FUSEDOPT_REQUIRE_CUDA=1 a GPU that the backend cannot serve is a failure.
+
+MANY_LENGTHS = by_speed(
+    LENGTHS,
+    [0, 1, 3, 8, 17, 51, 257, CHUNK + 1, 2 * CHUNK + 257],
+    [0, 1, 17, 257, CHUNK + 1],
+)
+
+_under_test = BACKENDS[0]
+
+
+def backend() -> str:
+    """The one that is under test, as the optimizers' argument."""
+    return _under_test
+
+
+def device_fixture(backends: Sequence[str] = BACKENDS) -> Any:
+    """The tests of the file run on DEVICE, once for each of `backends` that is to be tested.
+
+    A GPU that the backend cannot serve is a skip, with FUSEDOPT_REQUIRE_CUDA=1 or
+    FUSEDOPT_REQUIRE_TRITON=1 a failure.
     """
-    if STAND_IN != "shim":
-        reason = cuda.unavailable_reason() if REAL else None
-        if reason is not None and os.environ.get("FUSEDOPT_REQUIRE_CUDA") == "1":
-            pytest.fail(f"{reason}, and FUSEDOPT_REQUIRE_CUDA=1", pytrace=False)
-        if reason is not None:
-            pytest.skip(f"the CUDA backend cannot serve this GPU: {reason}")
-        yield DEVICE
-        return
-    import cuda_shim
+    own = [name for name in BACKENDS if name in backends]
+    return pytest.fixture(autouse=True, params=own)(_on_device)
 
+
+def _on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    name = request.param
+    monkeypatch.setattr(sys.modules[__name__], "_under_test", name)
+    if STAND_IN in ("shim", "interpreter"):
+        _numbers_stay(name, monkeypatch)
+        yield from _kernels_on_the_cpu(monkeypatch)
+        return
+    reason = module_of(name).unavailable_reason() if REAL else None
+    variable = f"FUSEDOPT_REQUIRE_{name.upper()}"
+    if reason is not None and os.environ.get(variable) == "1":
+        pytest.fail(f"{reason}, and {variable}=1", pytrace=False)
+    if reason is not None:
+        pytest.skip(f"the {name} backend cannot serve this GPU: {reason}")
+    yield DEVICE
+
+
+def module_of(name: str) -> Any:
+    return importlib.import_module(f"fusedopt.backends.{name}")
+
+
+def _numbers_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hyper-parameters in tensors, as on a GPU; those on the CPU cannot be told apart here."""
     from fusedopt.optimizer import FusedOptimizer
 
     def stays(self: FusedOptimizer, value: Tensor) -> bool:
-        """As a tensor on a GPU would; those on the CPU cannot be told apart here."""
-        return self._options.backend == "cuda"
+        return self._options.backend == name
 
     monkeypatch.setattr(FusedOptimizer, "_stays_on_device", stays)
-    yield from cuda_shim.fixture()
+
+
+def _kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    if STAND_IN == "shim":
+        import cuda_shim
+
+        yield from cuda_shim.fixture()
+        return
+    import triton_interpreter
+
+    upload = module_of("triton")._Upload
+    run = upload.run
+
+    def counted(self: Any, capturing: bool) -> None:
+        self._driver.launched.append(("Memcpy HtoD (Pinned -> Device)", 0))
+        run(self, capturing)
+
+    monkeypatch.setattr(upload, "run", counted)
+    yield from triton_interpreter.fixture()
 
 
 def two_devices() -> list[torch.device]:
@@ -77,14 +137,34 @@ def two_devices() -> list[torch.device]:
     return [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
-def need_memory(n_bytes: int) -> None:
-    """Skip where the GPU has not as much to spare."""
+@contextmanager
+def memory(n_bytes: int) -> Iterator[None]:
+    """One test at a time has so much of the GPU, of all workers; skipped if it is not to spare."""
     if not REAL:
+        yield
         return
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(DEVICE)
-    if free < n_bytes + (1 << 30):
-        pytest.skip(f"needs {n_bytes / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
+    with one_at_a_time("memory"):
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(DEVICE)
+        if free < n_bytes + (1 << 30):
+            pytest.skip(
+                f"needs {n_bytes / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free"
+            )
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Of the workers of pytest-xdist, which share the GPU."""
+    import fcntl
+
+    path = Path(tempfile.gettempdir(), f"fusedopt-{os.getuid()}-{what}.lock")
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # ---- tensors ------------------------------------------------------------------------------------
@@ -184,10 +264,11 @@ def captured(iteration: Callable[[], None], warmup: int = 3) -> Callable[[], Non
 
 
 def n_allocations() -> int:
-    """Blocks ever asked of torch's allocator on this device."""
+    """Blocks ever asked of torch's allocators: of memory on this device, and of pinned memory."""
     if not REAL:
         return 0
-    return int(torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"])
+    on_device = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+    return int(on_device) + int(torch.cuda.host_memory_stats()["num_host_alloc"])
 
 
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -204,6 +285,11 @@ def device_work(call: Callable[[], Any], tmp_path: Path) -> list[str] | None:
         before = len(cuda_shim.load().launches())
         call()
         return [launch.kernel for launch in cuda_shim.load().launches()[before:]]
+    if STAND_IN == "interpreter":
+        launched = module_of("triton").driver().launched
+        before = len(launched)
+        call()
+        return [name for name, _ in launched[before:]]
     if not REAL:
         call()
         return None

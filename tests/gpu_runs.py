@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from cases import CHUNK
-from gpu_helpers import BACKEND, DEVICE
+from gpu_helpers import DEVICE, backend, by_speed
 from gpu_twins import assert_pairs_agree, everything
 from harness import FUSED, make_param, randn
 from torch import Tensor
@@ -23,7 +23,8 @@ RULES: dict[str, dict[str, Any]] = {
     "adamw": {"weight_decay": 0.1, "amsgrad": True},
     "sgd": {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1},
 }
-SHAPES = [(5,), (37, 11), (CHUNK + 3,), (), (0,)]
+LARGE = by_speed(CHUNK + 3, CHUNK + 3, 33)
+SHAPES: list[tuple[int, ...]] = [(5,), (37, 11), (LARGE,), (), (0,)]
 INIT_SCALE = 2.0**10
 
 
@@ -48,7 +49,7 @@ class Run:
         ]
         self.inputs = [torch.zeros_like(p, requires_grad=False) for p in self.params]
         self.lr = torch.tensor(0.01).to(DEVICE)
-        options = {"lr": self.lr, "max_grad_norm": 3.0, "backend": BACKEND, **options}
+        options = {"lr": self.lr, "max_grad_norm": 3.0, "backend": backend(), **options}
         self.opt = FUSED[rule](self.params, **RULES[rule], **options)
         self.scaler = None
         if scaler is not None:

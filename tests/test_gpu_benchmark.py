@@ -20,6 +20,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import (  # noqa: E402
     gpu_cases,
+    gpu_first_step,
     gpu_kernels,
     gpu_machine,
     gpu_measure,
@@ -28,8 +29,10 @@ from benchmarks import (  # noqa: E402
     gpu_sanitize,
     gpu_step,
     gpu_targets,
+    host_time,
     param_sets,
 )
+from fusedopt.backends import triton  # noqa: E402
 
 HEADER = (
     "timestamp,commit,dirty,gpu,driver,torch,cuda,triton,python,"
@@ -40,6 +43,7 @@ HEADER = (
     "gb_s,copy_gb_s,copy_fraction,dram_bytes_per_param,"
     "predicted_gpu_ms,predicted_wall_ms,launches,samples,note"
 )
+CPU = {"cuda": "cpu", "triton": "cpu"}
 SPREADS = ("gpu_ms", "wall_ms", "host_us", "gpu_ratio", "wall_ratio")
 DRY_CASES = ["adamw-1M", "adamw-llama-1.24B", "fp16-llama-1.24B", "sgd-resnet50",
              "bf16-gpt2-124M", "adamw-gpt2-bucket"]  # fmt: skip
@@ -72,7 +76,7 @@ def test_ragged_list_and_small_models():
 
 
 def test_every_case_is_complete():
-    cases, kinds = gpu_cases.gpu_cases(), gpu_pipelines.gpu_kinds("cpu")
+    cases, kinds = gpu_cases.gpu_cases(), gpu_pipelines.gpu_kinds(CPU)
     for case in cases.values():
         assert case.pipelines[0].startswith("fusedopt_")
         assert set(case.pipelines) <= set(kinds)
@@ -97,8 +101,10 @@ def test_every_target_asks_for_what_is_measured():
         assert target.figure(lambda *_: None) is None
     for case, pipeline, column in asked:
         assert column in gpu_report.COLUMNS
-        kernel = pipeline.removeprefix("fusedopt_").split(":")[0]
-        if pipeline.endswith(":counters"):
+        kernel = pipeline.removeprefix("fusedopt_").split(":")[0].removesuffix("_triton")
+        if case == gpu_targets.FIRST_STEP:
+            assert pipeline.split(":")[1] in gpu_first_step.SAMPLES
+        elif pipeline.endswith(":counters"):
             assert case == gpu_step.COUNTED and kernel in gpu_kernels.BYTES
         elif ":" in pipeline:
             assert gpu_step.KERNELS[case] == kernel
@@ -113,7 +119,7 @@ def test_targets_are_judged_in_the_right_direction():
 
 
 def test_predictions_follow_the_bytes():
-    kinds, case = gpu_pipelines.gpu_kinds("cpu"), gpu_cases.gpu_cases()["adamw-llama-1.24B"]
+    kinds, case = gpu_pipelines.gpu_kinds(CPU), gpu_cases.gpu_cases()["adamw-llama-1.24B"]
     predicted = {
         name: gpu_targets.PREDICTIONS[name].gpu_ms(kinds[name], case) for name in case.pipelines
     }
@@ -180,8 +186,16 @@ def test_dry_run_has_well_formed_rows(cpu_backend, dry_run):
                 assert float(row["gpu_ratio_p50"]) == float(row["wall_ratio_p50"]) == 1.0
     kernels = {(case, pipeline) for case, pipeline in by_name if ":" in pipeline}
     verbs = [("adamw-llama-1.24B", "adamw"), ("fp16-llama-1.24B", "adamw_fp16")]
-    wanted = {(c, f"fusedopt_{k}:{verb}") for c, k in verbs for verb in ("reduce", "update")}
-    assert kernels == wanted | {(gpu_step.COUNTED, "fusedopt_adamw:counters")}
+    suffixes = ["", "_triton"]
+    wanted = {
+        (c, f"fusedopt_{k}{end}:{verb}")
+        for c, k in verbs
+        for verb in ("reduce", "update")
+        for end in suffixes
+    }
+    wanted |= {(gpu_step.COUNTED, f"fusedopt_adamw{end}:counters") for end in suffixes}
+    wanted |= {("first-step", f"fusedopt_adamw_triton:{cache}") for cache in ("empty", "filled")}
+    assert kernels == wanted
     streams = {pipeline for case, pipeline in by_name if case == "bandwidth"}
     assert streams == {"copy", "read", "step"}
     assert len(by_name) == len(kernels) + len(streams)
@@ -210,10 +224,52 @@ def test_without_a_gpu_it_says_so():
         gpu_step.main([])
 
 
-def test_sanitized_program_takes_the_steps_of_the_cpu(cpu_backend, tmp_path):
-    done = run_in(tmp_path, "gpu_sanitize", "--dry-run")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_sanitized_program_takes_the_steps_of_the_cpu(backend, cpu_backend, tmp_path):
+    done = run_in(tmp_path, "gpu_sanitize", backend, "--dry-run")
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout
     assert done.stdout.count("same bits as the CPU backend") == len(gpu_sanitize.CASES)
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """Tables that were copied to the device."""
+    seen = []
+    run = triton._Upload.run
+    monkeypatch.setattr(triton._Upload, "run", lambda self, c: seen.append(c) or run(self, c))
+    monkeypatch.setattr(triton, "_driver", host_time.NoLaunches())
+    return seen
+
+
+@pytest.mark.parametrize(("moved", "tables"), [("nothing", 0), ("lr", 3)])
+def test_host_time_is_that_of_steps_that_launch_nothing(cpu_backend, uploads, moved, tables):
+    pipeline = host_time.HostOnly(moved)
+    before = [param.detach().clone() for param in pipeline.params]
+    for _ in range(2):
+        pipeline.prepare()
+        pipeline.step()
+    assert pipeline.backend() == "triton" and 1 <= len(uploads) <= 2
+    uploads.clear()
+    for _ in range(3):
+        pipeline.prepare()
+        pipeline.step()
+    assert len(uploads) == tables
+    assert all(torch.equal(a, b) for a, b in zip(before, pipeline.params, strict=True))
+
+
+def test_host_time_writes_rows_only_where_it_is_told_to(cpu_backend, tmp_path, capsys):
+    assert host_time.parse(["--quick"]).out is None
+    out = tmp_path / "rows.csv"
+    host_time.main(["--quick", "--rounds", "1", "--out", str(out)])
+    assert triton._driver is None or type(triton._driver) is not host_time.NoLaunches
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["note"].split(";")[0] for row in rows] == [f"moved: {m}" for m in host_time.MOVED]
+    for row in rows:
+        assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
+        assert row["case"] == "host-300x1k" and int(row["tensors"]) == 300
+        assert row["ratio_p50"] == row["reference"] == ""
+    assert capsys.readouterr().out.count("\n") == 2 + len(rows)
 
 
 def test_script_is_well_formed_bash():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,15 +16,20 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import (
     gpu_cases,
+    gpu_first_step,
     gpu_kernels,
     gpu_machine,
     gpu_measure,
     gpu_pipelines,
     gpu_report,
+    gpu_step,
     gpu_targets,
     param_sets,
     pipelines,
 )
+from fusedopt.backends import triton
+
+CPU = {"cuda": "cpu", "triton": "cpu"}
 
 
 class Wrong(pipelines.Pipeline):
@@ -33,13 +39,14 @@ class Wrong(pipelines.Pipeline):
 
 
 def kinds_with(kind: pipelines.Kind) -> dict[str, pipelines.Kind]:
-    return gpu_pipelines.gpu_kinds("cpu") | {"adamw_fused": kind}
+    return gpu_pipelines.gpu_kinds(CPU) | {"adamw_fused": kind}
 
 
 def without_shim() -> gpu_machine.DryRun:
     """A DryRun that leaves the CUDA backend of this process as it is."""
     machine = gpu_machine.DryRun.__new__(gpu_machine.DryRun)
-    machine._shim, machine.backend = None, "cpu"
+    machine._shim = machine._interpreter = None
+    machine.backends = CPU
     return machine
 
 
@@ -74,6 +81,47 @@ def test_a_pipeline_that_fails_takes_no_other_with_it(cpu_backend):
     assert len(items["adamw_foreach"].samples) == 3
 
 
+def test_without_triton_its_pipelines_are_named_and_not_timed(cpu_backend, monkeypatch):
+    monkeypatch.setattr(triton, "unavailable_reason", lambda: "Triton is not installed")
+    machine, kinds = without_shim(), gpu_pipelines.gpu_kinds({"cuda": "cpu", "triton": "triton"})
+    case = gpu_cases.gpu_cases()["sgd-resnet50"].shrunk()
+    measured = gpu_measure.measure_case(case, kinds, machine, 1, lambda: 1.0, False)
+    items = {item.pipeline: item for item in measured}
+    absent = items["fusedopt_sgd_triton"]
+    assert absent.note == "Triton is not installed" and not absent.wrong and not absent.samples
+    assert len(items["sgd_fused"].samples) == 1
+    machine.backends = {"cuda": "cpu", "triton": "triton"}
+    assert gpu_step.no_triton(machine) == "Triton is not installed"
+
+
+def test_a_first_step_that_fails_says_why(monkeypatch):
+    def failed(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no compiler\n")
+
+    monkeypatch.setattr(subprocess, "run", failed)
+    with pytest.raises(RuntimeError, match="the first step failed: RuntimeError: no compiler"):
+        gpu_first_step.measure_first_steps(without_shim())
+
+
+def test_kernels_of_all_backends_are_timed_in_turns(cpu_backend, monkeypatch):
+    machine, order = without_shim(), []
+
+    class Timed(gpu_kernels.Verbs):
+        def __init__(self, name: str, shapes: object, machine: object, backend: str) -> None:
+            super().__init__(name, shapes, machine, backend)
+            self.backend = backend
+
+        def update(self) -> None:
+            order.append(self.backend)
+            super().update()
+
+    monkeypatch.setattr(gpu_kernels, "Verbs", Timed)
+    times = gpu_kernels.time_kernels("adamw", gpu_cases.tiny(), machine, ["cuda", "triton"])
+    assert order == ["cuda", "triton"] * 4  # one to warm up, two rounds, the launches
+    assert [t.pipeline for t in times] == ["fusedopt_adamw", "fusedopt_adamw_triton"]
+    assert all(t.numel == 4262 and t.update_ms.p50 > 0 for t in times)
+
+
 def test_with_little_memory_two_pipelines_are_there_at_a_time(cpu_backend):
     case = gpu_cases.gpu_cases()["adamw-llama-1.24B"]
     everything = [case.pipelines]
@@ -81,7 +129,7 @@ def test_with_little_memory_two_pipelines_are_there_at_a_time(cpu_backend):
     pairs = [[case.ours, rival] for rival in case.pipelines[1:]]
     assert list(gpu_measure._groups(case, 1 << 30)) == pairs
     items = measured(fused(pipelines.Pipeline), free_bytes=1)
-    assert [len(item.samples) for item in items.values()] == [3] * 4
+    assert [len(item.samples) for item in items.values()] == [3] * 5
     assert all(item.ratio("gpu_ms").p50 > 0 for item in items.values())
 
 
@@ -90,7 +138,7 @@ def test_fp16_rivals_skip_a_step_with_an_inf(name):
     shapes = gpu_cases.tiny()
     grads = param_sets.Gradients(shapes, torch.float16)
     params = param_sets.make_params(shapes, torch.float16)
-    pipeline = gpu_pipelines.gpu_kinds("cpu")[name].build(params, grads)
+    pipeline = gpu_pipelines.gpu_kinds(CPU)[name].build(params, grads)
     before = [value.detach().clone() for value in pipeline.updated()]
     pipeline.prepare()
     params[2].grad[5] = float("inf")
@@ -173,7 +221,7 @@ def test_counters_are_read_off_the_profilers_csv():
     found = gpu_kernels.parse_counters(NCU, 1000)
     assert list(found.values()) == [4.008, 28.0]
     report = gpu_report.Report(without_shim())
-    (row,) = report.counters("adamw-400M", 1000, "adamw", found)
+    (row,) = report.counters("adamw-400M", 1000, "adamw", "cuda", found)
     assert (row["bytes_per_param"], row["dram_bytes_per_param"]) == (32, "32.008")
     off = [target for target in gpu_targets.TARGETS if "counters" in target.label]
     assert off[0].figure(report.lookup) == pytest.approx(0.025)

@@ -28,6 +28,8 @@ OLDEST = (3, 6)  # release of Triton
 HEADER = struct.Struct("=2d6q")
 NORM_IS_TWO, MEASURED, SKIP_NONFINITE = 1, 2, 4
 
+GRAD_DTYPE = 8  # offset of its low byte in a GRAD record
+
 # Of the table of inputs, made with the plan: pinning more memory may wait for the device.
 BUFFERS = 16
 
@@ -173,9 +175,8 @@ class TritonLaunches:
             "own_total": tables.own_total,
             "finalizes": int(tables.n_totals == 1),
         }
-        words = torch.frombuffer(tables.host_inputs, dtype=torch.int32)
-        grads = words[grads_at // 4 : self._header_at // 4].view(-1, GRAD.size // 4)
-        self._grad_dtypes = grads[: tables.n_rows, 2]  # codes, of which fp32 is zero
+        # Low bytes of the gradients' dtypes, of which fp32 is zero.
+        self._grad_dtypes = slice(grads_at + GRAD_DTYPE, self._header_at, GRAD.size)
         self._reduce_programs = max(1, min(tables.n_chunks, driver.reduce_programs(tables.device)))
         self._reduce = self._launcher("reduce")
         self._finalize = self._launcher("finalize")
@@ -216,7 +217,7 @@ class TritonLaunches:
         self._stream = stream
         if not self._upload.due(capturing):
             return
-        halves = self._tables.half_params or bool(self._grad_dtypes.any())
+        halves = self._tables.half_params or any(self._tables.host_inputs[self._grad_dtypes])
         if halves != self._halves:
             self._update = self._update_launcher(halves)
             self._halves = halves

@@ -1,0 +1,78 @@
+"""One optimizer served by the interpreted Triton kernels, and its twin on the CPU backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from cases import CHUNK, FULL_CASES, OptimizerCase, adamw, around, sgd
+from gpu_twins import Twins, grads_like, values_of
+from harness import randn
+from torch import Tensor
+from triton_interpreter import BLOCK
+
+CPU = torch.device("cpu")
+
+# Around a row of lanes, the wide step of reduce, and the blocks and the tail steps of update.
+LENGTHS = sorted({0, 1, 2, 3, *around(BLOCK // 4, 512, 768, BLOCK, BLOCK + 256), 2 * BLOCK + 700})
+LONG_LENGTHS = around(CHUNK)
+
+# Cases that between them run every branch of every variant.
+KERNEL_CASES = [
+    *FULL_CASES,
+    adamw("plain", {"max_grad_norm": 1.0}, lr=0.02, weight_decay=0.1),
+    adamw("unmeasured", lr=0.01, eps=1e-2, weight_decay=0.1, decoupled_weight_decay=False),
+    sgd("plain", {"max_grad_norm": 1.0}, lr=0.1, weight_decay=0.3),
+    sgd("nesterov", lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+]
+MEASURE = OptimizerCase("measure", "sgd", {"lr": 0.125}, {"max_grad_norm": 2.0})
+
+
+class TritonTwins(Twins):
+    """Both on the CPU, also where there is a GPU."""
+
+    backend = "triton"
+
+    def __init__(self, rule: str, groups: Sequence[dict[str, Any]], **common: Any) -> None:
+        n_params = sum(len(group["params"]) for group in groups)
+        super().__init__(rule, groups, [CPU] * n_params, **common)
+
+    @classmethod
+    def of_lengths(
+        cls,
+        case: OptimizerCase,
+        lengths: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        **common: Any,
+    ) -> TritonTwins:
+        group = {"params": values_of(lengths, dtype), **case.hyper}
+        return cls(case.rule, [group], **{**case.common, **common})
+
+    def run(self, dtype: torch.dtype | None = None, steps: int = 3) -> None:
+        """Steps with gradients of `dtype`, or of the params' own, compared after each."""
+        for step in range(steps):
+            self.step(grads_like(self.params, step, dtype))
+            self.check()
+
+    def tensors(self) -> list[Tensor]:
+        """All that the kernels of ours may touch."""
+        plan = self.opt._plan
+        own = [self.opt._scalars, *self.params]
+        own += [p.grad for p in self.params if p.grad is not None]
+        own += [t for p in self.params for t in self.opt.state.get(p, {}).values()]
+        own += [row.dense for row in plan.rows] + list(plan._staged_grads.values())
+        own += [number for part in plan.parts for number in part._kept if number is not None]
+        return own + [t for part in plan.parts for t in (part.scalars, *part.tensors.values())]
+
+
+def shifted(values: Tensor, offset: int) -> Tensor:
+    """A view that begins `offset` elements into a larger buffer, and ends before its end."""
+    buffer = torch.full((values.numel() + 32,), 77.0, dtype=values.dtype)
+    return buffer[offset : offset + values.numel()].copy_(values)
+
+
+def unlike(n: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Magnitudes that differ from lane to lane and from row to row of lanes: their order shows."""
+    powers = torch.arange(n) * 7 % 11 - 5.0
+    return (randn(n, seed, torch.float32) * 2.0**powers * scale).to(dtype)
