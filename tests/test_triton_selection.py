@@ -234,6 +234,12 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     assert triton.details() == {"version": version}
 
 
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.0"])
+def test_on_amd_one_release_more(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert triton.is_supported(version) == (version == "3.7.0")
+
+
 BROKEN = {
     "raise ModuleNotFoundError('No module', name='triton')": NO_TRITON,
     "raise OSError('libtriton.so:\\n wrong ELF class')": "OSError: libtriton.so: wrong ELF class",

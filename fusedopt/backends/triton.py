@@ -23,6 +23,7 @@ from .device import DEVICE_NUMBER, DEVICE_NUMBERS, DeviceBackend, DeviceTables, 
 from .tables import GRAD, address
 
 OLDEST = (3, 6)  # release of Triton
+OLDEST_ON_AMD = (3, 7)  # before, its square root of tiny numbers was not the correctly rounded one
 
 # What the CUDA kernels get by value; triton_kernels/tables.py names the fields.
 HEADER = struct.Struct("=2d6q")
@@ -265,8 +266,9 @@ def unavailable_reason() -> str | None:
             return "Triton is not installed: pip install triton"
         return f"Triton cannot be imported: {_one_line(error)}"
     if not is_supported(version):
-        oldest = ".".join(map(str, OLDEST))
-        return f"Triton {version} is too old: upgrade it to {oldest} or newer"
+        return (
+            f"Triton {version} is too old: upgrade it to {'.'.join(map(str, _oldest()))} or newer"
+        )
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     try:
@@ -279,7 +281,11 @@ def unavailable_reason() -> str | None:
 def is_supported(version: str) -> bool:
     """Whether a Triton of this version, say ``3.10.0a1`` or ``3.6.0+git1234``, is new enough."""
     release = re.match(r"(\d+)\.(\d+)", version)
-    return release is not None and tuple(map(int, release.groups())) >= OLDEST
+    return release is not None and tuple(map(int, release.groups())) >= _oldest()
+
+
+def _oldest() -> tuple[int, int]:
+    return OLDEST if torch.version.hip is None else OLDEST_ON_AMD
 
 
 def _target() -> Any:

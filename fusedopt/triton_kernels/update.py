@@ -91,7 +91,8 @@ def load_hyper(row_step, RULE: tl.constexpr):
 @triton.jit
 def update_block(
     streams, settings, row_step, first, n,
-    RULE: tl.constexpr, HALVES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    RULE: tl.constexpr, HALVES: tl.constexpr, ALIGNED: tl.constexpr, GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``BLOCK`` elements from ``first``, all loads before the first use.
 
@@ -126,11 +127,11 @@ def update_block(
         s1 = load_stream(state1, at, there, tl.float32, ALIGNED)
     if RULE == "amsgrad":
         s2 = load_stream(state2, at, there & (state2 != 0), tl.float32, ALIGNED)
-    if ALIGNED:
+    if GRAD == "either":
         grad = load_stream(grad_at, at, float_grad & grad_aligned, tl.float32, True)
         grad = load_over(grad_at, at, float_grad & (grad_aligned == 0), grad, tl.float32)
     else:
-        grad = load_stream(grad_at, at, float_grad, tl.float32, False)
+        grad = load_stream(grad_at, at, float_grad, tl.float32, GRAD == "wide")
 
     if HALVES:
         if ALIGNED:
@@ -227,7 +228,17 @@ def update_chunk(
     streams, aligned = streams_of(row, grad, index.to(tl.int64) * CHUNK, RULE)
     settings = settings_of(step, group, RULE)
     whole = tl.where(aligned, n // BLOCK * BLOCK, 0)
-    for first in range(0, whole, BLOCK):
-        update_block(streams, settings, row_step, first, n, RULE, HALVES, True, BLOCK)
+    if RULE == "sgd" and not HALVES:
+        # A load over another waits for it, and here the compiler would put the rest behind both.
+        wide = tl.where(streams[2], whole, 0)
+        for first in range(0, wide, BLOCK):
+            update_block(streams, settings, row_step, first, n, RULE, HALVES, True, "wide", BLOCK)
+        for first in range(wide, whole, BLOCK):
+            update_block(streams, settings, row_step, first, n, RULE, HALVES, True, "narrow", BLOCK)
+    else:
+        for first in range(0, whole, BLOCK):
+            update_block(streams, settings, row_step, first, n, RULE, HALVES, True, "either", BLOCK)
     for first in range(whole, n, BLOCK // 4):
-        update_block(streams, settings, row_step, first, n, RULE, HALVES, False, BLOCK // 4)
+        update_block(
+            streams, settings, row_step, first, n, RULE, HALVES, False, "narrow", BLOCK // 4
+        )
