@@ -3,6 +3,7 @@
 The same pure functions under the same names, in the same order, on blocks instead of registers.
 Loads, stores, conversions and tails belong to ``update.py``. Where a line looks odd, the reason
 stands in csrc/rules.h; tests/test_triton_rules.py holds both texts to one table of cases.
+``-1.0 * x`` and not ``-x``, which before Triton 3.8 is ``0 - x`` and loses the sign of a zero.
 """
 
 # mypy: ignore-errors
@@ -21,7 +22,7 @@ DECAY_DECOUPLED = tl.constexpr(2)
 def clipped(grad, grad_mult, max_grad_value):
     g = grad * grad_mult
     g = tl.where(g > max_grad_value, max_grad_value, g)  # NaN passes both comparisons
-    return tl.where(g < -max_grad_value, -max_grad_value, g)
+    return tl.where(g < -1.0 * max_grad_value, -1.0 * max_grad_value, g)
 
 
 @triton.jit
@@ -60,11 +61,11 @@ def decay_kind(weight_decay, decoupled):
 
 @triton.jit
 def adamw_hyper(lr, weight_decay, beta1, beta2, decoupled, step_size, eps):
-    decay = tl.where(decoupled != 0, -lr * weight_decay, weight_decay)
+    decay = tl.where(decoupled != 0, -1.0 * lr * weight_decay, weight_decay)
     weight = (1.0 - beta1).to(tl.float32)
     from_grad = weight >= 0.5
     return (
-        tl.where(from_grad, -(1.0 - weight), weight),
+        tl.where(from_grad, -1.0 * (1.0 - weight), weight),
         beta2.to(tl.float32),
         (1.0 - beta2).to(tl.float32),
         step_size,
@@ -106,9 +107,9 @@ def sgd_row_scalars(momentum, dampening, step):
 
 @triton.jit
 def sgd_hyper(lr, weight_decay, momentum, decoupled, buffer_momentum, grad_weight):
-    decay = tl.where(decoupled != 0, -lr * weight_decay, weight_decay)
+    decay = tl.where(decoupled != 0, -1.0 * lr * weight_decay, weight_decay)
     return (
-        (-lr).to(tl.float32),
+        (-1.0 * lr).to(tl.float32),
         buffer_momentum,
         grad_weight,
         momentum.to(tl.float32),

@@ -201,7 +201,7 @@ def settings_of(step, group, RULE: tl.constexpr):
     """What is the same for a whole tensor; ``group`` is the address of its Options."""
     grad_mult = single(word(step, SCALARS), S_GRAD_MULT)
     maximize = word(group, 5 if RULE == "sgd" else 6) != 0
-    grad_mult = tl.where(maximize, -grad_mult, grad_mult)
+    grad_mult = tl.where(maximize, -1.0 * grad_mult, grad_mult)
     max_grad_value = double(step, MAX_GRAD_VALUE).to(tl.float32)
     decay = decay_kind(double(group, 1), word(group, 4 if RULE == "sgd" else 5))
     momentum = maximize
