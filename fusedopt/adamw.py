@@ -49,7 +49,8 @@ class FusedAdamW(FusedOptimizer):
         skip_nonfinite: without a GradScaler, skip a step whose gradients are not all finite. Off,
             they propagate as in torch. With a scaler such a step is always skipped.
         amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first).
-        backend: "cuda", "cpu", "reference" or "auto"; default: ``FUSEDOPT_BACKEND``, else "auto".
+        backend: "cuda", "triton", "cpu", "reference" or "auto"; default: ``FUSEDOPT_BACKEND``, else
+            "auto".
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the remedy.

@@ -245,3 +245,33 @@ def test_fusion_would_be_seen(target):
         assert rounding.fused("finalize-adamw", fused["ptx"])
     else:
         assert rounding.fused_for_amd(fused["amdgcn"])
+
+
+# ---- memory order -------------------------------------------------------------------------------
+
+REDUCE = [name for name, variant in VARIANTS.items() if variant.verb == "reduce"]
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("name", REDUCE)
+def test_the_ticket_publishes_the_partials(name, target):
+    """The program that draws the last ticket reads what others wrote; no interpreter shows that."""
+    lines = [line.strip() for line in kernel(name, target).asm["ptx"].splitlines()]
+    (ticket,) = [i for i, line in enumerate(lines) if re.search(r"\batom\.", line)]
+    assert re.search(r"atom\.global\.gpu\.acq_rel\.add", lines[ticket])
+    stores = [
+        i for i, line in enumerate(lines[:ticket]) if re.search(r"st\.global\.b(32|64)", line)
+    ]
+    assert any(line.startswith("bar.sync") for line in lines[stores[-1] : ticket])
+    wide = [line for line in lines[ticket:] if re.search(r"ld\.global\S*\.v2\.b64", line)]
+    assert wide and all(".cg" in line for line in wide), (
+        "a partial may be in this L1 cache, and old"
+    )
+
+
+@pytest.mark.parametrize("name", REDUCE)
+def test_the_ticket_publishes_the_partials_on_amd(name):
+    lines = kernel(name, "gfx942").asm["amdgcn"].splitlines()
+    (ticket,) = [i for i, line in enumerate(lines) if "global_atomic_add" in line]
+    assert any("buffer_wbl2 sc1" in line for line in lines[ticket - 8 : ticket])
+    assert any("buffer_inv sc1" in line for line in lines[ticket : ticket + 8])

@@ -40,7 +40,6 @@ from fusedopt.backends import triton as backend
 
 PACKAGE = Path(fusedopt.__file__).parent / "triton_kernels"
 NAME = "interpreted_triton_kernels"
-WARP_SIZE = 32
 BLOCK = 1024  # elements of a whole block of update, at this size of a warp
 
 
@@ -248,6 +247,7 @@ class Interpreter(backend.TritonDriver):
     """Runs every program of a grid in turn, on CPU tensors; keeps a list of the launches."""
 
     device_type = "cpu"
+    pins = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,9 +274,6 @@ class Interpreter(backend.TritonDriver):
 
     def reduce_programs(self, device: torch.device) -> int:
         return self.programs
-
-    def host_buffer(self, n_bytes: int) -> Tensor:
-        return torch.empty(n_bytes, dtype=torch.uint8)
 
     def event(self, device: torch.device) -> Any:
         return _Done()

@@ -16,7 +16,7 @@ struct DeviceNumber {
   int32_t field;     // which double of the options table
   int32_t is_double;
 };
-static_assert(sizeof(DeviceNumber) == 16, "mirrored by fusedopt/backends/cuda.py");
+static_assert(sizeof(DeviceNumber) == 16, "mirrored by fusedopt/backends/device.py");
 constexpr int kDeviceNumbers = 4;  // of a group, at most
 
 constexpr int kOptionsBytes = 64;  // of a group
@@ -29,7 +29,7 @@ struct alignas(32) RowStep {
   float step;  // this one, if it is applied
 };
 static_assert(sizeof(RowStep<AdamW>) == 32 && sizeof(RowStep<SGD>) == 32,
-              "sized by fusedopt/backends/cuda.py");
+              "sized by fusedopt/backends/device.py");
 
 struct DeviceStep {
   PlanView plan;  // row_scalars: RowStep<R> for each row

@@ -108,17 +108,7 @@ class _Part:
         chunks = chunk_table(numels)
         self.host_inputs = plan._inputs if number == 0 else bytearray(len(plan._inputs))
         self._host_view = torch.frombuffer(self.host_inputs, dtype=torch.uint8)  # pins its address
-        self.tensors = {
-            "inputs": torch.zeros(len(self.host_inputs), dtype=torch.uint8, device=device),
-            "rows": torch.empty(max(len(packed), ROW.size), dtype=torch.uint8, device=device),
-            "chunks": torch.empty(max(len(chunks), 1), 2, dtype=torch.int64, device=device),
-            "partials": torch.zeros(max(len(chunks), 1), dtype=torch.float64, device=device),
-            "row_steps": torch.zeros(
-                max(len(rows), 1) * ROW_STEP_BYTES, dtype=torch.uint8, device=device
-            ),
-            "totals": torch.zeros(count, dtype=torch.float64, device=device),
-            "ticket": torch.zeros(1, dtype=torch.int32, device=device),
-        }
+        self.tensors = self._allocate(device, len(rows), len(chunks), count)
         if packed:
             self.tensors["rows"].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
         self.tensors["chunks"][: len(chunks)].copy_(chunks)
@@ -142,6 +132,21 @@ class _Part:
         )
         self._kept: tuple[Tensor | None, ...] = ()
         self._streams = {plan.driver.stream(device)}
+
+    @torch.inference_mode(False)  # or a step outside could not write what was made inside
+    def _allocate(
+        self, device: torch.device, n_rows: int, n_chunks: int, n_totals: int
+    ) -> dict[str, Tensor]:
+        row_bytes, step_bytes = max(n_rows, 1) * ROW.size, max(n_rows, 1) * ROW_STEP_BYTES
+        return {
+            "inputs": torch.zeros(len(self.host_inputs), dtype=torch.uint8, device=device),
+            "rows": torch.empty(row_bytes, dtype=torch.uint8, device=device),
+            "chunks": torch.empty(max(n_chunks, 1), 2, dtype=torch.int64, device=device),
+            "partials": torch.zeros(max(n_chunks, 1), dtype=torch.float64, device=device),
+            "row_steps": torch.zeros(step_bytes, dtype=torch.uint8, device=device),
+            "totals": torch.zeros(n_totals, dtype=torch.float64, device=device),
+            "ticket": torch.zeros(1, dtype=torch.int32, device=device),
+        }
 
     def local(self, value: Tensor | None) -> Tensor | None:
         """``value`` on this device, by a copy that the device orders after what made it."""

@@ -32,7 +32,8 @@ NORM_IS_TWO, MEASURED, SKIP_NONFINITE = 1, 2, 4
 GRAD_DTYPE = 8  # offset of its low byte in a GRAD record
 
 # Of the table of inputs, made with the plan: pinning more memory may wait for the device.
-BUFFERS = 16
+BUFFERS = 32
+SPARE = 4  # kept for captures, which may not make one
 
 Launch = Callable[[int, int], None]  # programs, stream
 
@@ -41,6 +42,7 @@ class TritonDriver(Driver):
     """Through Triton's own driver of the GPUs that torch sees."""
 
     step_bytes = HEADER.size
+    pins = True  # host memory, so that a device copies from it by itself
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, str, str, bool], Any] = {}
@@ -95,13 +97,11 @@ class TritonDriver(Driver):
         return 32 * torch.cuda.get_device_properties(device).multi_processor_count
 
     def host_buffer(self, n_bytes: int) -> Tensor:
-        """Memory that a device copies from by itself."""
-        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.pins)
 
     def event(self, device: torch.device) -> Any:
         """Comes after everything that the device's current stream has to do so far."""
-        new_event: Any = torch.cuda.Event
-        event = new_event()
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
 
@@ -139,9 +139,9 @@ class _Upload:
             self._captured.append(buffer)
             return
         self._busy.append((buffer, self._driver.event(self._device)))
-        if not self._free:
-            self._free.append(self._new_buffer())  # for a capture, which may not make one
         self._written = now
+        while len(self._free) < SPARE:
+            self._free.append(self._new_buffer())
 
     def _reclaim(self) -> None:
         still: list[tuple[Tensor, Any]] = []
@@ -219,10 +219,10 @@ class TritonLaunches:
         if not self._upload.due(capturing):
             return
         halves = self._tables.half_params or any(self._tables.host_inputs[self._grad_dtypes])
-        if halves != self._halves:
-            self._update = self._update_launcher(halves)
-            self._halves = halves
+        # Any of this may fail, and then the table and the variant that reads it are the old ones.
+        update = self._update if halves == self._halves else self._update_launcher(halves)
         self._upload.run(capturing)
+        self._update, self._halves = update, halves
 
     def reduce(self, finalizes: bool) -> None:
         assert finalizes == bool(self._values["finalizes"])

@@ -108,7 +108,7 @@ def option(options, group, index, active, TYPE: tl.constexpr):
 def bits_in(largest):
     """Binary digits of a count."""
     n_bits = largest.to(tl.int32) * 0
-    while (largest >> n_bits.to(tl.int64)) != 0:
+    while (largest >> n_bits.to(tl.int64)) > 0:
         n_bits += 1
     return n_bits
 

@@ -69,7 +69,6 @@ def scan(data, dtype, n, mult1, mult2):
     """Sum of (grad * mult1 * mult2)^2, and the largest |grad * mult1|; NaN if there is one."""
     lane = tl.full([LANES], 0.0, tl.float32)
     largest = tl.full([LANES], 0, tl.int32)
-    begin = 0
     whole = tl.where(data % 16 == 0, n // (2 * LANES) * (2 * LANES), 0)
     for begin in range(0, whole, 2 * LANES):
         # two rows of lanes at once, so that a wavefront of 64 has 16 bytes of halves a thread

@@ -15,7 +15,6 @@ LANES = tl.constexpr(256)  # kLanes
 # enum class DType
 FLOAT32 = tl.constexpr(0)
 FLOAT16 = tl.constexpr(1)
-BFLOAT16 = tl.constexpr(2)
 
 # Words of a record.
 ROW_WORDS = tl.constexpr(8)  # param, master, state[3], step; numel; group, dtype

@@ -1,0 +1,88 @@
+"""The Triton backend's host side where something unusual is on, or goes wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton_interpreter
+from cases import FULL_CASES
+from conftest import require_cpu_backend
+from gpu_twins import grads_like
+from triton_twins import TritonTwins
+
+from fusedopt.backends import triton as backend
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[triton_interpreter.Interpreter]:
+    require_cpu_backend()
+    yield from triton_interpreter.fixture()
+
+
+@pytest.fixture
+def twins() -> Any:
+    return TritonTwins.of_lengths(FULL_CASES[0], [300, 5])
+
+
+def test_a_default_device_changes_nothing(twins: Any) -> None:
+    """ "meta" stands in for the "cuda" of torch.set_default_device, where nothing can be pinned."""
+    for step in range(2):
+        twins.give(grads_like(twins.params, step))
+        with torch.device("meta"):
+            twins.opt.step()
+        twins.twin.step()
+        twins.check()
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_plan_made_in_inference_mode_serves_outside(twins: Any, prepared: bool) -> None:
+    with torch.inference_mode():
+        if prepared:
+            twins.opt.init_state()
+        else:
+            twins.step(grads_like(twins.params, 0))
+    for step in range(1, 3):
+        twins.step(grads_like(twins.params, step))
+        twins.check()
+
+
+def test_a_table_that_could_not_be_written_keeps_its_kernel(
+    twins: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that read gradients otherwise."""
+    halves = grads_like(twins.params, 0, torch.bfloat16)
+    twins.give(halves)
+    kept = [p.grad for p in twins.params]
+    twins.opt.step(), twins.twin.step()
+    twins.check()
+
+    def no_memory(*_: Any) -> None:
+        raise RuntimeError("no memory to pin")
+
+    twins.give(grads_like(twins.params, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(backend._Upload, "run", no_memory)
+        with pytest.raises(RuntimeError, match="no memory"):
+            twins.opt.step()
+    twins.give(halves)
+    for param, grad in zip(twins.params, kept, strict=True):
+        param.grad = grad  # the very table that is on the device
+    twins.opt.step(), twins.twin.step()
+    twins.check()
+
+
+def test_negative_counts_end(twins: Any) -> None:
+    """From a strange checkpoint. No row of a batch is longer than nothing."""
+    twins.step(grads_like(twins.params, 0))
+    for optimizer in (twins.opt, twins.twin):
+        for state in optimizer.state.values():
+            state["step"].fill_(-5.0)
+    twins.step(grads_like(twins.params, 1))
+    for ours, other in zip(twins.params, twins.twin_params, strict=True):
+        steps = twins.opt.state[ours]["step"], twins.twin.state[other]["step"]
+        assert steps[0] == steps[1] == -4.0
