@@ -1,7 +1,7 @@
 """What was predicted before anything was measured, and what is to be reached.
 
-Predictions: bytes over the bandwidth that a copy reaches on an H200, times the share of it that
-such kernels were seen or expected to reach; and the host's time per step, fixed and per tensor.
+Predictions: bytes over the bandwidth assumed for a copy on an H200, times the share of it that such
+kernels are expected to reach; and the host's time per step, fixed and per tensor.
 """
 
 from __future__ import annotations

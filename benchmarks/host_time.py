@@ -46,6 +46,7 @@ class NoLaunches(backend.TritonDriver):
     """Serves CPU tensors; computes nothing."""
 
     device_type = "cpu"
+    pins = False
 
     def launcher(
         self, device: torch.device, verb: str, rule: str, halves: bool, values: dict[str, int]
@@ -54,9 +55,6 @@ class NoLaunches(backend.TritonDriver):
 
     def reduce_programs(self, device: torch.device) -> int:
         return 32 * 132
-
-    def host_buffer(self, n_bytes: int) -> Tensor:
-        return torch.empty(n_bytes, dtype=torch.uint8)
 
     def event(self, device: torch.device) -> Any:
         return _Over()

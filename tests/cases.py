@@ -89,6 +89,14 @@ BY_NAME = {str(case): case for case in ALL_CASES}
 # The two that exercise every term of each rule, for tests about something other than the rule.
 FULL_CASES = [BY_NAME["adamw-all"], BY_NAME["sgd-all"]]
 PLAIN_CASES = [BY_NAME["adamw-decay"], BY_NAME["sgd-dampening"]]
+# Those that between them run every branch of every kernel.
+KERNEL_CASES = [
+    *FULL_CASES,
+    adamw("plain", {"max_grad_norm": 1.0}, lr=0.02, weight_decay=0.1),
+    adamw("unmeasured", lr=0.01, eps=1e-2, weight_decay=0.1, decoupled_weight_decay=False),
+    sgd("plain", {"max_grad_norm": 1.0}, lr=0.1, weight_decay=0.3),
+    sgd("nesterov", lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+]
 
 
 def around(*lengths: int) -> list[int]:

@@ -130,6 +130,31 @@ class Twins:
         assert_pairs_agree(self.pairs())
 
 
+class HostTwins(Twins):
+    """Both on the CPU, also where there is a GPU: for a backend whose kernels a stand-in runs."""
+
+    def __init__(self, rule: str, groups: Sequence[dict[str, Any]], **common: Any) -> None:
+        n_params = sum(len(group["params"]) for group in groups)
+        super().__init__(rule, groups, [torch.device("cpu")] * n_params, **common)
+
+    @classmethod
+    def of_lengths(
+        cls,
+        case: OptimizerCase,
+        lengths: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        **common: Any,
+    ) -> Any:
+        group = {"params": values_of(lengths, dtype), **case.hyper}
+        return cls(case.rule, [group], **{**case.common, **common})
+
+    def run(self, dtype: torch.dtype | None = None, steps: int = 3) -> None:
+        """Steps with gradients of `dtype`, or of the params' own, compared after each."""
+        for step in range(steps):
+            self.step(grads_like(self.params, step, dtype))
+            self.check()
+
+
 def values_of(lengths: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [randn(n, n, dtype) for n in lengths]
 

@@ -17,6 +17,7 @@ from cases import (
     FLOATS,
     FULL_CASES,
     HALVES,
+    KERNEL_CASES,
     LAYOUT_SHAPE,
     LAYOUTS,
     LENGTHS,
@@ -27,7 +28,7 @@ from cases import (
     parametrize,
 )
 from conftest import require_cpu_backend
-from cuda_twins import KERNEL_CASES, RUN_LENGTHS, ShimTwins
+from cuda_twins import RUN_LENGTHS, ShimTwins
 from gpu_twins import grads_like
 from harness import make_param, randn
 from tolerances import assert_same_bits

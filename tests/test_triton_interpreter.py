@@ -15,6 +15,7 @@ from cases import (
     FLOATS,
     FULL_CASES,
     HALVES,
+    KERNEL_CASES,
     LAYOUT_SHAPE,
     LAYOUTS,
     PLAIN_CASES,
@@ -26,7 +27,6 @@ from conftest import require_cpu_backend
 from gpu_twins import grads_like, values_of
 from harness import randn
 from triton_twins import (
-    KERNEL_CASES,
     LENGTHS,
     LONG_LENGTHS,
     TritonTwins,

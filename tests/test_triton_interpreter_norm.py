@@ -10,12 +10,22 @@ import numpy as np
 import pytest
 import torch
 import triton_interpreter
-from cases import CHUNK, FLOATS, FULL_CASES, HALVES, LANES, NONFINITE, OptimizerCase, parametrize
+from cases import (
+    CHUNK,
+    FLOATS,
+    FULL_CASES,
+    HALVES,
+    KERNEL_CASES,
+    LANES,
+    NONFINITE,
+    OptimizerCase,
+    parametrize,
+)
 from conftest import require_cpu_backend
 from gpu_twins import grads_like
 from harness import randn
 from triton_interpreter import BLOCK
-from triton_twins import KERNEL_CASES, LENGTHS, MEASURE, TritonTwins, shifted, unlike
+from triton_twins import LENGTHS, MEASURE, TritonTwins, shifted, unlike
 
 import fusedopt
 

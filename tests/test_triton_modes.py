@@ -52,27 +52,42 @@ def test_a_plan_made_in_inference_mode_serves_outside(twins: Any, prepared: bool
         twins.check()
 
 
-def test_a_table_that_could_not_be_written_keeps_its_kernel(
-    twins: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("spare", [0, backend.BUFFERS + 1], ids=["before", "behind"])
+def test_a_table_and_the_kernel_that_reads_it_change_together(
+    twins: Any, monkeypatch: pytest.MonkeyPatch, spare: int
 ) -> None:
-    """Of two that read gradients otherwise."""
+    """Also where pinning memory fails, before the copy or behind it."""
     halves = grads_like(twins.params, 0, torch.bfloat16)
-    twins.give(halves)
-    kept = [p.grad for p in twins.params]
-    twins.opt.step(), twins.twin.step()
-    twins.check()
+    full = grads_like(twins.params, 1)
 
     def no_memory(*_: Any) -> None:
         raise RuntimeError("no memory to pin")
 
-    twins.give(grads_like(twins.params, 1))
-    with monkeypatch.context() as patch:
-        patch.setattr(backend._Upload, "run", no_memory)
-        with pytest.raises(RuntimeError, match="no memory"):
-            twins.opt.step()
-    twins.give(halves)
-    for param, grad in zip(twins.params, kept, strict=True):
-        param.grad = grad  # the very table that is on the device
+    def fail(grads: Any) -> None:
+        for param, grad in zip(twins.params, grads, strict=True):
+            param.grad = grad
+        (part,) = twins.opt._plan.parts
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "SPARE", spare)
+            patch.setattr(backend._Upload, "_new_buffer", no_memory)
+            if not spare:
+                patch.setattr(part.launches._upload, "_free", [])
+                patch.setattr(part.launches._upload, "_busy", [])
+            with pytest.raises(RuntimeError, match="no memory"):
+                twins.opt.step()
+
+    twins.step(halves)
+    ours = [p.grad for p in twins.params]  # the very tensors whose addresses are in the table
+    twins.check()
+    fail(full)
+    for param, grad in zip(twins.params, ours, strict=True):
+        param.grad = grad
+    twins.opt.step(), twins.twin.step()
+    twins.check()
+    fail(full)
+    for param, twin, grad in zip(twins.params, twins.twin_params, full, strict=True):
+        twin.grad = grad.clone()
+        assert param.grad is grad  # the table of the step that failed, once more
     twins.opt.step(), twins.twin.step()
     twins.check()
 

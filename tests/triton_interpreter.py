@@ -236,9 +236,6 @@ def in_order(order: Sequence[int]) -> Iterator[None]:
 
 
 class _Done:
-    def record(self, *_: object) -> None:
-        pass
-
     def query(self) -> bool:
         return True
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from cases import CHUNK, FULL_CASES, OptimizerCase, adamw, around, sgd
-from gpu_twins import Twins, grads_like, values_of
+from cases import CHUNK, OptimizerCase, around
+from gpu_twins import HostTwins
 from harness import randn
 from torch import Tensor
 from triton_interpreter import BLOCK
@@ -17,43 +14,11 @@ CPU = torch.device("cpu")
 # Around a row of lanes, the wide step of reduce, and the blocks and the tail steps of update.
 LENGTHS = sorted({0, 1, 2, 3, *around(BLOCK // 4, 512, 768, BLOCK, BLOCK + 256), 2 * BLOCK + 700})
 LONG_LENGTHS = around(CHUNK)
-
-# Cases that between them run every branch of every variant.
-KERNEL_CASES = [
-    *FULL_CASES,
-    adamw("plain", {"max_grad_norm": 1.0}, lr=0.02, weight_decay=0.1),
-    adamw("unmeasured", lr=0.01, eps=1e-2, weight_decay=0.1, decoupled_weight_decay=False),
-    sgd("plain", {"max_grad_norm": 1.0}, lr=0.1, weight_decay=0.3),
-    sgd("nesterov", lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
-]
 MEASURE = OptimizerCase("measure", "sgd", {"lr": 0.125}, {"max_grad_norm": 2.0})
 
 
-class TritonTwins(Twins):
-    """Both on the CPU, also where there is a GPU."""
-
+class TritonTwins(HostTwins):
     backend = "triton"
-
-    def __init__(self, rule: str, groups: Sequence[dict[str, Any]], **common: Any) -> None:
-        n_params = sum(len(group["params"]) for group in groups)
-        super().__init__(rule, groups, [CPU] * n_params, **common)
-
-    @classmethod
-    def of_lengths(
-        cls,
-        case: OptimizerCase,
-        lengths: Sequence[int],
-        dtype: torch.dtype = torch.float32,
-        **common: Any,
-    ) -> TritonTwins:
-        group = {"params": values_of(lengths, dtype), **case.hyper}
-        return cls(case.rule, [group], **{**case.common, **common})
-
-    def run(self, dtype: torch.dtype | None = None, steps: int = 3) -> None:
-        """Steps with gradients of `dtype`, or of the params' own, compared after each."""
-        for step in range(steps):
-            self.step(grads_like(self.params, step, dtype))
-            self.check()
 
     def tensors(self) -> list[Tensor]:
         """All that the kernels of ours may touch."""

@@ -139,9 +139,9 @@ class _Upload:
             self._captured.append(buffer)
             return
         self._busy.append((buffer, self._driver.event(self._device)))
-        self._written = now
         while len(self._free) < SPARE:
             self._free.append(self._new_buffer())
+        self._written = now  # last: after an error the next step writes again
 
     def _reclaim(self) -> None:
         still: list[tuple[Tensor, Any]] = []
