@@ -1,28 +1,32 @@
-"""`python -m benchmarks COMMAND ...`: `cpu`, `gpu` measure, `compare` looks for what got slower."""
+"""`python -m benchmarks COMMAND ...`
+
+  cpu           whole steps on the CPU, ours and the alternatives in turns
+  gpu           the same on an NVIDIA GPU
+  host          the host's share of a step with Triton, without a GPU
+  compare       what got slower between two commits or CSVs
+
+`python -m benchmarks COMMAND --help` says more.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-COMMANDS = ("cpu", "gpu", "compare")
+COMMANDS = {
+    "cpu": "cpu_step",
+    "gpu": "gpu.step",
+    "host": "host_time",
+    "compare": "compare",
+}
 
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in COMMANDS:
-        print(f"{__doc__}\n`python -m benchmarks COMMAND --help` says more.", file=sys.stderr)
+        print(__doc__, file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
-    command, rest = arguments[0], arguments[1:]
-    if command == "compare":
-        from benchmarks import compare
-
-        return compare.main(rest)
-    if command == "cpu":
-        from benchmarks import cpu_step
-
-        return cpu_step.main(rest)
-    from benchmarks import gpu_step
-
-    return gpu_step.main(rest)
+    module = importlib.import_module(f"benchmarks.{COMMANDS[arguments[0]]}")
+    return int(module.main(arguments[1:]) or 0)
 
 
 if __name__ == "__main__":

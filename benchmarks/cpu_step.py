@@ -18,14 +18,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import stream
-from benchmarks.param_sets import (
-    QUICK_CASES,
-    Case,
-    Comparison,
-    Gradients,
-    all_cases,
-    make_params,
-)
+from benchmarks.cases import QUICK_CASES, Case, Comparison, all_cases
+from benchmarks.param_sets import Gradients, make_params
 from benchmarks.pipelines import KINDS, DifferentStep, Pipeline, Unavailable, check_same_step
 from benchmarks.report import (
     ROOT,

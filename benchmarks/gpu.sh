@@ -102,7 +102,7 @@ sanitize() { # NAME TOOL BACKEND KERNELS...: in the options' own words
   local name=$1 tool=$2 backend=$3 kernels=() found
   for found in "${@:4}"; do kernels+=(--kernel-name "$found"); done
   stage "$name" 40 200 compute-sanitizer --tool "$tool" "${kernels[@]}" \
-    --error-exitcode 99 --print-limit 5 "$python" -m benchmarks.gpu_sanitize "$backend"
+    --error-exitcode 99 --print-limit 5 "$python" -m benchmarks.gpu.sanitize "$backend"
   found=$(last "$name" '(ERROR|RACECHECK) SUMMARY')
   if [ "$status" -eq 99 ] || { [ "$status" -eq 0 ] && [ -n "$found" ]; }; then
     judge "$name" "${found#========= }"
@@ -113,7 +113,7 @@ sanitize() { # NAME TOOL BACKEND KERNELS...: in the options' own words
 
 # ---- environment --------------------------------------------------------------------------------
 
-stage environment 60 0 "$python" -m benchmarks.gpu_environment
+stage environment 60 0 "$python" -m benchmarks.gpu.environment
 cat "$logs/environment.log"
 if [ "$status" -ne 0 ] && [ "$mode" != dry ]; then
   echo "No NVIDIA GPU that torch can use; bash benchmarks/gpu.sh --dry-run needs none." >&2
@@ -125,7 +125,7 @@ note environment passed "$seconds" "$(echo "$gpu" | tr -s ' ')"
 # ---- build and install --------------------------------------------------------------------------
 
 if [ "$mode" = full ]; then
-  arch=$("$python" -m benchmarks.gpu_environment --arch)
+  arch=$("$python" -m benchmarks.gpu.environment --arch)
   stage build 150 330 env FUSEDOPT_CUDA=1 "TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}" \
     "$python" -m pip install --no-build-isolation --no-deps --no-index \
     --disable-pip-version-check "$root"
@@ -183,7 +183,7 @@ fi
 
 if [ "$mode" = dry ]; then
   for backend in cuda triton; do
-    stage "sanitized-$backend" 120 0 "$python" -m benchmarks.gpu_sanitize "$backend" --dry-run
+    stage "sanitized-$backend" 120 0 "$python" -m benchmarks.gpu.sanitize "$backend" --dry-run
     judge "sanitized-$backend" "on the CPU, without the tool: $(grep -c 'same bits' "$logs/sanitized-$backend.log") cases agree"
   done
 elif [ "$mode" = quick ]; then
@@ -206,7 +206,7 @@ options=()
 [ "$mode" != quick ] || options=(--quick --budget 35)
 if [ "$built" -eq 0 ]; then
   [ "$mode" != full ] || options=(--budget $((total - SECONDS - 25)))
-  stage benchmark 500 5 "$python" -m benchmarks.gpu_step "${options[@]}" --targets "$work/targets"
+  stage benchmark 500 5 "$python" -m benchmarks.gpu.step "${options[@]}" --targets "$work/targets"
   grep -v '^USDT' "$logs/benchmark.log"
   judge benchmark "$(last benchmark '^(rows in|no rows)')"
   rows=$(sed -n 's/^rows in //p' "$logs/benchmark.log")

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from benchmarks.gpu_cases import equal
-from benchmarks.param_sets import Gradients, make_params
+from benchmarks.param_sets import Gradients, equal, make_params
 from benchmarks.pipelines import ADAMW, KINDS, MAX_GRAD_NORM, Ours, Pipeline
 from benchmarks.report import COLUMNS, ROOT, append, check_header, cpu_model, provenance
 from benchmarks.timing import Sample, Sampler, Spread, spread

@@ -1,10 +1,10 @@
-"""Named parameter lists, the gradients backward() would leave on them, and the table of cases."""
+"""Named parameter lists, their params, and the gradients that backward() would leave on them."""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -35,8 +35,63 @@ def gpt(numel: int, layers: int = 12) -> list[Shape]:
     return [(rows, width), *shapes, (rest - rows * width,)]
 
 
-def tiny(count: int, numel_each: int = 8) -> list[Shape]:
-    return [(numel_each,)] * count
+def equal(count: int, numel: int) -> list[Shape]:
+    return [(numel,)] * count
+
+
+def resnet50() -> list[Shape]:
+    """torchvision's resnet50: 161 tensors, 25,557,032 elements."""
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            out = 4 * width
+            convolutions = [(width, channels, 1, 1), (width, width, 3, 3), (out, width, 1, 1)]
+            if block == 0:  # the way past the block
+                convolutions.append((out, channels, 1, 1))
+            for convolution in convolutions:
+                shapes += [convolution, (convolution[0],), (convolution[0],)]
+            channels = out
+    return [*shapes, (1000, channels), (1000,)]
+
+
+def gpt2() -> list[Shape]:
+    """GPT-2 (small), output tied to the embedding: 148 tensors, 124,439,808 elements."""
+    width = 768
+    norm: list[Shape] = [(width,), (width,)]
+    attention: list[Shape] = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    mlp: list[Shape] = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    layer = [*norm, *attention, *norm, *mlp]
+    return [(50257, width), (1024, width), *layer * 12, *norm]
+
+
+def llama_3_2_1b() -> list[Shape]:
+    """Llama-3.2-1B, output tied to the embedding: 146 tensors, 1,235,814,400 elements."""
+    width, kv_width, mlp_width = 2048, 512, 8192
+    attention: list[Shape] = [(width, width), (kv_width, width), (kv_width, width), (width, width)]
+    mlp: list[Shape] = [(mlp_width, width), (mlp_width, width), (width, mlp_width)]
+    return [(128256, width), *[*attention, *mlp, (width,), (width,)] * 16, (width,)]
+
+
+def ragged(count: int = 2000, longest: int = 5000) -> list[Shape]:
+    rng = random.Random(0)
+    return [(rng.randint(1, longest),) for _ in range(count)]
+
+
+# What `--params` takes. Real models by the shapes of their parameters; nothing is downloaded.
+LISTS: dict[str, Callable[[], list[Shape]]] = {
+    "one-10M": partial(one_tensor, 10_000_000),
+    "one-100M": partial(one_tensor, 100_000_000),
+    "tiny-1000x8": partial(equal, 1000, 8),
+    "equal-300x1k": partial(equal, 300, 1000),
+    "ragged": ragged,
+    "gpt-1M": partial(gpt, 1_000_000),
+    "gpt-10M": partial(gpt, 10_000_000),
+    "gpt-100M": partial(gpt, 100_000_000),
+    "resnet50": resnet50,
+    "gpt2-124M": gpt2,
+    "llama-3.2-1B": llama_3_2_1b,
+}
 
 
 def make_params(
@@ -107,98 +162,3 @@ class Gradients:
 
     def multiply(self, power_of_two: float) -> None:
         self._pool.mul_(power_of_two)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """`pipeline` is timed between samples of `reference`; the figure is how many times faster."""
-
-    pipeline: str
-    reference: str
-    target: float | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    label: str
-    shapes: Callable[[], list[Shape]]
-    dtype: torch.dtype
-    comparisons: tuple[Comparison, ...]
-
-    @property
-    def numel(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes())
-
-
-# What is not named here is measured for information.
-_TARGETS: dict[str, dict[tuple[str, str], float]] = {
-    "adamw-gpt-1M": {("fusedopt_adamw", "adamw_fused"): 10.0},
-    "adamw-one-1M": {("fusedopt_adamw", "adamw_fused"): 3.5},
-    "adamw-gpt-10M": {("fusedopt_adamw", "adamw_fused"): 2.4},
-    "adamw-one-10M": {("fusedopt_adamw", "adamw_fused"): 1.7},
-    "adamw-gpt-100M": {
-        ("fusedopt_adamw", "adamw_fused"): 1.7,
-        ("fusedopt_adamw", "adamw_foreach"): 4.0,
-        ("fusedopt_adamw", "adamw_deepspeed"): 1.7,
-        ("fusedopt_adamw", "stream_huge"): 0.95,
-    },
-    "sgd-gpt-100M": {("fusedopt_sgd", "sgd_fused"): 1.65},
-    "bf16-gpt-100M": {("fusedopt_adamw_bf16", "adamw_bf16_torch_ops"): 2.0},
-    "adamw-tiny": {("fusedopt_adamw", "adamw_fused"): 25.0},
-}
-
-_AGAINST_FUSED = (
-    ("fusedopt_adamw", "adamw_fused"),
-    ("fusedopt_adamw_stock_scaler", "adamw_fused"),
-)
-_ADAMW_MANY = (
-    *_AGAINST_FUSED,
-    ("adamw_foreach", "adamw_fused"),
-    ("adamw_deepspeed", "adamw_fused"),
-    ("fusedopt_adamw", "adamw_foreach"),
-    ("fusedopt_adamw", "adamw_deepspeed"),
-    ("fusedopt_adamw", "stream_huge"),
-    ("fusedopt_adamw", "stream_4k"),
-)
-_ADAMW_ONE = (*_AGAINST_FUSED, ("fusedopt_adamw", "stream_huge"))
-_SGD = (("fusedopt_sgd", "sgd_fused"),)
-_BF16 = (("fusedopt_adamw_bf16", "adamw_bf16_torch_ops"),)
-_SIZES = {"1M": 1_000_000, "10M": 10_000_000, "100M": 100_000_000}
-
-
-def _case(
-    name: str,
-    label: str,
-    shapes: Callable[[], list[Shape]],
-    pairs: Sequence[tuple[str, str]],
-    dtype: torch.dtype = torch.float32,
-) -> Case:
-    targets = _TARGETS.get(name, {})
-    comparisons = tuple(Comparison(*pair, targets.get(pair)) for pair in pairs)
-    return Case(name, label, shapes, dtype, comparisons)
-
-
-def all_cases() -> dict[str, Case]:
-    cases = [
-        _case("adamw-tiny", "AdamW fp32, 1,000 tensors of 8", partial(tiny, 1000), _AGAINST_FUSED)
-    ]
-    for size, numel in _SIZES.items():
-        many, one = partial(gpt, numel), partial(one_tensor, numel)
-        in_148 = f"{size} in 148 tensors"
-        cases += [
-            _case(f"adamw-gpt-{size}", f"AdamW fp32, {in_148}", many, _ADAMW_MANY),
-            _case(f"adamw-one-{size}", f"AdamW fp32, {size} in 1 tensor", one, _ADAMW_ONE),
-            _case(f"sgd-gpt-{size}", f"SGD momentum fp32, {in_148}", many, _SGD),
-            _case(
-                f"bf16-gpt-{size}",
-                f"AdamW bf16 with fp32 masters, {in_148}",
-                many,
-                _BF16,
-                torch.bfloat16,
-            ),
-        ]
-    return {case.name: case for case in cases}
-
-
-QUICK_CASES = ("adamw-tiny", "adamw-gpt-1M", "adamw-one-1M", "sgd-gpt-1M", "bf16-gpt-1M")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import stream
-from benchmarks.param_sets import Case, Comparison
+from benchmarks.cases import Case, Comparison
 from benchmarks.pipelines import KINDS
 from benchmarks.timing import Summary
 

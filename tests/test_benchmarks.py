@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks import cpu_step, param_sets, pipelines, report, stream, timing  # noqa: E402
+from benchmarks.cases import _TARGETS, QUICK_CASES, Comparison, all_cases  # noqa: E402
 
 SHAPES = [(40, 5), (7,), (1,), (300,)]
 GRADS_IN = "import fusedopt, sys; sys.path.append({root!r}); from benchmarks import cpu_step; "
@@ -39,7 +40,7 @@ def test_quick_run_writes_rows(cpu_backend: str, tmp_path: Path) -> None:
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == report.COLUMNS
-    quick = [param_sets.all_cases()[name] for name in param_sets.QUICK_CASES]
+    quick = [all_cases()[name] for name in QUICK_CASES]
     wanted = {
         (case.name, c.pipeline, c.reference)
         for case in quick
@@ -71,8 +72,8 @@ def test_gpt_has_148_tensors_and_the_exact_size(numel: int) -> None:
 
 
 def test_every_target_belongs_to_a_comparison() -> None:
-    cases = param_sets.all_cases()
-    for name, targets in param_sets._TARGETS.items():
+    cases = all_cases()
+    for name, targets in _TARGETS.items():
         pairs = {(c.pipeline, c.reference) for c in cases[name].comparisons}
         assert set(targets) <= pairs
     known = set(pipelines.KINDS) | set(stream.STREAMS)
@@ -249,8 +250,8 @@ def test_the_stream_reads_and_writes_every_element(numel: int, huge: bool) -> No
 
 
 def result(ratio: float, target: float | None, *, wrong: bool = False) -> report.Result:
-    case = param_sets.all_cases()["adamw-one-1M"]
-    comparison = param_sets.Comparison("fusedopt_adamw", "adamw_fused", target)
+    case = all_cases()["adamw-one-1M"]
+    comparison = Comparison("fusedopt_adamw", "adamw_fused", target)
     if wrong:
         return report.Result(case, comparison, note="different", wrong=True)
     return report.Result(
@@ -280,7 +281,7 @@ def test_append_keeps_one_header_and_refuses_other_columns(tmp_path: Path) -> No
 
 def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_step, "_available_bytes", lambda: 0)
-    case = param_sets.all_cases()["adamw-one-1M"]
+    case = all_cases()["adamw-one-1M"]
     results = cpu_step.run_case(case, "new", cpu_step.Progress([case], 1, 1))
     assert [r.summary for r in results] == [None] * len(case.comparisons)
     assert all("memory" in r.note for r in results)

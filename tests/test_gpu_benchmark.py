@@ -18,19 +18,17 @@ pytest.importorskip("numpy")
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import (  # noqa: E402
-    gpu_cases,
-    gpu_first_step,
-    gpu_kernels,
-    gpu_machine,
-    gpu_measure,
-    gpu_pipelines,
-    gpu_report,
-    gpu_sanitize,
-    gpu_step,
-    gpu_targets,
-    host_time,
-    param_sets,
+from benchmarks import host_time, param_sets, rivals  # noqa: E402
+from benchmarks.gpu import (  # noqa: E402
+    cases as gpu_cases,
+    first_step as gpu_first_step,
+    kernels as gpu_kernels,
+    machine as gpu_machine,
+    measure as gpu_measure,
+    report as gpu_report,
+    sanitize as gpu_sanitize,
+    step as gpu_step,
+    targets as gpu_targets,
 )
 from fusedopt.backends import triton  # noqa: E402
 
@@ -56,9 +54,9 @@ def numel(shapes: list[param_sets.Shape]) -> int:
 @pytest.mark.parametrize(
     ("shapes", "total", "tensors"),
     [
-        (gpu_cases.resnet50(), 25_557_032, 161),
-        (gpu_cases.gpt2(), 124_439_808, 148),
-        (gpu_cases.llama_3_2_1b(), 1_235_814_400, 146),
+        (param_sets.resnet50(), 25_557_032, 161),
+        (param_sets.gpt2(), 124_439_808, 148),
+        (param_sets.llama_3_2_1b(), 1_235_814_400, 146),
     ],
     ids=["resnet50", "gpt2", "llama"],
 )
@@ -67,8 +65,8 @@ def test_models_have_their_published_sizes(shapes, total, tensors):
 
 
 def test_ragged_list_and_small_models():
-    ragged = gpu_cases.ragged()
-    assert len(ragged) == 2000 and ragged == gpu_cases.ragged()
+    ragged = param_sets.ragged()
+    assert len(ragged) == 2000 and ragged == param_sets.ragged()
     assert 1 <= min(ragged)[0] < 10 and 4990 < max(ragged)[0] <= 5000
     small = gpu_cases.gpu_cases()["adamw-1M"].shapes()
     assert numel(small) == 1_000_000 and len(small) >= 150
@@ -76,7 +74,7 @@ def test_ragged_list_and_small_models():
 
 
 def test_every_case_is_complete():
-    cases, kinds = gpu_cases.gpu_cases(), gpu_pipelines.gpu_kinds(CPU)
+    cases, kinds = gpu_cases.gpu_cases(), rivals.gpu_kinds(CPU)
     for case in cases.values():
         assert case.pipelines[0].startswith("fusedopt_")
         assert set(case.pipelines) <= set(kinds)
@@ -119,7 +117,7 @@ def test_targets_are_judged_in_the_right_direction():
 
 
 def test_predictions_follow_the_bytes():
-    kinds, case = gpu_pipelines.gpu_kinds(CPU), gpu_cases.gpu_cases()["adamw-llama-1.24B"]
+    kinds, case = rivals.gpu_kinds(CPU), gpu_cases.gpu_cases()["adamw-llama-1.24B"]
     predicted = {
         name: gpu_targets.PREDICTIONS[name].gpu_ms(kinds[name], case) for name in case.pipelines
     }
@@ -144,7 +142,8 @@ def run_in(folder: Path, module: str, *arguments: str) -> subprocess.CompletedPr
     """In a process of its own: a dry run may install the shim as the CUDA backend's driver."""
     program = (
         "import fusedopt, sys; sys.path.append(sys.argv.pop(1)); "
-        f"from benchmarks import {module}; sys.exit({module}.main())"
+        "from importlib import import_module as get; "
+        f"sys.exit(get('benchmarks.{module}').main())"
     )
     return subprocess.run(
         [sys.executable, "-c", program, str(ROOT), *arguments],
@@ -158,7 +157,7 @@ def run_in(folder: Path, module: str, *arguments: str) -> subprocess.CompletedPr
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, str]]]:
     folder = tmp_path_factory.mktemp("dry-run")
-    done = run_in(folder, "gpu_step", "--dry-run", "--out", "rows.csv", "--cases", *DRY_CASES)
+    done = run_in(folder, "gpu.step", "--dry-run", "--out", "rows.csv", "--cases", *DRY_CASES)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout
     with (folder / "rows.csv").open(newline="") as file:
         return done.stdout, list(csv.DictReader(file))
@@ -169,7 +168,7 @@ def test_dry_run_has_well_formed_rows(cpu_backend, dry_run):
     assert list(rows[0]) == gpu_report.COLUMNS
     by_name = {(row["case"].removeprefix("dry-run:"), row["pipeline"]): row for row in rows}
     assert len(by_name) == len(rows)
-    absent = set(gpu_pipelines.unavailable_libraries())
+    absent = set(rivals.unavailable_libraries())
     for name in DRY_CASES:
         for pipeline in gpu_cases.gpu_cases()[name].pipelines:
             row = by_name.pop((name, pipeline), None)
@@ -226,7 +225,7 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_sanitized_program_takes_the_steps_of_the_cpu(backend, cpu_backend, tmp_path):
-    done = run_in(tmp_path, "gpu_sanitize", backend, "--dry-run")
+    done = run_in(tmp_path, "gpu.sanitize", backend, "--dry-run")
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout
     assert done.stdout.count("same bits as the CPU backend") == len(gpu_sanitize.CASES)
 

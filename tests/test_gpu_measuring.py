@@ -14,18 +14,16 @@ import fusedopt  # the installed one, before the checkout is on the path  # noqa
 pytest.importorskip("numpy")
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import (
-    gpu_cases,
-    gpu_first_step,
-    gpu_kernels,
-    gpu_machine,
-    gpu_measure,
-    gpu_pipelines,
-    gpu_report,
-    gpu_step,
-    gpu_targets,
-    param_sets,
-    pipelines,
+from benchmarks import param_sets, pipelines, rivals
+from benchmarks.gpu import (
+    cases as gpu_cases,
+    first_step as gpu_first_step,
+    kernels as gpu_kernels,
+    machine as gpu_machine,
+    measure as gpu_measure,
+    report as gpu_report,
+    step as gpu_step,
+    targets as gpu_targets,
 )
 from fusedopt.backends import triton
 
@@ -39,7 +37,7 @@ class Wrong(pipelines.Pipeline):
 
 
 def kinds_with(kind: pipelines.Kind) -> dict[str, pipelines.Kind]:
-    return gpu_pipelines.gpu_kinds(CPU) | {"adamw_fused": kind}
+    return rivals.gpu_kinds(CPU) | {"adamw_fused": kind}
 
 
 def without_shim() -> gpu_machine.DryRun:
@@ -83,7 +81,7 @@ def test_a_pipeline_that_fails_takes_no_other_with_it(cpu_backend):
 
 def test_without_triton_its_pipelines_are_named_and_not_timed(cpu_backend, monkeypatch):
     monkeypatch.setattr(triton, "unavailable_reason", lambda: "Triton is not installed")
-    machine, kinds = without_shim(), gpu_pipelines.gpu_kinds({"cuda": "cpu", "triton": "triton"})
+    machine, kinds = without_shim(), rivals.gpu_kinds({"cuda": "cpu", "triton": "triton"})
     case = gpu_cases.gpu_cases()["sgd-resnet50"].shrunk()
     measured = gpu_measure.measure_case(case, kinds, machine, 1, lambda: 1.0, False)
     items = {item.pipeline: item for item in measured}
@@ -138,7 +136,7 @@ def test_fp16_rivals_skip_a_step_with_an_inf(name):
     shapes = gpu_cases.tiny()
     grads = param_sets.Gradients(shapes, torch.float16)
     params = param_sets.make_params(shapes, torch.float16)
-    pipeline = gpu_pipelines.gpu_kinds(CPU)[name].build(params, grads)
+    pipeline = rivals.gpu_kinds(CPU)[name].build(params, grads)
     before = [value.detach().clone() for value in pipeline.updated()]
     pipeline.prepare()
     params[2].grad[5] = float("inf")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.gpu_machine import Machine
+from benchmarks.gpu.machine import Machine
 from benchmarks.timing import Spread, spread
 
 NUMEL = 1 << 30  # 4 GiB a stream, many times any cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.gpu_cases import GpuCase
+from benchmarks.gpu.cases import GpuCase
 from benchmarks.pipelines import Kind
 
 H200_COPY = 4.3e12  # bytes/s, read and written

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_first_step [--dry-run]`: the first step of a process with Triton.
+"""`python -m benchmarks.gpu.first_step [--dry-run]`: the first step of a process with Triton.
 
 That is where the kernels are compiled, or read from Triton's cache. `measure_first_steps` starts
 such processes with an empty cache, and then with the one that the last of them has filled.
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import fusedopt
-from benchmarks.gpu_cases import equal, tiny
-from benchmarks.gpu_machine import Cuda, DryRun, Machine
-from benchmarks.param_sets import GRAD_SCALE, Gradients, make_params
+from benchmarks.gpu.cases import tiny
+from benchmarks.gpu.machine import Cuda, DryRun, Machine
+from benchmarks.param_sets import GRAD_SCALE, Gradients, equal, make_params
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM
 from benchmarks.report import ROOT
 from benchmarks.timing import Spread, spread
@@ -62,7 +62,7 @@ def _in_a_process(cache: str, dry: bool) -> dict[str, Any]:
     # the installed package, before the checkout is on the path
     program = (
         "import fusedopt, sys; sys.path.append(sys.argv.pop(1)); "
-        "from benchmarks import gpu_first_step; gpu_first_step.main()"
+        "from benchmarks.gpu import first_step; first_step.main()"
     )
     command = [sys.executable, "-c", program, str(ROOT), *(["--dry-run"] if dry else [])]
     try:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_sanitize BACKEND [--dry-run]`: steps for compute-sanitizer to watch.
+"""`python -m benchmarks.gpu.sanitize BACKEND [--dry-run]`: steps for compute-sanitizer to watch.
 
 Every rule and dtype, both norms, tails, a chunk and a bit, gradients off alignment and more tensors
 than one launch can carry addresses of. The result is compared with the CPU backend's, bit for bit.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from benchmarks.gpu_machine import Cuda, DryRun, Machine
+from benchmarks.gpu.machine import Cuda, DryRun, Machine
 from benchmarks.param_sets import GRAD_SCALE, Gradients, Shape, make_params
 
 STEPS = 2

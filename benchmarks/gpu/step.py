@@ -1,8 +1,8 @@
 """Time complete optimizer steps on the current NVIDIA GPU, ours and the alternatives in turns.
 
-python -m benchmarks.gpu_step              every case, appended to benchmarks/results/<gpu>.csv
-python -m benchmarks.gpu_step --quick      a few cases in few rounds, printed only
-python -m benchmarks.gpu_step --dry-run    without a GPU: everything but the measuring
+python -m benchmarks.gpu.step              every case, appended to benchmarks/results/<gpu>.csv
+python -m benchmarks.gpu.step --quick      a few cases in few rounds, printed only
+python -m benchmarks.gpu.step --dry-run    without a GPU: everything but the measuring
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_cases import GpuCase, gpu_cases, tiny
-from benchmarks.gpu_first_step import measure_first_steps
-from benchmarks.gpu_kernels import BYTES, COUNTED_NUMEL, count_dram_bytes, time_kernels
-from benchmarks.gpu_machine import Cuda, DryRun, Machine
-from benchmarks.gpu_measure import SMALL, Measured, count_launches_anew, measure_case
-from benchmarks.gpu_pipelines import gpu_kinds, unavailable_libraries
-from benchmarks.gpu_report import COLUMNS, Report, Row, predictions, table
-from benchmarks.gpu_streams import measure_streams
+from benchmarks.gpu.cases import GpuCase, gpu_cases, tiny
+from benchmarks.gpu.first_step import measure_first_steps
+from benchmarks.gpu.kernels import BYTES, COUNTED_NUMEL, count_dram_bytes, time_kernels
+from benchmarks.gpu.machine import Cuda, DryRun, Machine
+from benchmarks.gpu.measure import SMALL, Measured, count_launches_anew, measure_case
+from benchmarks.gpu.report import COLUMNS, Report, Row, predictions, table
+from benchmarks.gpu.streams import measure_streams
 from benchmarks.report import ROOT, append, check_header
+from benchmarks.rivals import gpu_kinds, unavailable_libraries
 
 # Cases whose kernels are timed by themselves too.
 KERNELS = {"adamw-llama-1.24B": "adamw", "fp16-llama-1.24B": "adamw_fp16",

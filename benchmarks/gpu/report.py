@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.gpu_first_step import FirstSteps
-from benchmarks.gpu_kernels import BYTES, SUFFIXES, KernelTimes
-from benchmarks.gpu_machine import DRY_RUN, Machine
-from benchmarks.gpu_measure import Measured
-from benchmarks.gpu_targets import (
+from benchmarks.gpu.first_step import FirstSteps
+from benchmarks.gpu.kernels import BYTES, SUFFIXES, KernelTimes
+from benchmarks.gpu.machine import DRY_RUN, Machine
+from benchmarks.gpu.measure import Measured
+from benchmarks.gpu.targets import (
     FIRST_STEP,
     FIRST_STEP_MS,
     PREDICTIONS,

@@ -1,61 +1,18 @@
-"""Parameter lists of real models, and the table of cases of the GPU benchmark."""
+"""The table of cases of the GPU benchmark."""
 
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from benchmarks.param_sets import Case, Comparison, Shape, gpt
+from benchmarks.cases import Case, Comparison
+from benchmarks.param_sets import Shape, equal, gpt, gpt2, llama_3_2_1b, ragged, resnet50
 
 Shapes = list[Shape]
-
-
-def resnet50() -> Shapes:
-    """torchvision's resnet50: 161 tensors, 25,557,032 elements."""
-    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            out = 4 * width
-            convolutions = [(width, channels, 1, 1), (width, width, 3, 3), (out, width, 1, 1)]
-            if block == 0:  # the way past the block
-                convolutions.append((out, channels, 1, 1))
-            for convolution in convolutions:
-                shapes += [convolution, (convolution[0],), (convolution[0],)]
-            channels = out
-    return [*shapes, (1000, channels), (1000,)]
-
-
-def gpt2() -> Shapes:
-    """GPT-2 (small), output tied to the embedding: 148 tensors, 124,439,808 elements."""
-    width = 768
-    norm: Shapes = [(width,), (width,)]
-    attention: Shapes = [(width, 3 * width), (3 * width,), (width, width), (width,)]
-    mlp: Shapes = [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
-    layer = [*norm, *attention, *norm, *mlp]
-    return [(50257, width), (1024, width), *layer * 12, *norm]
-
-
-def llama_3_2_1b() -> Shapes:
-    """Llama-3.2-1B, output tied to the embedding: 146 tensors, 1,235,814,400 elements."""
-    width, kv_width, mlp_width = 2048, 512, 8192
-    attention: Shapes = [(width, width), (kv_width, width), (kv_width, width), (width, width)]
-    mlp: Shapes = [(mlp_width, width), (mlp_width, width), (width, mlp_width)]
-    return [(128256, width), *[*attention, *mlp, (width,), (width,)] * 16, (width,)]
-
-
-def ragged(count: int = 2000, longest: int = 5000) -> Shapes:
-    rng = random.Random(0)
-    return [(rng.randint(1, longest),) for _ in range(count)]
-
-
-def equal(count: int, numel: int) -> Shapes:
-    return [(numel,)] * count
 
 
 def tiny() -> Shapes:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.gpu_cases import GpuCase
-from benchmarks.gpu_machine import Machine
+from benchmarks.gpu.cases import GpuCase
+from benchmarks.gpu.machine import Machine
 from benchmarks.param_sets import Gradients, make_params
 from benchmarks.pipelines import (
     DifferentStep,

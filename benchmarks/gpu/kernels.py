@@ -1,6 +1,6 @@
 """Our two kernels by themselves: their times, their launches and the DRAM bytes they move.
 
-python -m benchmarks.gpu_kernels CASE BACKEND    # one step between the profiler's marks, for ncu
+python -m benchmarks.gpu.kernels CASE BACKEND    # one step between the profiler's marks, for ncu
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import fusedopt
-from benchmarks.gpu_machine import Cuda, DryRun, Machine
-from benchmarks.gpu_pipelines import TRITON
+from benchmarks.gpu.machine import Cuda, DryRun, Machine
 from benchmarks.param_sets import GRAD_SCALE, Gradients, Shape, make_params, one_tensor
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, SGD
+from benchmarks.rivals import TRITON
 from benchmarks.timing import Spread, spread
 
 ROUNDS = 20
@@ -119,7 +119,7 @@ def count_dram_bytes(name: str, backend: str, limit_s: float) -> tuple[dict[str,
         return {}, "ncu is not on PATH"
     command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv"]
     command += ["--page", "raw", "--print-units", "base", "--metrics", ",".join(COUNTERS)]
-    command += [sys.executable, "-m", "benchmarks.gpu_kernels", name, backend]
+    command += [sys.executable, "-m", "benchmarks.gpu.kernels", name, backend]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit_s, env=os.environ

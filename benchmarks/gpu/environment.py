@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_environment`: the machine, its tools and what Python can import.
+"""`python -m benchmarks.gpu.environment`: the machine, its tools and what Python can import.
 
 Ends with status 2 where there is no NVIDIA GPU. `--arch` prints the GPU's architecture alone, as
 TORCH_CUDA_ARCH_LIST takes it.
@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from benchmarks.gpu_machine import nvidia_smi, versions
+from benchmarks.gpu.machine import nvidia_smi, versions
 
 TOOLS = ("nvcc", "g++", "cmake", "ninja", "ncu", "compute-sanitizer", "nvidia-smi")
 NEEDED = ("numpy", "setuptools", "pybind11")
