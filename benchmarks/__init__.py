@@ -1,1 +1,1 @@
-"""Benchmarks of fusedopt, run from the root of the checkout: python -m benchmarks.cpu_step."""
+"""Benchmarks of fusedopt, run from the root of the checkout: `python -m benchmarks --help`."""

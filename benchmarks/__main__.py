@@ -1,8 +1,15 @@
 """`python -m benchmarks COMMAND ...`
 
+  list          the cases, parameter lists, pipelines and backends that the others take by name
   cpu           whole steps on the CPU, ours and the alternatives in turns
   gpu           the same on an NVIDIA GPU
   host          the host's share of a step with Triton, without a GPU
+  kernels       reduce and update by themselves, over sizes and dtypes
+  instructions  instructions and cycles per element of the CPU kernels, against bounds
+  roofline      bytes per parameter from the options, and predicted times
+  profile       the share of the optimizer in the examples' training
+  memory        peak memory of the first and the second step
+  plot          pictures of the rows
   compare       what got slower between two commits or CSVs
 
 `python -m benchmarks COMMAND --help` says more.
@@ -14,10 +21,17 @@ import importlib
 import sys
 
 COMMANDS = {
+    "list": "listing",
     "cpu": "cpu_step",
     "gpu": "gpu.step",
     "host": "host_time",
+    "plot": "plot",
     "compare": "compare",
+    "kernels": "kernels",
+    "instructions": "instructions",
+    "roofline": "roofline",
+    "profile": "profile_training",
+    "memory": "memory",
 }
 
 

@@ -2,8 +2,9 @@
 
 OLD and NEW are each a CSV of benchmarks/results or a commit (a prefix of at least seven digits)
 whose rows stand there. A figure is the speed against a reference that was timed in the same run,
-so that a slower machine is not taken for a slower program. It counts as slower where the whole
-range from p20 to p80 lies below the old one; the exit status is then 1.
+so that a slower machine is not taken for a slower program; rows without one are left out, and
+rows of different machines are never compared. It counts as slower where the whole range from p20 to
+p80 lies below the old one; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import ROOT
-
-RESULTS = ROOT / "benchmarks" / "results"
-KEY = ("machine", "threads", "case", "pipeline", "reference", "grads")
+RESULTS = Path(__file__).parent / "results"
+KEY = ("machine", "threads", "case", "params", "dtype", "pipeline", "reference", "grads")
 
 Key = tuple[str, ...]
 
@@ -59,7 +58,10 @@ def read(source: str, results: Path = RESULTS) -> dict[Key, Figure]:
     if path.suffix == ".csv":
         if not path.exists():
             raise SystemExit(f"{source}: there is no such file")
-        return latest(_rows(path))
+        found = latest(_rows(path))
+        if not found:
+            raise SystemExit(f"{source}: no row with a ratio, a machine and a reference")
+        return found
     if not re.fullmatch(r"[0-9a-f]{7,40}", source):
         raise SystemExit(f"{source}: neither a .csv nor seven digits or more of a commit")
     rows = [row for path in sorted(results.glob("*.csv")) for row in _rows(path)]
@@ -73,7 +75,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         missing = {*KEY, "commit", "quiet", "ratio_p50"} - {*(reader.fieldnames or [])}
-        return [] if missing else list(reader)
+        return [] if missing else list(reader)  # a GPU's, or figures that are no times
 
 
 def latest(rows: Iterable[dict[str, str]]) -> dict[Key, Figure]:
@@ -88,7 +90,7 @@ def changes(old: dict[Key, Figure], new: dict[Key, Figure]) -> list[Change]:
 def table(found: Sequence[Change]) -> str:
     lines = ["| figure | old | new | new / old | |", "|---|---|---|---|---|"]
     for change in found:
-        _, _, case, pipeline, reference, grads = change.key
+        _, _, case, _, _, pipeline, reference, grads = change.key
         old, new = change.old, change.new
         lines.append(
             f"| {case}, {pipeline} against {reference}, {grads} grads "
@@ -97,6 +99,16 @@ def table(found: Sequence[Change]) -> str:
             f"| {new.p50 / old.p50:.2f} | {change.verdict} |"
         )
     return "\n".join(lines)
+
+
+def nothing_in_common(old: dict[Key, Figure], new: dict[Key, Figure]) -> str:
+    """Why there is nothing to compare."""
+    for part, name in enumerate(KEY):
+        ours, theirs = ({key[part] for key in figures} for figures in (old, new))
+        if not ours & theirs:
+            lists = (", ".join(sorted(values)) for values in (ours, theirs))
+            return f"nothing is comparable: {name} is {' in OLD and '.join(lists)} in NEW"
+    return f"nothing is comparable: no figure has the same {', '.join(KEY)} in both"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,10 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("new", metavar="NEW")
     options = parser.parse_args(arguments)
     old, new = read(options.old), read(options.new)
+    left_out = len(old.keys() ^ new.keys())
     found = changes(old, new)
     if not found:
-        raise SystemExit("the two have no figure in common: machine, threads, case, pipeline")
+        raise SystemExit(nothing_in_common(old, new))
     print(table(found))
     slower = sum(change.verdict == "SLOWER" for change in found)
     print(f"\n{len(found)} figures in common, {slower} slower beyond the noise")
+    if left_out:
+        print(f"{left_out} more are in only one of the two")
     return 1 if slower else 0

@@ -1,170 +1,135 @@
-"""Time complete optimizer steps on the CPU: torch, DeepSpeed and fusedopt, interleaved.
+"""Time whole optimizer steps on the CPU: torch's, other packages' and ours, in turns.
 
-python -m benchmarks.cpu_step            every case, appended to benchmarks/results/<cpu>.csv
-python -m benchmarks.cpu_step --quick    the smallest cases in a few rounds, printed only
+A step is everything between "backward() left scaled gradients in .grad" and "the scaler is
+updated": unscale, inf check, clip, update. Two pipelines are compared only after they have computed
+the same step from the same gradients.
+
+  python -m benchmarks cpu                   every case, appended to benchmarks/results/<cpu>.csv
+  python -m benchmarks cpu --quick           a few small cases in a few rounds, printed only
+  python -m benchmarks cpu --cases adamw-resnet50 sgd-resnet50
+  python -m benchmarks cpu --params gpt2-124M ragged --pipelines fusedopt_adamw adamw_foreach
+  python -m benchmarks cpu --params resnet50 --dtype bfloat16
+
+`python -m benchmarks list` shows the cases, parameter lists, pipelines and backends, and which of
+them run here. With --params the first of the pipelines is compared with each of the others; without
+--pipelines they are ours and torch's. The exit status is 1 if a step was not the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import stream
-from benchmarks.cases import QUICK_CASES, Case, Comparison, all_cases
-from benchmarks.param_sets import Gradients, make_params
-from benchmarks.pipelines import KINDS, DifferentStep, Pipeline, Unavailable, check_same_step
-from benchmarks.report import (
-    ROOT,
-    Result,
-    append,
-    check_header,
-    cpu_model,
-    provenance,
-    rows,
-    table,
-)
-from benchmarks.timing import sandwich, summarize
+from benchmarks.cases import QUICK_CASES, Case, all_cases, make_case
+from benchmarks.cpu_measure import Progress, run_case
+from benchmarks.param_sets import LISTS
+from benchmarks.registry import COMPILE_FIRST, KINDS, on_backend
+from benchmarks.report import append, check_header, provenance, results_path, rows, table
 
-ALL_AT_ONCE = 20_000_000  # with more params, one reference and one candidate are in memory
-BYTES_PER_PARAM_AT_PEAK = 64  # two fp32 AdamW pipelines, the gradients' source, foreach's copies
-QUICK_ROUNDS = 3
-
-
-class Progress:
-    """The bar, and how many samples of each comparison are wanted and at most taken."""
-
-    def __init__(self, cases: Sequence[Case], rounds: int, attempts: int) -> None:
-        self.rounds, self.attempts = rounds, attempts
-        total = rounds * sum(len(case.comparisons) for case in cases)
-        self._bar: tqdm[Any] = tqdm(total=total, unit="sample")
-
-    def announce(self, case: Case, comparison: Comparison) -> None:
-        self._bar.set_description(f"{case.name}: {comparison.pipeline} | {comparison.reference}")
-
-    def advance(self, count: int = 1) -> None:
-        self._bar.update(count)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def run_case(case: Case, kind_of_grads: str, progress: Progress) -> list[Result]:
-    missing = BYTES_PER_PARAM_AT_PEAK * case.numel - _available_bytes()
-    if missing > 0:
-        progress.advance(progress.rounds * len(case.comparisons))
-        note = f"needs {missing / 2**30:.1f} GiB more memory than is free"
-        return [Result(case, comparison, note=note) for comparison in case.comparisons]
-    grads = Gradients(case.shapes(), case.dtype, kind_of_grads)
-    checked: set[str] = set()
-    results = []
-    for group in _groups(case):
-        results += _run_group(case, group, grads, checked, progress)
-    return results
-
-
-def _groups(case: Case) -> Iterator[list[Comparison]]:
-    """Comparisons that are measured together: of one reference, and small enough for it."""
-    for reference in dict.fromkeys(comparison.reference for comparison in case.comparisons):
-        group = [c for c in case.comparisons if c.reference == reference]
-        if case.numel <= ALL_AT_ONCE:
-            yield group
-        else:
-            yield from ([comparison] for comparison in group)
-
-
-def _run_group(
-    case: Case,
-    group: Sequence[Comparison],
-    grads: Gradients,
-    checked: set[str],
-    progress: Progress,
-) -> list[Result]:
-    reference: Pipeline | stream.Stream | None = None
-    candidates: dict[str, Pipeline] = {}
-    results = {}
-    for comparison in group:
-        progress.announce(case, comparison)
-        try:
-            reference, candidate = _build_pair(case, comparison, grads, checked)
-            candidates[comparison.pipeline] = candidate
-        except (Unavailable, DifferentStep) as error:
-            wrong = isinstance(error, DifferentStep)
-            results[comparison] = Result(case, comparison, note=str(error), wrong=wrong)
-            progress.advance(progress.rounds)
-    if reference is not None:
-        trials = sandwich(
-            reference, candidates, progress.rounds, progress.attempts, progress.advance
-        )
-        for comparison in (c for c in group if c.pipeline in candidates):
-            summary = summarize(trials[comparison.pipeline])
-            notes = (candidates[comparison.pipeline].describe(), reference.describe())
-            results[comparison] = Result(case, comparison, summary, "; ".join(filter(None, notes)))
-    return [results[comparison] for comparison in group]
-
-
-def _build_pair(
-    case: Case, comparison: Comparison, grads: Gradients, checked: set[str]
-) -> tuple[Pipeline | stream.Stream, Pipeline]:
-    """Reference and candidate, new, and held to compute the same step.
-
-    A stream computes none: `checked` tells that the candidate agreed with another reference.
-    """
-    shapes = case.shapes()
-    candidate = KINDS[comparison.pipeline].build(make_params(shapes, case.dtype), grads)
-    if comparison.reference in stream.STREAMS:
-        if comparison.pipeline not in checked:
-            raise DifferentStep(f"{comparison.pipeline} agreed with no other pipeline")
-        return stream.STREAMS[comparison.reference](case.numel), candidate
-    reference = KINDS[comparison.reference].build(make_params(shapes, case.dtype), grads)
-    check_same_step(reference, candidate, grads)
-    checked.add(comparison.pipeline)
-    return reference, candidate
-
-
-def _available_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return sys.maxsize
-    return int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0]) << 10
-
-
-def without(case: Case, pipeline: str) -> Case:
-    kept = (c for c in case.comparisons if pipeline not in (c.pipeline, c.reference))
-    return dataclasses.replace(case, comparisons=tuple(kept))
+ROUNDS, QUICK_ROUNDS = 11, 3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PIPELINES = {  # by dtype, ours first
+    "float32": ("fusedopt_adamw", "adamw_fused", "adamw_foreach"),
+    "bfloat16": ("fusedopt_adamw_bf16", "adamw_bf16_torch_ops"),
+    "float16": ("fusedopt_adamw_fp16", "megatron_fp16", "deepspeed_fp16"),
+}
+BACKENDS = ("auto", "cpu", "reference", "triton", "cuda")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks cpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = list(all_cases())
-    parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=", ".join(names))
-    parser.add_argument("--rounds", type=int, help="samples of each comparison (default: 21)")
-    parser.add_argument("--threads", type=int, default=2)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--cases", nargs="+", choices=list(all_cases()), metavar="CASE")
+    lists = ", ".join(LISTS)
+    what.add_argument(
+        "--params", nargs="+", choices=list(LISTS), metavar="LIST", help=f"any of {lists}"
+    )
+    parser.add_argument(
+        "--pipelines", nargs="+", metavar="PIPELINE", help="with --params: two or more"
+    )
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="with --params: of parameters and gradients"
+    )
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="of fusedopt (default: auto)"
+    )
     parser.add_argument(
         "--grads",
-        choices=["new", "kept"],
+        choices=["new", "kept", "bucket"],
         default="new",
-        help="new tensors before every step, as after zero_grad(), or the same tensors refilled",
+        help="new tensors before every step, as after zero_grad(), the default; the same tensors, "
+        "refilled; or views into one buffer, as DDP leaves them, refilled",
     )
-    parser.add_argument("--quick", action="store_true", help="default to a few small cases")
-    parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
+    rounds = f"samples of each comparison (default: {ROUNDS})"
+    parser.add_argument("--rounds", type=int, metavar="N", help=rounds)
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
+    quick = f"{QUICK_ROUNDS} rounds, small cases if none are named, no rows without --out"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     args = parser.parse_args(arguments)
-    args.cases = args.cases or (QUICK_CASES if args.quick else names)
-    args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else 21)
+    args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    args.selected = _selected(args, parser)
     if args.out is None and not args.quick:
-        slug = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
-        args.out = ROOT / "benchmarks" / "results" / f"{slug}.csv"
+        args.out = results_path()
     return args
+
+
+def _selected(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
+    """The cases to run, all on the wanted backend."""
+    if args.params:
+        cases = _cases_of_lists(args, parser)
+    elif args.pipelines or args.dtype:
+        parser.error("--pipelines and --dtype go with --params; a case has its own")
+    else:
+        names = args.cases or (QUICK_CASES if args.quick else all_cases())
+        cases = [all_cases()[name] for name in names]
+        if args.quick:
+            cases = [_without(case, COMPILE_FIRST) for case in cases]
+    return [_on_backend(case, args.backend) for case in cases]
+
+
+def _cases_of_lists(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
+    wanted = args.dtype or "float32"
+    names, dtype = args.pipelines or PIPELINES[wanted], DTYPES[wanted]
+    unknown = [name for name in names if name not in KINDS]
+    if unknown:
+        parser.error(f"no pipeline {unknown[0]!r}: see `python -m benchmarks list`")
+    unfit = [name for name in names if dtype not in KINDS[name].dtypes]
+    if unfit:
+        fit = ", ".join(n for n, kind in KINDS.items() if dtype in kind.dtypes)
+        parser.error(f"{unfit[0]} is not for {wanted}; these are: {fit}")
+    if len(set(names)) != len(names) or len(names) < 2:
+        parser.error("--pipelines takes two or more different ones")
+    pairs = [(names[0], name) for name in names[1:]]
+    return [make_case(params, pairs, dtype) for params in dict.fromkeys(args.params)]
+
+
+def _without(case: Case, pipelines: Sequence[str]) -> Case:
+    kept = (c for c in case.comparisons if not {c.pipeline, c.reference} & {*pipelines})
+    return dataclasses.replace(case, comparisons=tuple(kept))
+
+
+def _on_backend(case: Case, backend: str) -> Case:
+    """A target is for the backend that is chosen by itself."""
+    moved = tuple(
+        dataclasses.replace(
+            c,
+            pipeline=on_backend(c.pipeline, backend),
+            reference=on_backend(c.reference, backend),
+            target=c.target if on_backend(c.pipeline, backend) == c.pipeline else None,
+        )
+        for c in case.comparisons
+    )
+    return dataclasses.replace(case, comparisons=moved)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,21 +138,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_header(args.out)
     torch.set_num_threads(args.threads)
     common = provenance() | {"grads": args.grads}
-    cases = [all_cases()[name] for name in args.cases]
-    if args.quick:  # DeepSpeed compiles itself at its first use
-        cases = [without(case, "adamw_deepspeed") for case in cases]
-    progress = Progress(cases, args.rounds, args.rounds if args.quick else 2 * args.rounds)
+    ceiling = (
+        stream.ceiling_gb_s(stream.QUICK_CEILING_NUMEL, QUICK_ROUNDS)
+        if args.quick
+        else stream.ceiling_gb_s()
+    )
+    attempts = args.rounds if args.quick else 2 * args.rounds
+    progress = Progress(args.selected, args.rounds, attempts)
     results = []
-    for case in cases:
+    for case in args.selected:
         measured = run_case(case, args.grads, progress)
         results += measured
         if args.out is not None:
-            append(args.out, rows(measured, common))
+            append(args.out, rows(measured, common, ceiling))
     progress.close()
     print(", ".join(f"{key} {value}" for key, value in common.items()))
-    print(table(results))
+    print(table(results, ceiling))
     return int(any(result.wrong for result in results))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -201,18 +201,33 @@ fi
 
 # ---- benchmark ----------------------------------------------------------------------------------
 
-options=()
-[ "$mode" != dry ] || options=(--dry-run)
-[ "$mode" != quick ] || options=(--quick --budget 35)
+keep_rows() { # NAME OF THE STAGE: a copy of its rows beside the logs
+  local rows
+  rows=$(sed -n 's/^rows in //p' "$logs/$1.log")
+  [ -z "$rows" ] || [ ! -e "$rows" ] || cp "$rows" "$logs/"
+}
+
+sweep=65 # seconds kept back for the kernels over sizes
+options=() kernel_options=(--budget 45)
+[ "$mode" != dry ] || options=(--dry-run) kernel_options=(--dry-run)
+[ "$mode" != quick ] || options=(--quick --budget 35) kernel_options=(--quick --budget 10)
 if [ "$built" -eq 0 ]; then
-  [ "$mode" != full ] || options=(--budget $((total - SECONDS - 25)))
-  stage benchmark 500 5 "$python" -m benchmarks.gpu.step "${options[@]}" --targets "$work/targets"
+  [ "$mode" != full ] || options=(--budget $((total - SECONDS - 25 - sweep)))
+  stage benchmark 500 $((5 + sweep)) "$python" -m benchmarks.gpu.step "${options[@]}" \
+    --targets "$work/targets"
   grep -v '^USDT' "$logs/benchmark.log"
   judge benchmark "$(last benchmark '^(rows in|no rows)')"
-  rows=$(sed -n 's/^rows in //p' "$logs/benchmark.log")
-  [ -z "$rows" ] || [ ! -e "$rows" ] || cp "$rows" "$logs/"
+  keep_rows benchmark
+  may_stop=1 # the larger sizes are then missing, and nothing else
+  stage kernels "$sweep" 5 "$python" -m benchmarks kernels --backends cuda triton \
+    "${kernel_options[@]}"
+  grep -v '^USDT' "$logs/kernels.log"
+  judge kernels "$(last kernels '^(rows in|no rows)')"
+  may_stop=0
+  keep_rows kernels
 else
   note benchmark 'not run' 0 "the build failed"
+  note kernels 'not run' 0 "the build failed"
 fi
 
 # ---- the short table ----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The host's share of a step with Triton, as far as it can be measured without a GPU.
 
-python -m benchmarks.host_time            appended to benchmarks/results/<cpu>.csv
-python -m benchmarks.host_time --quick    printed only
+python -m benchmarks host            appended to benchmarks/results/<cpu>.csv
+python -m benchmarks host --quick    printed only
 
 The whole step of `adamw-300x1k` runs but for its work: launches, the copy of the table and CUDA's
 events and streams are replaced by calls that do nothing. What a GPU adds to these figures is
@@ -11,7 +11,6 @@ Triton's launcher twice, and torch's copy and event where the table has moved.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from torch import Tensor
 
 import fusedopt
 from benchmarks.param_sets import Gradients, equal, make_params
-from benchmarks.pipelines import ADAMW, KINDS, MAX_GRAD_NORM, Ours, Pipeline
-from benchmarks.report import COLUMNS, ROOT, append, check_header, cpu_model, provenance
+from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, Ours, Pipeline
+from benchmarks.registry import KINDS
+from benchmarks.report import COLUMNS, append, check_header, provenance, results_path
 from benchmarks.timing import Sample, Sampler, Spread, spread
 from fusedopt.backends import triton as backend
 
@@ -130,7 +130,9 @@ def row(moved: str, samples: Sequence[Sample], common: dict[str, object]) -> dic
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks host",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, help="samples of each (default: 41)")
     parser.add_argument("--quick", action="store_true", help="few rounds, no rows")
@@ -138,8 +140,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (5 if args.quick else 41)
     if args.out is None and not args.quick:
-        slug = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
-        args.out = ROOT / "benchmarks" / "results" / f"{slug}.csv"
+        args.out = results_path()
     return args
 
 
@@ -162,7 +163,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         p20, p50, p80 = (1e3 * float(str(one[f"ms_p{n}"])) for n in (20, 50, 80))
         counts = f"{one['samples']} | {one['disturbed']} | {one['quiet']}"
         print(f"| {moved} | {p50:.1f} [{p20:.1f}-{p80:.1f}] | {counts} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -80,13 +80,17 @@ def ragged(count: int = 2000, longest: int = 5000) -> list[Shape]:
 
 # What `--params` takes. Real models by the shapes of their parameters; nothing is downloaded.
 LISTS: dict[str, Callable[[], list[Shape]]] = {
+    "one-1M": partial(one_tensor, 1_000_000),
     "one-10M": partial(one_tensor, 10_000_000),
     "one-100M": partial(one_tensor, 100_000_000),
     "tiny-1000x8": partial(equal, 1000, 8),
     "equal-300x1k": partial(equal, 300, 1000),
     "ragged": ragged,
+    "gpt-300k": partial(gpt, 300_000),
     "gpt-1M": partial(gpt, 1_000_000),
+    "gpt-3M": partial(gpt, 3_000_000),
     "gpt-10M": partial(gpt, 10_000_000),
+    "gpt-30M": partial(gpt, 30_000_000),
     "gpt-100M": partial(gpt, 100_000_000),
     "resnet50": resnet50,
     "gpt2-124M": gpt2,

@@ -6,11 +6,10 @@ Every pipeline computes the same step: unscale, skip if not finite, clip the glo
 
 from __future__ import annotations
 
-import importlib
-import os
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +25,10 @@ NEVER = 10**9  # growth_interval: the scale stays, so every step is the same wor
 # element, plus RTOL of its own value. Norms summed in different orders differ by about 1e-5.
 MOVE_TOLERANCE = 1e-3
 RTOL = 4 * torch.finfo(torch.float32).eps
+# Pipelines that are allowed more, for half params without masters or small states, are held to this
+# share of the mean move too. Rounding params to bf16 is 0.05 to 0.10 of it, 8-bit states are 0.03,
+# a step without clipping 0.14.
+MEAN_TOLERANCE = 0.12
 CHECKED_FACTORS = (1.0, 2.0**-5)  # clipped, then not: AdamW would hide one constant wrong factor
 
 
@@ -115,60 +118,9 @@ class Ours(Pipeline):
     def backend(self) -> str:
         return str(next(iter(self.optimizer.backend.values())))
 
-    def require_native(self) -> None:
-        """The reference backend is for correctness; its times would only mislead."""
-        self.optimizer.init_state()  # chooses the backend
-        if self.backend() == "reference":
-            raise Unavailable(
-                "fusedopt has only its reference backend here; run `python -m fusedopt` to see why "
-                "(a checkout needs `pip install -e .`)"
-            )
-
-
-class DeepSpeed(Pipeline):
-    def describe(self) -> str:
-        return f"deepspeed {importlib.import_module('deepspeed').__version__}"
-
 
 def torch_adamw(**flags: Any) -> Callable[[list[Tensor]], Any]:
     return lambda params: torch.optim.AdamW(params, **ADAMW, **flags)
-
-
-def _torch_sgd_fused(params: list[Tensor]) -> Any:
-    # torch 2.13's fused CPU SGD leaves blocks of half params without their update.
-    if any(param.dtype in (torch.float16, torch.bfloat16) for param in params):
-        raise ValueError("torch's fused SGD on the CPU is wrong for fp16 and bf16 params")
-    return torch.optim.SGD(params, **SGD, fused=True)
-
-
-def _deepspeed(params: list[Tensor], grads: Gradients) -> Pipeline:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
-        return DeepSpeed(params, grads, lambda p: adam(p, **ADAMW, adamw_mode=True))
-    except Exception as error:  # it compiles itself here, which fails in many ways
-        raise Unavailable(f"{type(error).__name__}: {error}") from error
-
-
-def ours(
-    name: str, *, stock_scaler: bool = False, **options: Any
-) -> Callable[[list[Tensor], Gradients], Pipeline]:
-    def build(params: list[Tensor], grads: Gradients) -> Pipeline:
-        try:
-            fusedopt = importlib.import_module("fusedopt")
-        except ImportError as error:
-            raise Unavailable(str(error)) from error
-        make = getattr(fusedopt, name)
-        pipeline = Ours(
-            params,
-            grads,
-            lambda p: make(p, max_grad_norm=MAX_GRAD_NORM, **options),
-            torch.amp.GradScaler if stock_scaler else fusedopt.GradScaler,
-        )
-        pipeline.require_native()
-        return pipeline
-
-    return build
 
 
 @dataclass(frozen=True)
@@ -176,41 +128,25 @@ class Kind:
     """How to make a pipeline, its name in a table, and the bytes it moves per param and step."""
 
     label: str
-    bytes_per_param: int
+    bytes_per_param: float
     build: Callable[[list[Tensor], Gradients], Pipeline]
-    allowed: float = 1.0  # difference from the exact step, in tolerances: above 1 for 8-bit states
+    allowed: float = 1.0  # difference from the exact step, in tolerances: above 1 for small states
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)  # of the params
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    module: str = ""  # that must import
 
 
-KINDS: dict[str, Kind] = {
-    "adamw_fused": Kind(
-        "torch fused=True", 48, lambda p, g: Pipeline(p, g, torch_adamw(fused=True))
-    ),
-    "adamw_foreach": Kind(
-        "torch foreach=True", 100, lambda p, g: Pipeline(p, g, torch_adamw(foreach=True))
-    ),
-    "sgd_fused": Kind("torch fused=True", 40, lambda p, g: Pipeline(p, g, _torch_sgd_fused)),
-    "adamw_deepspeed": Kind("DeepSpeedCPUAdam", 48, _deepspeed),
-    "adamw_bf16_torch_ops": Kind(
-        "torch ops", 60, lambda p, g: TorchOpsMasters(p, g, torch_adamw(fused=True))
-    ),
-    "fusedopt_adamw": Kind("fusedopt", 32, ours("FusedAdamW", **ADAMW)),
-    "fusedopt_adamw_stock_scaler": Kind(
-        "fusedopt, torch's scaler", 40, ours("FusedAdamW", stock_scaler=True, **ADAMW)
-    ),
-    "fusedopt_sgd": Kind("fusedopt", 24, ours("FusedSGD", decoupled_weight_decay=False, **SGD)),
-    "fusedopt_adamw_bf16": Kind("fusedopt", 30, ours("FusedAdamW", **ADAMW)),
-}
+def check_same_step(
+    first: Pipeline, second: Pipeline, grads: Gradients, allowed: float = 1.0
+) -> float:
+    """One step per factor with two new pipelines: their largest difference, in tolerances.
 
-
-def check_same_step(first: Pipeline, second: Pipeline, grads: Gradients) -> float:
-    """One step per factor with two new pipelines: the largest difference over the allowed one.
-
-    Raises DifferentStep where that is above 1.
+    Raises DifferentStep where that is above ``allowed``.
     """
     start = [param.detach().clone() for param in first.params]
     take_checked_steps(first, grads)
     take_checked_steps(second, grads)
-    return compare_steps(start, first, second)
+    return compare_steps(start, first, second, allowed)
 
 
 def take_checked_steps(pipeline: Pipeline, grads: Gradients) -> None:
@@ -221,13 +157,25 @@ def take_checked_steps(pipeline: Pipeline, grads: Gradients) -> None:
         grads.multiply(1.0 / factor)
 
 
+class Stepped(Protocol):
+    """Whose step can be compared: `Pipeline` is one."""
+
+    params: list[Tensor]
+
+    def updated(self) -> list[Tensor]: ...
+
+
 def compare_steps(
-    start: Sequence[Tensor], first: Pipeline, second: Pipeline, allowed: float = 1.0
+    start: Sequence[Tensor], first: Stepped, second: Stepped, allowed: float = 1.0
 ) -> float:
     """What `check_same_step` returns and raises, after both have taken their steps."""
     excess = _excess(start, first.updated(), second.updated())
     if not excess <= allowed:
         raise DifferentStep(f"the two pipelines take different steps: {excess:.3g} x the tolerance")
+    if allowed > 1.0:
+        share = _mean_difference(start, first.updated(), second.updated())
+        if not share <= MEAN_TOLERANCE:
+            raise DifferentStep(f"the two pipelines take different steps: {share:.0%} of the move")
     for pipeline in (first, second):
         for param, master in zip(pipeline.params, pipeline.updated(), strict=True):
             if not torch.equal(param, master.to(param.dtype)):
@@ -238,6 +186,8 @@ def compare_steps(
 @torch.no_grad()
 def _excess(start: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     move = max(float((s.float() - f).abs().max()) for s, f in zip(start, first, strict=True))
+    if move == 0.0:
+        raise DifferentStep("no element moved: the step was skipped, so nothing is compared")
     worst = 0.0
     for one, other in zip(first, second, strict=True):
         allowed = one.abs().mul_(RTOL).add_(MOVE_TOLERANCE * move)
@@ -247,3 +197,17 @@ def _excess(start: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[T
 
 def _max_or_inf(values: Tensor) -> float:
     return float(values.nan_to_num_(nan=float("inf")).max())
+
+
+@torch.no_grad()
+def _mean_difference(
+    start: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
+) -> float:
+    """Root mean square of the difference over that of the move."""
+    apart, moved = (
+        sum(
+            float((a.float() - b.float()).square_().sum()) for a, b in zip(some, first, strict=True)
+        )
+        for some in (second, start)
+    )
+    return math.sqrt(apart / moved)

@@ -16,15 +16,18 @@ import torch
 
 from benchmarks import stream
 from benchmarks.cases import Case, Comparison
-from benchmarks.pipelines import KINDS
+from benchmarks.registry import KINDS
+from benchmarks.roofline import predict_seconds
 from benchmarks.timing import Summary
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PROVENANCE = ["timestamp", "commit", "dirty", "machine", "cpus", "threads", "torch", "python"]
 WHAT = ["case", "pipeline", "reference", "params", "tensors", "dtype", "grads", "bytes_per_param"]
 TIMES = ["ms_p20", "ms_p50", "ms_p80", "reference_ms_p50"]
 RATIOS = ["ratio_p20", "ratio_p50", "ratio_p80", "ceiling_fraction", "target"]
-COLUMNS = [*PROVENANCE, *WHAT, *TIMES, *RATIOS, "samples", "disturbed", "quiet", "note"]
+ROOFLINE = ["gb_s", "ceiling_gb_s", "predicted_ms", "measured_over_predicted"]
+COLUMNS = [*PROVENANCE, *WHAT, *TIMES, *RATIOS, "samples", "disturbed", "quiet", "note", *ROOFLINE]
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,26 @@ def cpu_model() -> str:
     return match.group(1) if match else platform.processor() or platform.machine()
 
 
-def rows(results: Sequence[Result], common: dict[str, object]) -> list[dict[str, object]]:
-    """One row of the CSV per measured comparison; benchmarks/results/README.md has the schema."""
+def results_path(suffix: str = "", machine: str | None = None) -> Path:
+    """The CSV of this machine, named after its processor, or after `machine`: a GPU."""
+    slug = re.sub(r"[^a-z0-9]+", "-", (machine or cpu_model()).lower()).strip("-")
+    return RESULTS / f"{slug}{suffix}.csv"
+
+
+def rows(
+    results: Sequence[Result], common: dict[str, object], ceiling_gb_s: float | None = None
+) -> list[dict[str, object]]:
+    """One row of the CSV per measured comparison; benchmarks/results/README.md has the schema.
+
+    ``ceiling_gb_s`` is `stream.ceiling_gb_s()` of the same run; without it no row has a prediction.
+    """
     ceilings = {
         (r.case.name, r.comparison.pipeline): r.summary.ratio.p50
         for r in results
         if r.summary and r.comparison.reference == "stream_huge"
     }
     return [
-        common | _row(result, result.summary, ceilings)
+        common | _row(result, result.summary, ceilings) | _roofline(result, ceiling_gb_s)
         for result in results
         if result.summary is not None
     ]
@@ -119,20 +133,38 @@ def _row(
     }
 
 
-def table(results: Sequence[Result]) -> str:
-    lines = ["| figure | measured | p20..p80 | target | met? |", "|---|---|---|---|---|"]
+def _roofline(result: Result, ceiling_gb_s: float | None) -> dict[str, object]:
+    assert result.summary is not None
+    bytes_per_param, numel = KINDS[result.comparison.pipeline].bytes_per_param, result.case.numel
+    ms = result.summary.ms.p50
+    row: dict[str, object] = dict.fromkeys(ROOFLINE, "")
+    row["gb_s"] = f"{bytes_per_param * numel / ms / 1e6:.3f}"
+    if ceiling_gb_s is not None:
+        predicted_ms = 1e3 * predict_seconds(bytes_per_param, numel, 1e9 * ceiling_gb_s)
+        row["ceiling_gb_s"] = f"{ceiling_gb_s:.3f}"
+        row["predicted_ms"] = f"{predicted_ms:.4f}"
+        row["measured_over_predicted"] = f"{ms / predicted_ms:.4f}"
+    return row
+
+
+def table(results: Sequence[Result], ceiling_gb_s: float | None = None) -> str:
+    lines = [
+        "| figure | ratio | p20..p80 | measured / predicted | target | met? |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in results:
         target = result.comparison.target
         wanted = "-" if target is None else f">= {target:g}x"
         if result.summary is None:
-            lines.append(f"| {result.label} | not measured: {result.note} | | {wanted} | |")
+            lines.append(f"| {result.label} | not measured: {result.note} | | | {wanted} | |")
             continue
         ratio = result.summary.ratio
         met = "-" if target is None else "yes" if ratio.p50 >= target else "NO"
         mark = "" if result.summary.quiet else " (disturbed)"
+        over = _roofline(result, ceiling_gb_s)["measured_over_predicted"]
         lines.append(
             f"| {result.label} | {ratio.p50:.2f}x{mark} | {ratio.p20:.2f}..{ratio.p80:.2f} "
-            f"| {wanted} | {met} |"
+            f"| {f'{float(str(over)):.2f}' if over else '-'} | {wanted} | {met} |"
         )
     return "\n".join(lines)
 
@@ -153,3 +185,17 @@ def append(
 def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     if path.exists() and path.read_text().split("\n", 1)[0] != ",".join(columns):
         raise SystemExit(f"{path} has other columns than this version writes; use another --out")
+
+
+# Figures that are no times of a step against another's: peak memory, shares, counts.
+FIGURE = ["case", "pipeline", "figure", "unit", "p20", "p50", "p80", "samples", "note"]
+FIGURE_COLUMNS = [*PROVENANCE, *FIGURE]
+
+
+def append_figures(path: Path, figures: Sequence[dict[str, object]]) -> None:
+    """Every row has exactly the keys FIGURE_COLUMNS; a file with another header is refused."""
+    for row in figures:
+        odd = set(FIGURE_COLUMNS) ^ set(row)
+        if odd:
+            raise ValueError(f"a row of figures has too few or too many keys: {sorted(odd)}")
+    append(path, figures, FIGURE_COLUMNS)

@@ -1,4 +1,4 @@
-"""The pipelines that are compared on a GPU, in addition to those of `benchmarks/pipelines.py`.
+"""What ours is compared with, beside torch's optimizers under torch's scaler.
 
 The Megatron-style and DeepSpeed-style ones write out in torch operations what those frameworks do
 on one rank, launches and host syncs included; only their own fused Adam is replaced by torch's.
@@ -7,7 +7,8 @@ on one rank, launches and host syncs included; only their own fused Adam is repl
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,27 +18,23 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from benchmarks.param_sets import GRAD_SCALE, Gradients
 from benchmarks.pipelines import (
     ADAMW,
-    KINDS,
     MAX_GRAD_NORM,
     SGD,
-    Kind,
     Pipeline,
     TorchOpsMasters,
     Unavailable,
-    ours,
     torch_adamw,
 )
 
-TRITON = "_triton"  # at the end of the names of pipelines and kernels of the Triton backend
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one and prints that
+
 EPS = 1e-6  # of torch's clip_grad_norm_; Megatron and DeepSpeed have the same
-BY_BF16_GRADS = 20.0  # tolerances: the clipped gradient was rounded to bf16
-BY_BF16_PARAMS = 500.0  # tolerances: half a move of AdamW, where a param of 0.1 is known to 2e-4
 
 
 class Compiled(Pipeline):
     """Clip and step compiled together; unscaling, and the skip with its sync, are the scaler's."""
 
-    def __init__(self, params: list[Tensor], grads: Gradients) -> None:
+    def __init__(self, params: list[Tensor], grads: Gradients, compiler: str = "inductor") -> None:
         on_gpu = params[0].device.type == "cuda"
         super().__init__(params, grads, torch_adamw(foreach=True, capturable=on_gpu))
         plain_step = self.optimizer.step
@@ -46,9 +43,7 @@ class Compiled(Pipeline):
             torch.nn.utils.clip_grad_norm_(self.params, MAX_GRAD_NORM)
             plain_step()
 
-        # Without a GPU only what Dynamo does is of interest, not minutes of C++ compiler.
-        backend = "inductor" if on_gpu else "eager"
-        self.optimizer.step = torch.compile(clip_and_step, backend=backend)
+        self.optimizer.step = torch.compile(clip_and_step, backend=compiler)
 
     def step(self) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -119,7 +114,18 @@ class DeepSpeedFp16(Pipeline):
         return list(_unflatten_dense_tensors(flat, self.params))
 
 
-class ClipThenLibraryStep(Pipeline):
+class Library(Pipeline):
+    """A library's optimizer under torch's scaler and clipping."""
+
+    module = ""
+
+    def describe(self) -> str:
+        package = self.module.split(".")[0]
+        version = getattr(importlib.import_module(package), "__version__", "of unknown version")
+        return f"{package} {version}"
+
+
+class ClipThenLibraryStep(Library):
     """Norm and scale of the bf16 gradients as Megatron clips them, then a library's optimizer."""
 
     @torch.no_grad()
@@ -139,100 +145,36 @@ class ClipThenLibraryStep(Pipeline):
         return [states[param].get("master_param", param) for param in self.params]
 
 
-def _library(
-    module: str, name: str, **options: Any
+def library(
+    driver: type[Library], module: str, name: str, **options: Any
 ) -> Callable[[list[Tensor], Gradients], Pipeline]:
+    """Builds the optimizer ``name`` of ``module`` with ``options``, stepped as ``driver`` does."""
+
     def build(params: list[Tensor], grads: Gradients) -> Pipeline:
         try:
             optimizer = getattr(importlib.import_module(module), name)
-            return ClipThenLibraryStep(params, grads, lambda p: optimizer(p, **ADAMW, **options))
+            pipeline = driver(params, grads, lambda p: optimizer(p, **ADAMW, **options))
         except Exception as error:  # compiled extensions fail to load in many ways
-            raise Unavailable(f"{type(error).__name__}: {error}") from error
+            raise Unavailable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        pipeline.module = module
+        return pipeline
 
     return build
 
 
-def _torch_sgd(**flags: Any) -> Callable[[list[Tensor]], Any]:
-    return lambda params: torch.optim.SGD(params, **SGD, **flags)
+def deepspeed_cpu(params: list[Tensor], grads: Gradients) -> Pipeline:
+    """It compiles itself at the first use, for about a minute."""
+    return library(Library, "deepspeed.ops.adam", "DeepSpeedCPUAdam", adamw_mode=True)(
+        params, grads
+    )
 
 
-def _ours_on(backend: str, suffix: str, label: str) -> dict[str, Kind]:
-    """Ours reads a half param that it writes, to follow what others wrote to it: 32 bytes."""
-    adamw: dict[str, Any] = {**ADAMW, "backend": backend}
-    sgd: dict[str, Any] = {**SGD, "decoupled_weight_decay": False, "backend": backend}
-    build = _where_available(backend, ours("FusedAdamW", **adamw))
-    return {
-        f"fusedopt_adamw{suffix}": Kind(label, 32, build),
-        f"fusedopt_adamw_fp16{suffix}": Kind(label, 32, build),
-        f"fusedopt_adamw_bf16{suffix}": Kind(label, 32, build),
-        f"fusedopt_sgd{suffix}": Kind(
-            label, 24, _where_available(backend, ours("FusedSGD", **sgd))
-        ),
-    }
+def torch_sgd(**flags: Any) -> Callable[[list[Tensor], Gradients], Pipeline]:
+    def build(params: list[Tensor], grads: Gradients) -> Pipeline:
+        half = any(param.dtype in (torch.float16, torch.bfloat16) for param in params)
+        if half and flags.get("fused") and params[0].device.type == "cpu":
+            # torch 2.13's leaves blocks of half params without their update.
+            raise ValueError("torch's fused SGD on the CPU is wrong for fp16 and bf16 params")
+        return Pipeline(params, grads, lambda p: torch.optim.SGD(p, **SGD, **flags))
 
-
-def _where_available(
-    backend: str, build: Callable[[list[Tensor], Gradients], Pipeline]
-) -> Callable[[list[Tensor], Gradients], Pipeline]:
-    """Triton may be missing, as a library may; without the CUDA module there is nothing to time."""
-
-    def checked(params: list[Tensor], grads: Gradients) -> Pipeline:
-        if backend == "triton":
-            reason = importlib.import_module("fusedopt.backends.triton").unavailable_reason()
-            if reason is not None:
-                raise Unavailable(reason)
-        return build(params, grads)
-
-    return checked
-
-
-def gpu_kinds(backends: Mapping[str, str]) -> dict[str, Kind]:
-    """All pipelines by name, ours on what serves as the backends `cuda` and `triton`."""
-    adamw: dict[str, Any] = {**ADAMW, "backend": backends["cuda"]}
-    half_stock = ours("FusedAdamW", stock_scaler=True, **adamw)
-    te, apex = "transformer_engine.pytorch.optimizers", "apex.optimizers"
-    return {
-        **_ours_on(backends["cuda"], "", "fusedopt"),
-        **_ours_on(backends["triton"], TRITON, "fusedopt, Triton"),
-        "fusedopt_adamw_stock_scaler": Kind("fusedopt, torch's scaler", 40, half_stock),
-        "fusedopt_adamw_fp16_stock_scaler": Kind("fusedopt, torch's scaler", 36, half_stock),
-        **{name: KINDS[name] for name in ("adamw_fused", "adamw_foreach", "adamw_bf16_torch_ops")},
-        "adamw_compiled": Kind("torch.compile", 44, Compiled),
-        "sgd_fused": Kind(
-            "torch fused=True", 40, lambda p, g: Pipeline(p, g, _torch_sgd(fused=True))
-        ),
-        "sgd_foreach": Kind(
-            "torch foreach=True", 64, lambda p, g: Pipeline(p, g, _torch_sgd(foreach=True))
-        ),
-        "megatron_fp16": Kind("Megatron-style", 60, MegatronFp16),
-        "deepspeed_fp16": Kind("DeepSpeed-style", 70, DeepSpeedFp16),
-        "te_fused_adam": Kind(
-            "TransformerEngine FusedAdam",
-            34,
-            _library(te, "FusedAdam", adam_w_mode=True, master_weights=True),
-            BY_BF16_GRADS,
-        ),
-        "apex_fused_adam": Kind(
-            "Apex FusedAdam",
-            34,
-            _library(apex, "FusedAdam", adam_w_mode=True, capturable=True, master_weights=True),
-            BY_BF16_GRADS,
-        ),
-        "flashoptim_adamw": Kind(
-            "FlashOptim", 18, _library("flashoptim", "FlashAdamW"), BY_BF16_PARAMS
-        ),
-        "bitsandbytes_adamw8bit": Kind(
-            "bitsandbytes 8-bit", 16, _library("bitsandbytes.optim", "AdamW8bit"), BY_BF16_PARAMS
-        ),
-    }
-
-
-def unavailable_libraries() -> dict[str, str]:
-    """The libraries that are compared where they import, and why each does not."""
-    reasons = {}
-    for module in ("transformer_engine.pytorch", "apex", "flashoptim", "bitsandbytes"):
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            reasons[module] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return reasons
+    return build

@@ -21,7 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Sampler, spread
+
 BYTES_PER_PARAM = 32
+CEILING_NUMEL = 64_000_000  # 1 GB of arrays: well above any cache
+QUICK_CEILING_NUMEL = 16_000_000
 _HUGE_PAGE = 2 << 20
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
@@ -116,7 +120,8 @@ def _huge_page_bytes() -> int:
 class Stream:
     """Has the interface of a pipeline as far as timing needs it; it computes no optimizer step."""
 
-    def __init__(self, numel: int, *, huge: bool) -> None:
+    def __init__(self, numel: int, *, huge: bool, threads: int | None = None) -> None:
+        self._threads = threads  # None: as many as torch uses
         self._param = torch.zeros(numel)
         self._grad = torch.ones(numel)
         before = _huge_page_bytes()
@@ -139,7 +144,8 @@ class Stream:
             return
         arrays = (self._grad, self._param, *self._states)
         pointers = [array.data_ptr() for array in arrays]
-        self._function(*pointers, self._param.numel(), torch.get_num_threads())
+        threads = self._threads or torch.get_num_threads()
+        self._function(*pointers, self._param.numel(), threads)
 
     def _step_in_torch(self) -> None:
         """The same bytes in four sweeps."""
@@ -157,3 +163,23 @@ LABELS = {
     "stream_huge": "a stream, states in huge pages",
     "stream_4k": "a stream, states in 4 KB pages",
 }
+
+
+def is_ceiling() -> bool:
+    """Whether a stream is the C++ one: torch operations are no ceiling."""
+    return _compiled() is not None
+
+
+def ceiling_gb_s(numel: int = CEILING_NUMEL, rounds: int = 7) -> float | None:
+    """Bytes/s, in GB, that memory gives to a step's accesses: the denominator for this run's rows.
+
+    The median of ``rounds`` passes of `stream_huge` on as many threads as torch uses, disturbed
+    ones left out while others remain. None without a compiler: torch operations are no ceiling.
+    """
+    if _compiled() is None:
+        return None
+    take = Sampler(Stream(numel, huge=True))
+    samples = [take() for _ in range(rounds)]
+    clean = [sample for sample in samples if not sample.disturbed]
+    seconds = spread([sample.seconds for sample in clean or samples]).p50
+    return BYTES_PER_PARAM * numel / seconds / 1e9

@@ -100,6 +100,10 @@ class Trial:
     def ratio(self) -> float:
         return self.reference_seconds / self.seconds
 
+    def swapped(self) -> Trial:
+        """The reference against the candidate."""
+        return Trial(self.reference_seconds, self.seconds, self.disturbed)
+
 
 def timed_step(pipeline: Steppable) -> float:
     pipeline.prepare()

@@ -18,6 +18,10 @@
 
 namespace fusedopt {
 
+enum class Rule : int32_t { kAdamW = 0, kSGD = 1 };
+
+constexpr int kOptionsBytes = 64;  // of a group, for every rule; packed by Python
+
 enum class Decay { kNone, kCoupled, kDecoupled };
 
 // What a rule gets as its gradient.
@@ -52,6 +56,7 @@ struct AdamW {
     double lr, weight_decay, beta1, beta2, eps;
     int64_t decoupled, maximize, amsgrad;
   };
+  static_assert(sizeof(Options) == kOptionsBytes, "mirrored by fusedopt/adamw.py");
 
   struct RowScalars {
     float step_size, eps;  // both times sqrt(bias_correction2)
@@ -119,6 +124,7 @@ struct SGD {
     double lr, weight_decay, momentum, dampening;
     int64_t decoupled, maximize, nesterov, reserved;
   };
+  static_assert(sizeof(Options) == kOptionsBytes, "mirrored by fusedopt/sgd.py");
 
   struct RowScalars {
     float momentum, grad_weight;

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUT = Path(__file__).with_name("out")
@@ -25,6 +26,9 @@ def argument_parser(description: str, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--device", type=torch.device, default=device)
     parser.add_argument("--backend", help="fusedopt's backend, such as cpu or reference")
+    parser.add_argument(
+        "--baseline", choices=("fused", "foreach"), default="fused", help="torch's implementation"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT, help="for plot and checkpoint")
     return parser
@@ -34,14 +38,14 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error(f"--steps must be at least 2, got {args.steps}: the checkpoint needs a middle")
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.device.type == "cuda":
-        make_cuda_repeatable()
     return args
 
 
-def make_cuda_repeatable() -> None:
-    """Continuing from a checkpoint to the same bits needs kernels that repeat theirs."""
+def prepare(args: argparse.Namespace) -> None:
+    """A folder to write to; on a GPU kernels that repeat their bits, as resuming needs."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.device.type != "cuda":
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # It would fill every new tensor with NaN, which costs time and buys nothing here.
@@ -49,22 +53,29 @@ def make_cuda_repeatable() -> None:
 
 
 class Stopwatch:
-    """``with stopwatch:`` adds one time in milliseconds to ``times``; waits for the GPU."""
+    """``with stopwatch:`` adds one time in milliseconds to ``times``; waits for the GPU.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    A trace of torch.profiler shows it as a range called ``name``.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
         self.times: list[float] = []
 
-    def _now(self) -> float:
+    def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() * 1e3
 
     def __enter__(self) -> None:
-        self.start = self._now()
+        self._wait()
+        self.range = record_function(self.name)
+        self.range.__enter__()
+        self.start = time.perf_counter()
 
     def __exit__(self, *error: object) -> None:
-        self.times.append(self._now() - self.start)
+        self._wait()
+        self.times.append(1e3 * (time.perf_counter() - self.start))
+        self.range.__exit__(*error)
 
     @property
     def median(self) -> float:

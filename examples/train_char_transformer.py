@@ -1,9 +1,9 @@
 """Train a character-level transformer of 10.7M parameters on Python's own reference manual.
 
-Twice from the same seed: with torch.optim's fused optimizer and with fusedopt. The model is
-in the type that --dtype names. With bf16 and fp16 the weights are kept in fp32 as well
-("masters"), and updated there: fusedopt does so by itself, for torch.optim the class
-TorchTraining below does it. With fp16 a GradScaler scales the loss.
+Twice from the same seed: with torch.optim and with fusedopt. The model is in the type that
+--dtype names. With bf16 and fp16 the weights are kept in fp32 as well ("masters"), and updated
+there: fusedopt does so by itself, for torch.optim the class TorchTraining below does it. With
+fp16 a GradScaler scales the loss.
 """
 
 from __future__ import annotations
@@ -24,35 +24,38 @@ from common import (
     differences,
     parse,
     plot_runs,
+    prepare,
     print_table,
     report_resume,
 )
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 from tqdm import trange
 
 import fusedopt
 
 CONTEXT = 32
-BATCH = 4
 MAX_GRAD_NORM = 1.0
 
 
 class Text:
     """The manual as a tensor of character numbers."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         text = "\n".join(topics[name] for name in sorted(topics))
         self.alphabet = sorted(set(text))
         numbers = {character: number for number, character in enumerate(self.alphabet)}
-        self.data = torch.tensor([numbers[character] for character in text], device=device)
-        self.seed = seed
+        self.data = torch.tensor([numbers[character] for character in text])
+        self.data = self.data.to(args.device)
+        self.seed, self.batch_size = args.seed, args.batch
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pieces of the text, and the same moved on by one character; a function of the step's
         number, so a run that continues from a checkpoint sees what the first one saw."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
-        starts = torch.randint(len(self.data) - CONTEXT, (BATCH, 1), generator=generator)
+        shape = (self.batch_size, 1)
+        starts = torch.randint(len(self.data) - CONTEXT, shape, generator=generator)
         pieces = self.data[(starts + torch.arange(CONTEXT + 1)).to(self.data.device)]
         return pieces[:, :-1], pieces[:, 1:]
 
@@ -99,7 +102,7 @@ class Training(ABC):
     scaler_class: type[torch.amp.GradScaler]
 
     def __init__(self, args: argparse.Namespace, text: Text) -> None:
-        self.device = args.device
+        self.text, self.device = text, args.device
         torch.manual_seed(args.seed)
         self.model = Transformer(len(text.alphabet), args.width, args.layers)
         self.model.to(args.device, DTYPES[args.dtype])
@@ -113,7 +116,8 @@ class Training(ABC):
         self.scaler = self.scaler_class(args.device.type, enabled=args.dtype == "fp16")
         self.steps = 0
         self.losses: list[float] = []
-        self.watch, self.whole_watch = Stopwatch(args.device), Stopwatch(args.device)
+        self.watch = Stopwatch("optimizer", args.device)
+        self.whole_watch = Stopwatch("iteration", args.device)
 
     @abstractmethod
     def make_optimizer(self, groups: list[dict[str, Any]], args: argparse.Namespace) -> Any:
@@ -123,11 +127,13 @@ class Training(ABC):
     def update(self) -> torch.Tensor:
         """Unscale, clip and step; return the norm of the gradients."""
 
-    def step(self, text: Text) -> None:
+    def step(self) -> None:
         with self.whole_watch:
-            inputs, targets = text.batch(self.steps)
-            loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
-            self.scaler.scale(loss).backward()
+            inputs, targets = self.text.batch(self.steps)
+            with record_function("forward"):
+                loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+            with record_function("backward"):
+                self.scaler.scale(loss).backward()
             with self.watch:
                 self.grad_norm = self.update()
             self.model.zero_grad()
@@ -165,12 +171,16 @@ class FusedTraining(Training):
 
 
 class TorchTraining(Training):
-    """The same in torch's own operations, the fastest it has."""
+    """The same in torch's own operations; fused=True is the fastest it has."""
 
-    name = "torch.optim, fused"
     scaler_class = torch.amp.GradScaler
 
+    def __init__(self, args: argparse.Namespace, text: Text) -> None:
+        self.name = f"torch.optim, {args.baseline}"
+        super().__init__(args, text)
+
     def make_optimizer(self, groups: list[dict[str, Any]], args: argparse.Namespace) -> Any:
+        baseline: dict[str, Any] = {args.baseline: True}
         self.params = [param for group in groups for param in group["params"]]
         self.masters = self.params
         if args.dtype != "fp32":
@@ -179,8 +189,8 @@ class TorchTraining(Training):
             for group in groups:
                 group["params"] = [next(masters) for _ in group["params"]]
         if args.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
-        return torch.optim.AdamW(groups, lr=1e-3, fused=True)
+            return torch.optim.SGD(groups, lr=0.1, momentum=0.9, **baseline)
+        return torch.optim.AdamW(groups, lr=1e-3, **baseline)
 
     @torch.no_grad()
     def update(self) -> torch.Tensor:
@@ -200,7 +210,8 @@ def print_results(runs: Sequence[Training]) -> None:
     rows = []
     for run in runs:
         step, whole = run.watch.median, run.whole_watch.median
-        loss, speed = statistics.fmean(run.losses[-10:]), BATCH * CONTEXT / whole * 1e3
+        loss = statistics.fmean(run.losses[-10:])
+        speed = run.text.batch_size * CONTEXT / whole * 1e3
         cells = (f"{loss:.4f}", f"{run.grad_norm.item():.4f}", f"{speed:.0f}", f"{whole:.1f}")
         share, ratio = f"{step / whole:.1%}", f"{runs[0].watch.median / step:.2f}x"
         rows.append((run.name, *cells, f"{step:.2f}", share, ratio))
@@ -214,14 +225,19 @@ def print_results(runs: Sequence[Training]) -> None:
     print("memory:", ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in kept if size > 1e5))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__.splitlines()[0], steps=80)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model's weights")
+    parser.add_argument("--batch", type=int, default=4, help=f"pieces of {CONTEXT} characters")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
-    args = parse(parser, argv)
+    return parse(parser, argv)
 
-    text = Text(args.seed, args.device)
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    prepare(args)
+    text = Text(args)
     runs: list[Training] = [TorchTraining(args, text), FusedTraining(args, text)]
     ours = runs[1]
     size = sum(param.numel() for param in ours.model.parameters())
@@ -231,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bar = trange(args.steps, desc="characters, 2 runs", unit="step")
     for _ in bar:
         for run in runs:  # in turn, so that whatever disturbs the clock disturbs both
-            run.step(text)
+            run.step()
         if ours.steps == saved_at:
             torch.save(ours.state_dict(), checkpoint)
         bar.set_postfix(loss=f"{ours.losses[-1]:.3f}")
@@ -245,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     resumed = FusedTraining(args, text)
     resumed.load_state_dict(torch.load(checkpoint, weights_only=True, map_location=args.device))
     while resumed.steps < args.steps:
-        resumed.step(text)
+        resumed.step()
     found = list(differences(ours.state_dict(), resumed.state_dict()))
     return report_resume(found, checkpoint, saved_at, args.steps)
 

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare
+import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import compare  # noqa: E402
+
 OLD, NEW = "a" * 40, "b" * 40
 
 
@@ -22,6 +26,8 @@ def row(commit: str, ratio: tuple[float, float, float], **changes: str) -> dict[
         "machine": "a machine",
         "threads": "2",
         "case": "adamw-tiny",
+        "params": "8000",
+        "dtype": "float32",
         "pipeline": "fusedopt_adamw",
         "reference": "adamw_fused",
         "grads": "new",
@@ -71,6 +77,44 @@ def test_the_latest_row_counts_and_other_figures_are_not_compared(tmp_path: Path
     write(tmp_path / "m.csv", rows)
     (change,) = compare.changes(compare.read(OLD, tmp_path), compare.read(NEW, tmp_path))
     assert (change.old.p50, change.new.p50) == (3, 2)
+
+
+def test_rows_without_a_ratio_and_new_columns_do_no_harm(tmp_path: Path) -> None:
+    stream = row(OLD, (5, 5, 5), pipeline="fusedopt:update", reference="stream_read", grads="")
+    host = row(OLD, (1, 1, 1)) | dict.fromkeys(("ratio_p20", "ratio_p50", "ratio_p80"), "")
+    rows = [row(OLD, (2, 2, 2)), stream, host | {"timestamp": "2026-02-01"}]
+    write(tmp_path / "old.csv", rows)
+    write(tmp_path / "new.csv", [one | {"gb_s": "7", "predicted_ms": ""} for one in rows])
+    found = compare.changes(*(compare.read(str(tmp_path / f"{n}.csv")) for n in ("old", "new")))
+    assert [(c.key[5], c.new.p50) for c in found] == [("fusedopt:update", 5), ("fusedopt_adamw", 2)]
+
+
+def test_sizes_and_dtypes_are_kept_apart(tmp_path: Path) -> None:
+    rows = [
+        row(OLD, (r, r, r), params=params, dtype=dtype)
+        for r, params, dtype in ((1, "8", "float32"), (2, "9", "float32"), (3, "9", "bfloat16"))
+    ]
+    write(tmp_path / "m.csv", rows)
+    assert sorted(figure.p50 for figure in compare.read(OLD, tmp_path).values()) == [1, 2, 3]
+
+
+def test_machines_are_not_compared(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    write(old, [row(OLD, (2, 2, 2), machine="an EPYC")])
+    write(new, [row(OLD, (2, 2, 2), machine="a Xeon")])
+    with pytest.raises(SystemExit, match="machine is an EPYC in OLD and a Xeon in NEW"):
+        compare.main([str(old), str(new)])
+    write(new, [row(OLD, (2, 2, 2), machine="an EPYC", case="another")])
+    with pytest.raises(SystemExit, match="case is adamw-tiny in OLD and another in NEW"):
+        compare.main([str(old), str(new)])
+
+
+def test_a_csv_of_other_figures_says_so(tmp_path: Path) -> None:
+    write(tmp_path / "memory.csv", [{"commit": OLD, "figure": "peak", "p50": "7"}])
+    with pytest.raises(SystemExit, match="no row with a ratio"):
+        compare.read(str(tmp_path / "memory.csv"))
+    write(tmp_path / "times.csv", [row(OLD, (2, 2, 2))])
+    assert len(compare.read(OLD, tmp_path)) == 1
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,10 +1,16 @@
-"""What README and docs claim: their code runs, their figures stand in a results row, links lead
-somewhere."""
+"""What README and docs claim: their code runs, their commands, files and links exist.
+
+Figures: tests/test_figures.py. Messages: tests/test_troubleshooting.py. The worked example of an
+optimizer: tests/test_worked_example.py.
+"""
 
 from __future__ import annotations
 
-import csv
+import functools
+import importlib
+import itertools
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +18,34 @@ from typing import Any
 import pytest
 import torch
 
+import fusedopt
+
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "benchmarks/results/README.md")
+DOCUMENTS = [
+    *(ROOT / name for name in TOP if (ROOT / name).is_file()),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DIFF = re.compile(r"^```diff\n.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+FOLDERS = ("tests", "benchmarks", "fusedopt", "csrc", "docs", "examples", ".ci", ".github")
+PATH = re.compile(rf"(?<![\w./<>-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./{{}},*<>…-]*")
+COMMAND = re.compile(r"python -m (benchmarks|fusedopt)(?:\.([\w.]+))?((?: [^\s`#]+)*)")
 
-# A measured figure, as all are written: median, then p20 and p80 of the same samples.
-FIGURE = re.compile(r"(\d+\.\d+)x? \[(\d+\.\d+)\u2013(\d+\.\d+)\]")
-CLAIM = re.compile(r"\*\*(\d+\.\d+)x\*\*")
+# Named by a page and not in a checkout: made by the build, or by the worked example.
+MADE = {"fusedopt/_build_config.py", "fusedopt/lion.py", "examples/out"}
 
-DOCUMENTS_OF_THE_CHECKOUT = pytest.mark.skipif(
-    not (ROOT / "docs").is_dir(), reason="the documents are not here"
-)
-pytestmark = DOCUMENTS_OF_THE_CHECKOUT
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents are not here"),
+    pytest.mark.filterwarnings("ignore::fusedopt.FusedOptFallbackWarning"),
+]
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+
+
+# ---- code ----------------------------------------------------------------------------------------
 
 
 def blocks() -> Iterator[Any]:
@@ -44,66 +64,148 @@ def given_names() -> dict[str, Any]:
         "next_batch": lambda: batches[0],
         "next_lr": lambda: 1e-3,
         "loss_fn": torch.nn.functional.mse_loss,
+        "torch": torch,
+        "fusedopt": fusedopt,
     }
 
 
 @pytest.mark.parametrize("code", list(blocks()))
 def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    compiled = compile(code, "document", "exec")
-    if '"cuda"' in code and not torch.cuda.is_available():
-        return  # that it is Python is all that can be said here
-    namespace = given_names()
-    exec("import torch\nimport fusedopt", namespace)
-    exec(compiled, namespace)
+    if not torch.cuda.is_available():
+        if "torch.cuda." in code:
+            compile(code, "document", "exec")
+            return  # that it is Python is all that can be said here
+        code = code.replace('"cuda"', '"cpu"')
+    exec(compile(code, "document", "exec"), given_names())
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_there_is_code() -> None:
+    assert len(list(blocks())) >= 15
+
+
+# ---- what is named -------------------------------------------------------------------------------
+
+
+@every_document
 def test_links_lead_somewhere(path: Path) -> None:
     broken = [link for link in LINK.findall(path.read_text()) if not (path.parent / link).exists()]
     assert not broken
 
 
-def measured() -> dict[tuple[str, str, str], list[dict[str, str]]]:
-    """Rows by their figures as a document rounds them: of the ratio, and of the ceiling."""
-    found: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for path in (ROOT / "benchmarks" / "results").glob("*.csv"):
-        with path.open() as file:
-            for row in csv.DictReader(file):
-                triple = tuple(
-                    f"{float(row[f'ratio_{p}'] or 'nan'):.2f}" for p in ("p50", "p20", "p80")
-                )
-                found.setdefault(triple, []).append(row)  # type: ignore[arg-type]
-    return found
+def spelled_out(path: str) -> list[str]:
+    """``a_{b,c}.py`` is two files."""
+    parts = re.split(r"\{([^}]*)\}", path)
+    choices = [part.split(",") if index % 2 else [part] for index, part in enumerate(parts)]
+    return ["".join(words) for words in itertools.product(*choices)]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
-def test_figures_stand_in_results(path: Path) -> None:
-    text, rows = path.read_text(), measured()
-    for figure in FIGURE.findall(text):
-        assert figure in rows, f"no row of benchmarks/results has {figure}"
-        commits = {row["commit"][:7] for row in rows[figure] if row["dirty"] == "0"}
-        assert any(commit in text for commit in commits), (
-            f"{figure} was measured at {sorted(commits)}, which the document does not name"
-        )
+@every_document
+def test_files_exist(path: Path) -> None:
+    text = DIFF.sub("", path.read_text())
+    text = re.sub(r"\]\([^)]*\)", "]", text)  # links have a test of their own
+    named = {name.rstrip(".,") for name in PATH.findall(text)}
+    files = [f for name in named if not {"<", "…"} & set(name) for f in spelled_out(name)]
+    missing = [f for f in files if f.rstrip("/") not in MADE and not list(ROOT.glob(f.rstrip("/")))]
+    assert sorted(missing) == []
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
-def test_claims_repeat_a_figure(path: Path) -> None:
-    text = path.read_text()
-    medians = {figure[0] for figure in FIGURE.findall(text)}
-    assert set(CLAIM.findall(text)) <= medians
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tool's table of commands, wherever the package under test was imported from."""
+    if not (ROOT / "benchmarks").is_dir():
+        pytest.skip("the benchmarks are not here")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
+    return importlib.import_module("benchmarks.__main__")
 
 
-def test_messages_are_ours() -> None:
-    """The words by which troubleshooting.md is searched stand in an error that we raise."""
-    sources = (path.read_text() for path in (ROOT / "fusedopt").rglob("*.py"))
-    text = "\n".join(sources)
-    messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
-    assert len(messages) > 10
-    assert [message for message in messages if message not in text] == []
+@every_document
+def test_commands_exist(path: Path, benchmarks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every ``python -m benchmarks COMMAND --flag``, and the modules behind ``python -m``."""
+    for package, module, words in COMMAND.findall(path.read_text()):
+        if module:
+            assert (ROOT / package / f"{module.replace('.', '/')}.py").is_file(), module
+        elif package == "benchmarks" and words:
+            command, *flags = words.split()
+            if command.isupper() or "…" in command:
+                continue
+            assert command in benchmarks.COMMANDS, f"python -m benchmarks {command}"
+            with pytest.raises(SystemExit) as ended:
+                benchmarks.main([command, "--help"])
+            assert ended.value.code == 0
+            told = capsys.readouterr().out
+            unknown = [flag for flag in flags if flag.startswith("--") and flag not in told]
+            assert not unknown, f"python -m benchmarks {command}"
 
 
-def test_there_are_figures_and_code() -> None:
-    assert len(list(blocks())) >= 3
-    assert len(FIGURE.findall((ROOT / "README.md").read_text())) >= 10
+@every_document
+def test_scripts_exist(path: Path) -> None:
+    """What a ``bash`` block runs by its path."""
+    for block in COMMANDS.findall(path.read_text()):
+        for script in re.findall(r"(?:python|bash) ([\w./]+\.(?:py|sh))", block):
+            assert (ROOT / script).is_file(), script
+
+
+@every_document
+def test_extras_exist(path: Path) -> None:
+    """``pip install '.[test]'``"""
+    project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    extras = set(re.findall(r"^(\w+) = \[", project.partition("\n[")[0], re.MULTILINE))
+    named = {
+        name
+        for found in re.findall(r"\.\[([\w,]+)\]", path.read_text())
+        for name in found.split(",")
+    }
+    assert named <= extras
+
+
+@functools.cache
+def variables_of_the_sources() -> set[str]:
+    folders = [ROOT / name for name in ("fusedopt", "tests", "benchmarks", ".ci", "csrc")]
+    files = [file for folder in folders for file in folder.rglob("*")] + list(ROOT.glob("*.py"))
+    texts = (f.read_text() for f in files if f.suffix in ("", ".py", ".sh", ".h") and f.is_file())
+    return {name for text in texts for name in re.findall(r"\bFUSEDOPT_[A-Z_]+\b", text)}
+
+
+@every_document
+def test_variables_exist(path: Path) -> None:
+    """Environment variables are read somewhere."""
+    named = set(re.findall(r"\bFUSEDOPT_[A-Z_]+\b", path.read_text()))
+    assert named <= variables_of_the_sources()
+
+
+@every_document
+def test_names_of_the_package_exist(path: Path) -> None:
+    """``fusedopt.something`` in inline code."""
+    named = set(re.findall(r"`fusedopt\.(\w+)[`(.]", path.read_text()))
+    modules = {file.stem for file in Path(fusedopt.__file__).parent.iterdir()}
+    assert {name for name in named if not hasattr(fusedopt, name) and name not in modules} == set()
+
+
+# ---- promises ------------------------------------------------------------------------------------
+
+
+def functions_named(text: str) -> Iterator[tuple[str, str]]:
+    """``tests/test_x.py::test_y``, and after it ``::test_z`` of the same file."""
+    file = ""
+    for match in re.finditer(r"`(tests/[\w.]+\.py)?(?:::(\w+))?`", text):
+        file = match[1] or file
+        if match[2]:
+            yield file, match[2]
+
+
+@every_document
+def test_tests_exist(path: Path) -> None:
+    named = list(functions_named(path.read_text()))
+    sources = {file: (ROOT / file).read_text() for file, _ in named}
+    assert [pair for pair in named if f"def {pair[1]}(" not in sources[pair[0]]] == []
+
+
+@pytest.mark.parametrize("name", ["numerics.md", "cuda.md", "adding_an_optimizer.md"])
+def test_promises_name_their_tests(name: str) -> None:
+    """Each line of a table of promises names a test, or a tool that is run."""
+    text = (ROOT / "docs" / name).read_text()
+    table = text[text.index("| promise |") :].partition("\n\n")[0]
+    lines = table.splitlines()[2:]
+    assert len(lines) >= 7
+    assert [line for line in lines if "`" not in line.partition("|")[2].partition("|")[2]] == []

@@ -80,11 +80,18 @@ def assert_png(path: Path) -> None:
     assert pixels[..., :3].std() > 0.05  # not an empty sheet
 
 
+def assert_shares(rows: Table) -> None:
+    assert rows[0]["ratio"] == "1.00x"
+    for row in rows:
+        optimizer, whole = float(row["optimizer ms"]), float(row["iteration ms"])
+        assert 0 < optimizer < whole
+        assert float(row["share"].rstrip("%")) == pytest.approx(100 * optimizer / whole, abs=1)
+
+
 def check_digits(output: str, out: Path, tolerance: float) -> None:
     rows = table(output)
-    torch_row, stock, ours = rows
-    assert torch_row["ratio"] == "1.00x"
-    assert all(float(row["optimizer ms"]) > 0 for row in rows)
+    _, stock, ours = rows
+    assert_shares(rows)
     assert_close(rows, "loss", tolerance)
     assert_close(rows, "grad norm", tolerance)
     assert {row["skipped"] for row in rows} == {"0"}
@@ -111,13 +118,17 @@ def test_digits_from_the_command_line(tmp_path: Path) -> None:
         ("fp32", []),
         ("fp32", ["--optimizer", "sgd"]),
         ("fp32", ["--backend", "reference", "--seed", "3"]),
+        ("fp32", ["--baseline", "foreach"]),
         ("fp16", ["--steps", "3"]),  # fp16 convolutions are slow on a CPU
     ],
 )
 def test_digits_options(load, dtype, options, tmp_path, capsys) -> None:
     argv = ["--steps", "6", "--device", "cpu", "--out", str(tmp_path), "--dtype", dtype]
     assert load("train_digits").main([*argv, *options]) == 0
-    check_digits(capsys.readouterr().out, tmp_path, TOLERANCE[dtype])
+    printed = capsys.readouterr().out
+    check_digits(printed, tmp_path, TOLERANCE[dtype])
+    baseline = "foreach" if "--baseline" in options else "fused"
+    assert table(printed)[0]["run"] == f"torch.optim, {baseline}"
     saved = torch.load(tmp_path / "digits.pt", weights_only=True)
     for group in saved["optimizer"]["param_groups"]:  # the same mathematics as torch's
         assert group["decoupled_weight_decay"] is ("sgd" not in options)
@@ -167,18 +178,15 @@ def test_digits_notice_what_a_checkpoint_forgot(load, tmp_path, capsys, monkeypa
     assert "NOT identical" in capsys.readouterr().out
 
 
-def check_characters(output: str, out: Path, tolerance: float) -> None:
+def check_characters(output: str, out: Path, tolerance: float, batch: int = 4) -> None:
     rows = table(output)
-    stock, ours = rows
-    assert stock["ratio"] == "1.00x"
+    assert_shares(rows)
     assert_close(rows, "loss", tolerance)
     assert_close(rows, "grad norm", tolerance)
     for row in rows:
-        optimizer, whole = float(row["optimizer ms"]), float(row["iteration ms"])
-        assert 0 < optimizer < whole
-        assert float(row["share"].rstrip("%")) == pytest.approx(100 * optimizer / whole, abs=1)
-        assert float(row["tokens/s"]) == pytest.approx(128e3 / whole, rel=0.05)
-    assert float(ours["loss"]) < 6.0
+        per_ms = float(row["tokens/s"]) / 1e3
+        assert per_ms == pytest.approx(32 * batch / float(row["iteration ms"]), rel=0.05)
+    assert float(rows[-1]["loss"]) < 6.0
     assert "identical to the last bit" in output
     assert_png(out / "char_transformer.png")
 
@@ -201,6 +209,19 @@ def test_characters_options(load, optimizer, dtype, tmp_path, capsys) -> None:
     saved = torch.load(tmp_path / "char_transformer.pt", weights_only=True)
     has_masters = ["master_param" in state for state in saved["optimizer"]["state"].values()]
     assert set(has_masters) == {dtype != "fp32"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_characters_baseline_and_batch(load, optimizer, tmp_path, capsys) -> None:
+    argv = ["--steps", "4", "--device", "cpu", "--out", str(tmp_path), *SMALL]
+    argv += ["--optimizer", optimizer, "--baseline", "foreach", "--batch", "2"]
+    example = load("train_char_transformer")
+    assert example.main(argv) == 0
+    inputs, targets = example.Text(example.parse_arguments(argv)).batch(0)
+    assert inputs.shape == targets.shape == (2, example.CONTEXT)
+    printed = capsys.readouterr().out
+    check_characters(printed, tmp_path, TOLERANCE["fp32"], batch=2)
+    assert table(printed)[0]["run"] == "torch.optim, foreach"
 
 
 def test_one_step_is_refused(load, tmp_path, capsys) -> None:

@@ -18,11 +18,10 @@ pytest.importorskip("numpy")
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import host_time, param_sets, rivals  # noqa: E402
+from benchmarks import host_time, kernels, param_sets, registry, verbs  # noqa: E402
 from benchmarks.gpu import (  # noqa: E402
     cases as gpu_cases,
     first_step as gpu_first_step,
-    kernels as gpu_kernels,
     machine as gpu_machine,
     measure as gpu_measure,
     report as gpu_report,
@@ -39,10 +38,11 @@ HEADER = (
     "host_us_p20,host_us_p50,host_us_p80,gpu_ratio_p20,gpu_ratio_p50,gpu_ratio_p80,"
     "wall_ratio_p20,wall_ratio_p50,wall_ratio_p80,"
     "gb_s,copy_gb_s,copy_fraction,dram_bytes_per_param,"
-    "predicted_gpu_ms,predicted_wall_ms,launches,samples,note"
+    "predicted_gpu_ms,predicted_wall_ms,launches,samples,note,measured_over_predicted"
 )
 CPU = {"cuda": "cpu", "triton": "cpu"}
 SPREADS = ("gpu_ms", "wall_ms", "host_us", "gpu_ratio", "wall_ratio")
+BANDWIDTH = "dry-run:bandwidth"
 DRY_CASES = ["adamw-1M", "adamw-llama-1.24B", "fp16-llama-1.24B", "sgd-resnet50",
              "bf16-gpt2-124M", "adamw-gpt2-bucket"]  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_ragged_list_and_small_models():
 
 
 def test_every_case_is_complete():
-    cases, kinds = gpu_cases.gpu_cases(), rivals.gpu_kinds(CPU)
+    cases, kinds = gpu_cases.gpu_cases(), registry.gpu_kinds(CPU)
     for case in cases.values():
         assert case.pipelines[0].startswith("fusedopt_")
         assert set(case.pipelines) <= set(kinds)
@@ -99,13 +99,13 @@ def test_every_target_asks_for_what_is_measured():
         assert target.figure(lambda *_: None) is None
     for case, pipeline, column in asked:
         assert column in gpu_report.COLUMNS
-        kernel = pipeline.removeprefix("fusedopt_").split(":")[0].removesuffix("_triton")
+        _, _, kernel = pipeline.partition(":")
         if case == gpu_targets.FIRST_STEP:
             assert pipeline.split(":")[1] in gpu_first_step.SAMPLES
-        elif pipeline.endswith(":counters"):
-            assert case == gpu_step.COUNTED and kernel in gpu_kernels.BYTES
-        elif ":" in pipeline:
-            assert gpu_step.KERNELS[case] == kernel
+        elif ":counters:" in pipeline:
+            assert (case, kernel) == (gpu_step.COUNTED, f"counters:{gpu_step.ADAMW}")
+        elif kernel:
+            assert kernel in {gpu_step.KERNELS[case].kernel(verb) for verb in verbs.VERBS}
         else:
             assert pipeline in cases[case].pipelines
 
@@ -117,7 +117,7 @@ def test_targets_are_judged_in_the_right_direction():
 
 
 def test_predictions_follow_the_bytes():
-    kinds, case = rivals.gpu_kinds(CPU), gpu_cases.gpu_cases()["adamw-llama-1.24B"]
+    kinds, case = registry.gpu_kinds(CPU), gpu_cases.gpu_cases()["adamw-llama-1.24B"]
     predicted = {
         name: gpu_targets.PREDICTIONS[name].gpu_ms(kinds[name], case) for name in case.pipelines
     }
@@ -127,7 +127,10 @@ def test_predictions_follow_the_bytes():
 
 def test_header_is_stable():
     assert ",".join(gpu_report.COLUMNS) == HEADER
+    of_figures = ("-profile", "-memory")
     for path in (ROOT / "benchmarks" / "results").glob("nvidia-*.csv"):
+        if path.stem.endswith(of_figures):
+            continue
         assert path.read_text().split("\n", 1)[0] == HEADER
 
 
@@ -168,7 +171,7 @@ def test_dry_run_has_well_formed_rows(cpu_backend, dry_run):
     assert list(rows[0]) == gpu_report.COLUMNS
     by_name = {(row["case"].removeprefix("dry-run:"), row["pipeline"]): row for row in rows}
     assert len(by_name) == len(rows)
-    absent = set(rivals.unavailable_libraries())
+    absent = set(registry.unavailable_libraries())
     for name in DRY_CASES:
         for pipeline in gpu_cases.gpu_cases()[name].pipelines:
             row = by_name.pop((name, pipeline), None)
@@ -184,15 +187,19 @@ def test_dry_run_has_well_formed_rows(cpu_backend, dry_run):
             if pipeline == gpu_cases.gpu_cases()[name].ours:
                 assert float(row["gpu_ratio_p50"]) == float(row["wall_ratio_p50"]) == 1.0
     kernels = {(case, pipeline) for case, pipeline in by_name if ":" in pipeline}
-    verbs = [("adamw-llama-1.24B", "adamw"), ("fp16-llama-1.24B", "adamw_fp16")]
-    suffixes = ["", "_triton"]
-    wanted = {
-        (c, f"fusedopt_{k}{end}:{verb}")
-        for c, k in verbs
-        for verb in ("reduce", "update")
-        for end in suffixes
+    timed = {
+        "adamw-llama-1.24B": ("reduce:float32", "update:adamw:float32"),
+        "fp16-llama-1.24B": ("reduce:float16", "update:adamw:float16"),
     }
-    wanted |= {(gpu_step.COUNTED, f"fusedopt_adamw{end}:counters") for end in suffixes}
+    backends = ("cuda", "triton")
+    wanted = {
+        (case, f"fusedopt_{backend}:{kernel}")
+        for case, both in timed.items()
+        for kernel in both
+        for backend in backends
+    }
+    counted = "counters:adamw:float32"
+    wanted |= {(gpu_step.COUNTED, f"fusedopt_{backend}:{counted}") for backend in backends}
     wanted |= {("first-step", f"fusedopt_adamw_triton:{cache}") for cache in ("empty", "filled")}
     assert kernels == wanted
     streams = {pipeline for case, pipeline in by_name if case == "bandwidth"}
@@ -211,16 +218,50 @@ def test_nothing_in_a_dry_run_looks_like_a_measurement(cpu_backend, dry_run):
     assert "MISSED" not in output and "| met |" not in output
 
 
-def test_dry_run_refuses_the_folder_of_results(capsys):
+@pytest.mark.parametrize(
+    ("command", "options"), [(gpu_step, []), (kernels, ["--backends", "cuda", "triton"])]
+)
+def test_dry_run_refuses_the_folder_of_results(command, options, capsys):
+    out = ROOT / "benchmarks" / "results" / "nvidia-h200.csv"
     with pytest.raises(SystemExit):
-        gpu_step.parse(["--dry-run", "--out", str(gpu_step.RESULTS / "nvidia-h200.csv")])
+        command.parse([*options, "--dry-run", "--out", str(out)])
     assert "measures nothing" in capsys.readouterr().err
+
+
+def test_dry_sweep_of_the_kernels_has_rows_and_no_figures(cpu_backend, tmp_path):
+    options = ["--backends", "cuda", "triton", "--dry-run", "--sizes", "10:12"]
+    options += ["--rules", "adamw", "sgd", "--dtypes", "bfloat16"]
+    done = run_in(tmp_path, "kernels", *options, "--out", "rows.csv")
+    assert done.returncode == 0, done.stderr[-4000:] + done.stdout
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["gpu"] == gpu_machine.DRY_RUN for row in rows)
+    assert all(row["note"].startswith(gpu_machine.DRY_RUN) for row in rows)
+    assert "GB/s" not in done.stdout and done.stdout.count("DRY RUN, no figures") == 3
+    timed = {(row["case"], row["pipeline"]): row for row in rows if row["case"] != BANDWIDTH}
+    # Reducing bf16 gradients is the same for both rules: measured once.
+    kernels_of = {"reduce:bfloat16": 2, "update:adamw:bfloat16": 30, "update:sgd:bfloat16": 14}
+    assert set(timed) == {
+        (f"dry-run:kernel-2^{k}", f"fusedopt_{backend}:{kernel}")
+        for k in (10, 12)
+        for backend in ("cuda", "triton")
+        for kernel in kernels_of
+    }
+    for (case, pipeline), row in timed.items():
+        assert int(row["params"]) == 2 ** int(case[-2:])
+        assert float(row["bytes_per_param"]) == kernels_of[pipeline.partition(":")[2]]
+        product = float(row["copy_fraction"]) * float(row["measured_over_predicted"])
+        assert product == pytest.approx(1.0, rel=1e-3)
+        moved = float(row["bytes_per_param"]) * int(row["params"])
+        assert float(row["gb_s"]) == pytest.approx(moved / float(row["gpu_ms_p50"]) / 1e6, rel=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(SystemExit, match="--dry-run"):
         gpu_step.main([])
+    with pytest.raises(SystemExit, match="--dry-run"):
+        kernels.main(["--backends", "cuda"])
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import fusedopt  # the installed one, before the checkout is on the path  # noqa
 pytest.importorskip("numpy")
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import param_sets, pipelines, rivals
+from benchmarks import gpu as gpu_package, param_sets, pipelines, registry, verbs
 from benchmarks.gpu import (
     cases as gpu_cases,
     first_step as gpu_first_step,
@@ -22,7 +23,8 @@ from benchmarks.gpu import (
     machine as gpu_machine,
     measure as gpu_measure,
     report as gpu_report,
-    step as gpu_step,
+    streams as gpu_streams,
+    sweep as gpu_sweep,
     targets as gpu_targets,
 )
 from fusedopt.backends import triton
@@ -37,7 +39,7 @@ class Wrong(pipelines.Pipeline):
 
 
 def kinds_with(kind: pipelines.Kind) -> dict[str, pipelines.Kind]:
-    return rivals.gpu_kinds(CPU) | {"adamw_fused": kind}
+    return registry.gpu_kinds(CPU) | {"adamw_fused": kind}
 
 
 def without_shim() -> gpu_machine.DryRun:
@@ -81,7 +83,7 @@ def test_a_pipeline_that_fails_takes_no_other_with_it(cpu_backend):
 
 def test_without_triton_its_pipelines_are_named_and_not_timed(cpu_backend, monkeypatch):
     monkeypatch.setattr(triton, "unavailable_reason", lambda: "Triton is not installed")
-    machine, kinds = without_shim(), rivals.gpu_kinds({"cuda": "cpu", "triton": "triton"})
+    machine, kinds = without_shim(), registry.gpu_kinds({"cuda": "cpu", "triton": "triton"})
     case = gpu_cases.gpu_cases()["sgd-resnet50"].shrunk()
     measured = gpu_measure.measure_case(case, kinds, machine, 1, lambda: 1.0, False)
     items = {item.pipeline: item for item in measured}
@@ -89,7 +91,7 @@ def test_without_triton_its_pipelines_are_named_and_not_timed(cpu_backend, monke
     assert absent.note == "Triton is not installed" and not absent.wrong and not absent.samples
     assert len(items["sgd_fused"].samples) == 1
     machine.backends = {"cuda": "cpu", "triton": "triton"}
-    assert gpu_step.no_triton(machine) == "Triton is not installed"
+    assert gpu_machine.no_triton(machine) == "Triton is not installed"
 
 
 def test_a_first_step_that_fails_says_why(monkeypatch):
@@ -105,19 +107,58 @@ def test_kernels_of_all_backends_are_timed_in_turns(cpu_backend, monkeypatch):
     machine, order = without_shim(), []
 
     class Timed(gpu_kernels.Verbs):
-        def __init__(self, name: str, shapes: object, machine: object, backend: str) -> None:
-            super().__init__(name, shapes, machine, backend)
-            self.backend = backend
-
         def update(self) -> None:
-            order.append(self.backend)
+            order.append(self)
             super().update()
 
     monkeypatch.setattr(gpu_kernels, "Verbs", Timed)
-    times = gpu_kernels.time_kernels("adamw", gpu_cases.tiny(), machine, ["cuda", "triton"])
-    assert order == ["cuda", "triton"] * 4  # one to warm up, two rounds, the launches
-    assert [t.pipeline for t in times] == ["fusedopt_adamw", "fusedopt_adamw_triton"]
-    assert all(t.numel == 4262 and t.update_ms.p50 > 0 for t in times)
+    backends, adamw = ["cuda", "triton"], verbs.Workload("adamw")
+    times = gpu_kernels.time_kernels(adamw, gpu_cases.tiny(), machine, backends)
+    turns = [order.index(own) for own in order]
+    assert turns == [0, 1] * 4  # one to warm up, two rounds, the launches
+    pipelines = [time.pipeline("update") for time in times]
+    assert pipelines == [f"fusedopt_{backend}:update:adamw:float32" for backend in backends]
+    assert all(t.numel == 4262 and t.ms["update"].p50 > 0 for t in times)
+
+
+def swept(machine: gpu_machine.DryRun, budget_s: float = 60.0) -> gpu_sweep.Sweep:
+    sweep = gpu_sweep.Sweep(machine, ["cuda", "triton"], budget_s, None)
+    sweep.all([(verbs.Workload("sgd"), verbs.VERBS)], [10, 12], lambda: None)
+    return sweep
+
+
+def test_a_sweep_names_what_it_leaves_out(cpu_backend, monkeypatch):
+    machine = without_shim()
+    assert not swept(machine).failed
+    assert swept(machine, budget_s=-1.0).notes[1:] == [
+        f"kernel-2^{k}, sgd:float32: not measured, no time left" for k in (10, 12)
+    ]
+    per_param = gpu_sweep.BYTES_OF_TEMPORARIES + 8  # one backend: param and gradient
+    monkeypatch.setattr(machine, "free_bytes", lambda: per_param << 11)
+    sweep = swept(machine)
+    assert sweep.notes == [
+        "triton: not measured: the CPU backend stands in for it",
+        "kernel-2^12, sgd:float32: needs 0.0 GiB more than are free",
+    ]
+    cases = {(row["case"], row["pipeline"]) for row in sweep.report.rows}
+    kernels = {pair for pair in cases if "kernel" in pair[0]}
+    assert kernels == {
+        ("dry-run:kernel-2^10", "fusedopt_cuda:reduce:float32"),
+        ("dry-run:kernel-2^10", "fusedopt_cuda:update:sgd:float32"),
+    }
+
+
+def test_a_size_that_fails_takes_no_other_with_it(cpu_backend, monkeypatch):
+    def fails(workload, shapes, *args, **options):
+        if shapes == [(1 << 10,)]:
+            raise RuntimeError("out of memory\nadvice")
+        return gpu_kernels.time_kernels(workload, shapes, *args, **options)
+
+    monkeypatch.setattr(gpu_sweep, "time_kernels", fails)
+    sweep = swept(without_shim())
+    assert sweep.failed and "kernel-2^10, sgd:float32: out of memory" in sweep.notes
+    timed = [row for row in sweep.report.rows if row["case"] == "dry-run:kernel-2^12"]
+    assert len(timed) == len(verbs.VERBS)
 
 
 def test_with_little_memory_two_pipelines_are_there_at_a_time(cpu_backend):
@@ -136,7 +177,7 @@ def test_fp16_rivals_skip_a_step_with_an_inf(name):
     shapes = gpu_cases.tiny()
     grads = param_sets.Gradients(shapes, torch.float16)
     params = param_sets.make_params(shapes, torch.float16)
-    pipeline = rivals.gpu_kinds(CPU)[name].build(params, grads)
+    pipeline = registry.gpu_kinds(CPU)[name].build(params, grads)
     before = [value.detach().clone() for value in pipeline.updated()]
     pipeline.prepare()
     params[2].grad[5] = float("inf")
@@ -206,6 +247,22 @@ def test_only_work_on_the_device_counts_as_a_launch(monkeypatch):
     assert machine.launches(lambda: None) == ["kernel", "gpu_memset", "gpu_memcpy"]
 
 
+def test_streams_that_no_torch_operation_is_are_triton_kernels(monkeypatch):
+    called = []
+    kernels = types.ModuleType("benchmarks.gpu.triton_streams")
+    kernels.step = lambda *arrays: called.append(len(arrays))
+    kernels.read = lambda *arrays: called.append(len(arrays))
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    monkeypatch.setattr(gpu_package, "triton_streams", kernels, raising=False)
+    found, note = gpu_streams._streams([torch.zeros(8)] * 4, dry=False)
+    assert list(found) == ["copy", "read", "step", "read_triton"] and note == ""
+    called.clear()
+    assert [found[name][0] for name in found] == [64, 32, 224, 32]
+    found["step"][1]()
+    found["read_triton"][1]()
+    assert called == [4, 1]
+
+
 NCU = """==PROF== Connected to process 17
 "ID","Process ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"
 "","","","byte","byte"
@@ -219,7 +276,7 @@ def test_counters_are_read_off_the_profilers_csv():
     found = gpu_kernels.parse_counters(NCU, 1000)
     assert list(found.values()) == [4.008, 28.0]
     report = gpu_report.Report(without_shim())
-    (row,) = report.counters("adamw-400M", 1000, "adamw", "cuda", found)
+    (row,) = report.counters("adamw-400M", 1000, verbs.Workload("adamw"), "cuda", found)
     assert (row["bytes_per_param"], row["dram_bytes_per_param"]) == (32, "32.008")
     off = [target for target in gpu_targets.TARGETS if "counters" in target.label]
     assert off[0].figure(report.lookup) == pytest.approx(0.025)

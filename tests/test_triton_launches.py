@@ -51,7 +51,7 @@ def step(twins: TritonTwins, grads: list[Tensor]) -> None:
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)
 def test_the_variant_follows_the_gradients(driver: NoKernels, case: Any) -> None:
     twins = TritonTwins.of_lengths(case, [5, 3])
-    rule = "amsgrad" if case.rule == "adamw" else "sgd"
+    rule = "amsgrad" if case.rule == "adamw" else case.rule
     full, half = grads_like(twins.params, 0), grads_like(twins.params, 0, torch.bfloat16)
     steps = [
         (full, "float32"),

@@ -1,6 +1,6 @@
 """Our two kernels by themselves: their times, their launches and the DRAM bytes they move.
 
-python -m benchmarks.gpu.kernels CASE BACKEND    # one step between the profiler's marks, for ncu
+python -m benchmarks.gpu.kernels RULE DTYPES BACKEND    # one step, marked for ncu
 """
 
 from __future__ import annotations
@@ -13,89 +13,46 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-import fusedopt
 from benchmarks.gpu.machine import Cuda, DryRun, Machine
-from benchmarks.param_sets import GRAD_SCALE, Gradients, Shape, make_params, one_tensor
-from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, SGD
-from benchmarks.rivals import TRITON
+from benchmarks.param_sets import Shape, one_tensor
 from benchmarks.timing import Spread, spread
+from benchmarks.verbs import DTYPES, VERBS, Verbs, Workload
 
 ROUNDS = 20
 WARMUP = 3
 COUNTED_NUMEL = 400_000_000  # dirty lines that stay in the L2 cache are then under 1 % of the bytes
-SUFFIXES = {"cuda": "", "triton": TRITON}
 COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
-
-# Bytes per param of reduce and update; a half param is also read, to follow what others wrote.
-BYTES = {
-    "adamw": (4, 28),
-    "sgd": (4, 20),
-    "adamw_fp16": (2, 30),
-}
-_DTYPES = {"adamw_fp16": torch.float16}
 
 
 @dataclass
 class KernelTimes:
-    name: str  # of the rule and dtype
+    workload: Workload
     backend: str
     numel: int
-    reduce_ms: Spread
-    update_ms: Spread
-    launches: list[str]
+    ms: dict[str, Spread]  # by the verb
+    samples: int
+    launches: list[str] | None  # None: not counted
 
-    @property
-    def pipeline(self) -> str:
-        return f"fusedopt_{self.name}{SUFFIXES[self.backend]}"
-
-
-class Verbs:
-    """reduce, finalize and update of a real optimizer on its own plan, called one by one."""
-
-    def __init__(self, name: str, shapes: list[Shape], machine: Machine, backend: str) -> None:
-        dtype = _DTYPES.get(name, torch.float32)
-        serving = machine.backends[backend]
-        self.params = make_params(shapes, dtype, machine.device)
-        self._grads = Gradients(shapes, dtype, "new", machine.device)
-        common: dict[str, Any] = {"max_grad_norm": MAX_GRAD_NORM, "skip_nonfinite": True}
-        optimizer: fusedopt.FusedSGD | fusedopt.FusedAdamW
-        if name == "sgd":
-            optimizer = fusedopt.FusedSGD(
-                self.params, **SGD, decoupled_weight_decay=False, backend=serving, **common
-            )
-        else:
-            optimizer = fusedopt.FusedAdamW(self.params, **ADAMW, backend=serving, **common)
-        optimizer.grad_scale = torch.full((), GRAD_SCALE, device=machine.device)
-        self._grads.backward(self.params)
-        optimizer.step()
-        self._inputs = optimizer._step_inputs()
-        self._backend, self._plan = optimizer._current_plan()
-        self._optimizer = optimizer  # owns the states
-
-    def reduce(self) -> None:
-        self._backend.reduce(self._plan, self._inputs)
-        self._backend.finalize(self._plan, self._inputs)
-
-    def update(self) -> None:
-        self._backend.update(self._plan, self._inputs)
-
-    def both(self) -> None:
-        self.reduce()
-        self.update()
+    def pipeline(self, verb: str) -> str:
+        return f"fusedopt_{self.backend}:{self.workload.kernel(verb)}"
 
 
 def time_kernels(
-    name: str, shapes: list[Shape], machine: Machine, backends: Sequence[str]
+    workload: Workload,
+    shapes: list[Shape],
+    machine: Machine,
+    backends: Sequence[str],
+    count_launches: bool = True,
 ) -> list[KernelTimes]:
     """Of all backends in turns, each with params and states of its own."""
-    verbs = {backend: Verbs(name, shapes, machine, backend) for backend in backends}
+    verbs = {b: Verbs(workload, shapes, machine.backends[b], machine.device) for b in backends}
     times: dict[str, list[list[float]]] = {backend: [] for backend in backends}
-    for round_index in range(1 + 2 if machine.dry else WARMUP + ROUNDS):
-        warm = round_index >= (1 if machine.dry else WARMUP)
+    warmup, rounds = (1, 2) if machine.dry else (WARMUP, ROUNDS)
+    for round_index in range(warmup + rounds):
+        warm = round_index >= warmup
         for backend, own in verbs.items():
             taken = machine.event_ms([own.reduce, own.update], hold_ms=1.0 if warm else 0.0)
             if warm:
@@ -103,23 +60,26 @@ def time_kernels(
     numel = sum(torch.Size(shape).numel() for shape in shapes)
     measured = []
     for backend, own in verbs.items():
-        reduce_ms, update_ms = (spread([t[k] for t in times[backend]]) for k in (0, 1))
-        launches = machine.launches(own.both)
-        measured.append(KernelTimes(name, backend, numel, reduce_ms, update_ms, launches))
+        ms = {verb: spread([t[k] for t in times[backend]]) for k, verb in enumerate(VERBS)}
+        launches = machine.launches(own.both) if count_launches else None
+        measured.append(KernelTimes(workload, backend, numel, ms, rounds, launches))
     del verbs, own
     gc.collect()
     machine.release_memory()
     return measured
 
 
-def count_dram_bytes(name: str, backend: str, limit_s: float) -> tuple[dict[str, float], str]:
+def count_dram_bytes(
+    workload: Workload, backend: str, limit_s: float
+) -> tuple[dict[str, float], str]:
     """Bytes per param of each of our kernels, off the hardware counters; or the reason why not."""
     tool = shutil.which("ncu")
     if tool is None:
         return {}, "ncu is not on PATH"
     command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv"]
     command += ["--page", "raw", "--print-units", "base", "--metrics", ",".join(COUNTERS)]
-    command += [sys.executable, "-m", "benchmarks.gpu.kernels", name, backend]
+    command += [sys.executable, "-m", "benchmarks.gpu.kernels"]
+    command += [workload.rule, str(workload.dtypes), backend]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit_s, env=os.environ
@@ -147,9 +107,11 @@ def parse_counters(output: str, numel: int) -> dict[str, float]:
 
 
 def main() -> None:
-    name, backend = sys.argv[1:]
+    rule, dtypes, backend = sys.argv[1:]
     machine: Machine = Cuda() if torch.cuda.is_available() else DryRun()
-    verbs = Verbs(name, one_tensor(4096 if machine.dry else COUNTED_NUMEL), machine, backend)
+    shapes = one_tensor(4096 if machine.dry else COUNTED_NUMEL)
+    workload = Workload(rule, DTYPES[dtypes])
+    verbs = Verbs(workload, shapes, machine.backends[backend], machine.device)
     verbs.both()
     machine.synchronize()
     if machine.dry:

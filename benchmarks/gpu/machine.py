@@ -7,6 +7,7 @@ events: its figures mean nothing and are marked as such wherever they appear.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import shutil
 import subprocess
@@ -143,6 +144,26 @@ class DryRun:
 
     def facts(self) -> dict[str, object]:
         return {"gpu": self.name, "driver": "none", **versions()}
+
+
+def find_machine(dry: bool) -> Machine:
+    """The current GPU, or what stands in for one."""
+    if dry:
+        machine = DryRun()
+        print(f"{machine.name}: {machine.how}")
+        return machine
+    if not torch.cuda.is_available():
+        raise SystemExit("torch.cuda.is_available() is False: no NVIDIA GPU; --dry-run needs none")
+    return Cuda()
+
+
+def no_triton(machine: Machine) -> str | None:
+    """Why there is nothing of the Triton backend to measure."""
+    if machine.backends["triton"] != "triton":
+        return "the CPU backend stands in for it"
+    module = importlib.import_module("fusedopt.backends.triton")
+    reason: str | None = module.unavailable_reason()
+    return reason
 
 
 def _stand_in(load: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:

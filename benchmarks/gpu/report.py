@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from benchmarks.gpu.first_step import FirstSteps
-from benchmarks.gpu.kernels import BYTES, SUFFIXES, KernelTimes
+from benchmarks.gpu.kernels import KernelTimes
 from benchmarks.gpu.machine import DRY_RUN, Machine
 from benchmarks.gpu.measure import Measured
 from benchmarks.gpu.targets import (
@@ -15,8 +19,9 @@ from benchmarks.gpu.targets import (
     TARGETS,
     Prediction,
 )
-from benchmarks.report import provenance
+from benchmarks.report import RESULTS, check_header, provenance
 from benchmarks.timing import Spread
+from benchmarks.verbs import VERBS, Workload
 
 Row = dict[str, object]
 
@@ -27,6 +32,7 @@ COLUMNS = [
     *(f"{name}_{percentile}" for name in _SPREADS for percentile in ("p20", "p50", "p80")),
     *("gb_s", "copy_gb_s", "copy_fraction", "dram_bytes_per_param"),
     *("predicted_gpu_ms", "predicted_wall_ms", "launches", "samples", "note"),
+    "measured_over_predicted",
 ]
 _CLOCK_OF_RATIO = {"gpu_ratio": "gpu_ms", "wall_ratio": "wall_ms"}
 
@@ -68,27 +74,25 @@ class Report:
         gpu_ms = item.figure("gpu_ms")
         return row if gpu_ms is None else self._bytes(row, item.kind.bytes_per_param, gpu_ms)
 
-    def kernels(self, case: str, times: KernelTimes) -> list[Row]:
+    def kernels(self, case: str, times: KernelTimes, verbs: Sequence[str] = VERBS) -> list[Row]:
         rows = []
-        n_launches = len(times.launches)
-        for verb, n_bytes, ms in zip(
-            ("reduce", "update"), BYTES[times.name], (times.reduce_ms, times.update_ms), strict=True
-        ):
-            note = f"{n_launches} launches for both: {', '.join(_short(n) for n in times.launches)}"
-            row = self._row(case, f"{times.pipeline}:{verb}", note[:200])
-            row |= {"params": times.numel, **_spread_columns("gpu_ms", ms)}
-            row["launches"] = "" if self._dry else n_launches / 2
-            rows.append(self._bytes(row, n_bytes, ms))
+        for verb in verbs:
+            row = self._row(case, times.pipeline(verb), _launch_note(times.launches))
+            row |= {"params": times.numel, **_spread_columns("gpu_ms", times.ms[verb])}
+            row |= {"dtype": times.workload.dtypes.params, "samples": times.samples}
+            if times.launches is not None and not self._dry:
+                row["launches"] = len(times.launches) / 2
+            n_bytes = times.workload.bytes_per_param(verb)
+            rows.append(self._bytes(row, n_bytes, times.ms[verb]))
         return rows
 
     def counters(
-        self, case: str, numel: int, name: str, backend: str, measured: dict[str, float]
+        self, case: str, numel: int, workload: Workload, backend: str, measured: dict[str, float]
     ) -> list[Row]:
         kernels = ", ".join(f"{_short(kernel)} {value:.3f}" for kernel, value in measured.items())
-        row = self._row(case, f"fusedopt_{name}{SUFFIXES[backend]}:counters", kernels)
-        total = sum(measured.values())
-        row |= {"params": numel, "bytes_per_param": sum(BYTES[name])}
-        row["dram_bytes_per_param"] = _digits(total)
+        row = self._row(case, f"fusedopt_{backend}:counters:{workload}", kernels)
+        row |= {"params": numel, "bytes_per_param": workload.traffic().total}
+        row["dram_bytes_per_param"] = _digits(sum(measured.values()))
         return [row]
 
     def first_step(self, measured: FirstSteps) -> list[Row]:
@@ -104,6 +108,7 @@ class Report:
         row |= {"bytes_per_param": bytes_per_param, "gb_s": _digits(gb_s)}
         if self.copy_gb_s:
             row["copy_fraction"] = _digits(gb_s / self.copy_gb_s)
+            row["measured_over_predicted"] = _digits(self.copy_gb_s / gb_s)
         return row
 
     def _row(self, case: str, pipeline: str, note: str, gb_s: float | None = None) -> Row:
@@ -142,6 +147,22 @@ class Report:
         return "\n".join(lines)
 
 
+def output(out: Path | None, machine: Machine, quick: bool) -> Path | None:
+    """Where the rows go."""
+    if machine.dry:
+        out = out or Path(tempfile.mkdtemp(prefix="fusedopt-")) / "dry-run.csv"
+    elif out is None and not quick:
+        out = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', machine.name.lower()).strip('-')}.csv"
+    if out is not None:
+        check_header(out, COLUMNS)
+    return out
+
+
+def refuse_results(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.dry_run and args.out is not None and args.out.resolve().is_relative_to(RESULTS):
+        parser.error(f"--dry-run measures nothing: --out {args.out} is where results are")
+
+
 def _spread_columns(name: str, values: Spread | None) -> Row:
     if values is None:
         return {}
@@ -151,6 +172,12 @@ def _spread_columns(name: str, values: Spread | None) -> Row:
 
 def _digits(value: float) -> str:
     return f"{value:.5g}"
+
+
+def _launch_note(launches: Sequence[str] | None) -> str:
+    if launches is None:
+        return ""
+    return f"{len(launches)} launches for both: {', '.join(map(_short, launches))}"[:200]
 
 
 def _short(kernel: str) -> str:

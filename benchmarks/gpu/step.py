@@ -8,11 +8,8 @@ python -m benchmarks.gpu.step --dry-run    without a GPU: everything but the mea
 from __future__ import annotations
 
 import argparse
-import importlib
-import re
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,18 +19,27 @@ import torch
 
 from benchmarks.gpu.cases import GpuCase, gpu_cases, tiny
 from benchmarks.gpu.first_step import measure_first_steps
-from benchmarks.gpu.kernels import BYTES, COUNTED_NUMEL, count_dram_bytes, time_kernels
-from benchmarks.gpu.machine import Cuda, DryRun, Machine
+from benchmarks.gpu.kernels import COUNTED_NUMEL, count_dram_bytes, time_kernels
+from benchmarks.gpu.machine import Machine, find_machine, no_triton
 from benchmarks.gpu.measure import SMALL, Measured, count_launches_anew, measure_case
-from benchmarks.gpu.report import COLUMNS, Report, Row, predictions, table
+from benchmarks.gpu.report import (
+    COLUMNS,
+    Report,
+    Row,
+    output,
+    predictions,
+    refuse_results,
+    table,
+)
 from benchmarks.gpu.streams import measure_streams
-from benchmarks.report import ROOT, append, check_header
-from benchmarks.rivals import gpu_kinds, unavailable_libraries
+from benchmarks.registry import gpu_kinds, unavailable_libraries
+from benchmarks.report import append
+from benchmarks.verbs import DTYPES, Workload
 
+ADAMW, FP16, SGD = Workload("adamw"), Workload("adamw", DTYPES["float16"]), Workload("sgd-momentum")
 # Cases whose kernels are timed by themselves too.
-KERNELS = {"adamw-llama-1.24B": "adamw", "fp16-llama-1.24B": "adamw_fp16",
-           "sgd-llama-1.24B": "sgd", "adamw-gpt2-124M": "adamw",
-           "adamw-resnet50": "adamw"}  # fmt: skip
+KERNELS = {"adamw-llama-1.24B": ADAMW, "fp16-llama-1.24B": FP16, "sgd-llama-1.24B": SGD,
+           "adamw-gpt2-124M": ADAMW, "adamw-resnet50": ADAMW}  # fmt: skip
 COUNTED = "adamw-400M"
 RESERVE_S = {
     "first step": 60.0,
@@ -41,7 +47,6 @@ RESERVE_S = {
     "compiled": 60.0,
     "case": 12.0,
 }  # not begun with less time left
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Run:
@@ -138,33 +143,24 @@ class Run:
     def _counters(self) -> None:
         for backend in self._backends():
             if self.machine.dry:
-                faked = {"reduce_kernel": float(BYTES["adamw"][0]), "update_kernel": 0.0}
-                self._keep(self.report.counters(COUNTED, tiny_numel(), "adamw", backend, faked))
+                faked = {"reduce_kernel": 4.0, "update_kernel": 0.0}
+                self._keep(self.report.counters(COUNTED, tiny_numel(), ADAMW, backend, faked))
                 continue
             if self.left() < RESERVE_S["counters"]:
                 self.notes.append(f"DRAM counters, {backend}: not read, no time left")
                 continue
             self.machine.release_memory()
-            measured, reason = count_dram_bytes("adamw", backend, min(60.0, self.left()))
+            measured, reason = count_dram_bytes(ADAMW, backend, min(60.0, self.left()))
             if reason:
                 self.notes.append(f"DRAM counters, {backend}: not read, {reason}")
             else:
-                rows = self.report.counters(COUNTED, COUNTED_NUMEL, "adamw", backend, measured)
+                rows = self.report.counters(COUNTED, COUNTED_NUMEL, ADAMW, backend, measured)
                 self._keep(rows)
 
     def _keep(self, rows: Sequence[Row]) -> None:
         if self.args.out is not None:
             append(self.args.out, rows, COLUMNS)
         print(table(rows), flush=True)
-
-
-def no_triton(machine: Machine) -> str | None:
-    """Why there is nothing of the Triton backend to measure."""
-    if machine.backends["triton"] != "triton":
-        return "the CPU backend stands in for it"
-    module = importlib.import_module("fusedopt.backends.triton")
-    reason: str | None = module.unavailable_reason()
-    return reason
 
 
 def tiny_numel() -> int:
@@ -187,21 +183,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     quick = [name for name, case in gpu_cases().items() if case.quick]
     args.cases = args.cases or (quick if args.quick else names)
     args.rounds = args.rounds or (2 if args.dry_run else 8 if args.quick else 30)
-    if args.dry_run and args.out is not None and args.out.resolve().is_relative_to(RESULTS):
-        parser.error(f"--dry-run measures nothing: --out {args.out} is where results are")
+    refuse_results(parser, args)
     return args
-
-
-def output(args: argparse.Namespace, machine: Machine) -> Path | None:
-    """Where the rows go."""
-    out: Path | None = args.out
-    if machine.dry:
-        out = out or Path(tempfile.mkdtemp(prefix="fusedopt-")) / "dry-run.csv"
-    elif out is None and not args.quick:
-        out = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', machine.name.lower()).strip('-')}.csv"
-    if out is not None:
-        check_header(out, COLUMNS)
-    return out
 
 
 def stop(*_: object) -> None:
@@ -210,12 +193,8 @@ def stop(*_: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    if not args.dry_run and not torch.cuda.is_available():
-        raise SystemExit("torch.cuda.is_available() is False: no NVIDIA GPU; --dry-run needs none")
-    machine: Machine = DryRun() if args.dry_run else Cuda()
-    args.out = output(args, machine)
-    if isinstance(machine, DryRun):
-        print(f"{machine.name}: {machine.how}")
+    machine = find_machine(args.dry_run)
+    args.out = output(args.out, machine, args.quick)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
     signal.signal(signal.SIGTERM, stop)
     run = Run(args, machine)

@@ -47,7 +47,7 @@ def _streams(arrays: list[torch.Tensor], dry: bool) -> tuple[dict[str, Stream], 
         sweeps = lambda: [second.add_(first), third.neg_(), fourth.neg_()]  # noqa: E731
         return {**streams, "step": (7 * n_bytes, sweeps)}, "sums and sweeps in torch operations"
     try:
-        from benchmarks import gpu_triton_streams as kernels
+        from benchmarks.gpu import triton_streams as kernels
 
         kernels.step(first, second, third, fourth)
         kernels.read(first)

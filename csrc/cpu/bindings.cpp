@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "../check.h"
-#include "../rules.h"
+#include "../rule_names.h"
 #include "dispatch.h"
 #include "watch.h"
 
@@ -62,14 +62,12 @@ struct Options {
   const void* data;
 
   Options(const std::string& name, const py::buffer& table, const Plan& plan) {
-    static_assert(sizeof(AdamW::Options) == 64 && sizeof(SGD::Options) == 64,
-                  "mirrored by fusedopt/{adamw,sgd}.py");
-    FUSEDOPT_CHECK(name == "adamw" || name == "sgd", "unknown rule ", name);
-    rule = name == "adamw" ? Rule::kAdamW : Rule::kSGD;
+    rule = rule_named(name);
     const py::buffer_info info = table.request();
     data = info.ptr;
-    FUSEDOPT_CHECK(plan.n_groups * 64 <= info.size * info.itemsize, "the options table has ",
-                   info.size * info.itemsize, " bytes for ", plan.n_groups, " groups");
+    FUSEDOPT_CHECK(plan.n_groups * kOptionsBytes <= info.size * info.itemsize,
+                   "the options table has ", info.size * info.itemsize, " bytes for ",
+                   plan.n_groups, " groups");
   }
 };
 

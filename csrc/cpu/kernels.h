@@ -2,11 +2,10 @@
 #pragma once
 
 #include "../plan.h"
+#include "../rules.h"
 #include "../scalars.h"
 
 namespace fusedopt {
-
-enum class Rule : int32_t { kAdamW = 0, kSGD = 1 };
 
 struct UpdateArgs {
   Rule rule;

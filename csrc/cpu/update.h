@@ -19,6 +19,16 @@ struct Run {
   float* state[kMaxStates];
 };
 
+constexpr int64_t kSlice = 256;  // elements between two rounds of prefetching
+constexpr int64_t kAhead = 512;  // elements
+
+// Fetches the elements of a later slice: at every tensor and stride of chunks the streams begin
+// anew, and the hardware's prefetchers need a while to follow. The run may end before `at`.
+template <class... Streams>
+void prefetch(int64_t at, const Streams*... streams) {
+  for (int64_t i = at; i < at + kSlice; i += 16) (__builtin_prefetch(streams + i, 1), ...);
+}
+
 template <class R>
 using RunFn = void (*)(const typename R::Hyper&, const Run&, float grad_mult, float max_grad_value);
 
@@ -30,17 +40,21 @@ void run_adamw(const AdamW::Hyper& hyper, const Run& run, float grad_mult, float
   float* __restrict exp_avg = run.state[0];
   float* __restrict exp_avg_sq = run.state[1];
   float* __restrict max_exp_avg_sq = run.state[2];
-  const int64_t n = run.n;
+  for (int64_t first = 0; first < run.n; first += kSlice) {
+    prefetch(first + kAhead, grad, param, exp_avg, exp_avg_sq);
+    if (kAmsgrad) prefetch(first + kAhead, max_exp_avg_sq);
+    const int64_t last = min(first + kSlice, run.n);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float g = clipped(grad[i], grad_mult, max_grad_value);
-    float p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
-    float v_max = kAmsgrad ? max_exp_avg_sq[i] : 0.0f;
-    AdamW::update<kAmsgrad>(h, kDecay, g, p, m, v, v_max);
-    param[i] = p;
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    if (kAmsgrad) max_exp_avg_sq[i] = v_max;
+    for (int64_t i = first; i < last; ++i) {
+      const float g = clipped(grad[i], grad_mult, max_grad_value);
+      float p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
+      float v_max = kAmsgrad ? max_exp_avg_sq[i] : 0.0f;
+      AdamW::update<kAmsgrad>(h, kDecay, g, p, m, v, v_max);
+      param[i] = p;
+      exp_avg[i] = m;
+      exp_avg_sq[i] = v;
+      if (kAmsgrad) max_exp_avg_sq[i] = v_max;
+    }
   }
 }
 
@@ -50,15 +64,19 @@ void run_sgd(const SGD::Hyper& hyper, const Run& run, float grad_mult, float max
   const float* __restrict grad = run.grad;
   float* __restrict param = run.param;
   float* __restrict momentum_buffer = run.state[0];
-  const int64_t n = run.n;
+  for (int64_t first = 0; first < run.n; first += kSlice) {
+    prefetch(first + kAhead, grad, param);
+    if (kMomentum) prefetch(first + kAhead, momentum_buffer);
+    const int64_t last = min(first + kSlice, run.n);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float g = clipped(grad[i], grad_mult, max_grad_value);
-    float p = param[i];
-    float buffer = kMomentum ? momentum_buffer[i] : 0.0f;
-    SGD::update(h, kDecay, kMomentum, kNesterov, g, p, buffer);
-    param[i] = p;
-    if (kMomentum) momentum_buffer[i] = buffer;
+    for (int64_t i = first; i < last; ++i) {
+      const float g = clipped(grad[i], grad_mult, max_grad_value);
+      float p = param[i];
+      float buffer = kMomentum ? momentum_buffer[i] : 0.0f;
+      SGD::update(h, kDecay, kMomentum, kNesterov, g, p, buffer);
+      param[i] = p;
+      if (kMomentum) momentum_buffer[i] = buffer;
+    }
   }
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../check.h"
+#include "../rule_names.h"
 #include "device_plan.h"
 
 #if !defined(FUSEDOPT_CUDA_MODULE)
@@ -27,11 +28,6 @@ T* required(const py::dict& tables, const char* name) {
   FUSEDOPT_CHECK(address != 0 && address % 16 == 0, name, " must be an address on 16 bytes, not ",
                  address);
   return pointer<T>(address);
-}
-
-Rule rule_named(const std::string& name) {
-  FUSEDOPT_CHECK(name == "adamw" || name == "sgd", "unknown rule ", name);
-  return name == "adamw" ? Rule::kAdamW : Rule::kSGD;
 }
 
 std::unique_ptr<DevicePlan> make_plan(const py::dict& t, const std::string& rule, bool amsgrad) {

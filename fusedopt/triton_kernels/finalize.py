@@ -114,7 +114,7 @@ def bits_in(largest):
 
 
 @triton.jit
-def prepare_rows(options, grads, rows, n_rows, row_steps, ADAMW: tl.constexpr):
+def prepare_rows(options, grads, rows, n_rows, row_steps, RULE: tl.constexpr):
     for first in range(0, n_rows, ROWS):
         r = first + tl.arange(0, ROWS)
         inside = r < n_rows
@@ -131,8 +131,8 @@ def prepare_rows(options, grads, rows, n_rows, row_steps, ADAMW: tl.constexpr):
         t = count.to(tl.int64)
         lr = option(options, group, 0, active, tl.float64)
         weight_decay = option(options, group, 1, active, tl.float64)
-        decoupled = option(options, group, 5 if ADAMW else 4, active, tl.int64)
-        if ADAMW:
+        decoupled = option(options, group, 4 if RULE == "sgd" else 5, active, tl.int64)
+        if RULE == "adamw":
             beta1 = option(options, group, 2, active, tl.float64)
             beta2 = option(options, group, 3, active, tl.float64)
             eps = option(options, group, 4, active, tl.float64)
@@ -152,9 +152,9 @@ def prepare_rows(options, grads, rows, n_rows, row_steps, ADAMW: tl.constexpr):
 
 @triton.jit
 def finalize_step(
-    step, total, options, numbers, grads, rows, n_rows, row_steps, ADAMW: tl.constexpr
+    step, total, options, numbers, grads, rows, n_rows, row_steps, RULE: tl.constexpr
 ):
     """``total``: over all chunks, of this device alone or of every one that shares the norm."""
     fetch_device_numbers(step, numbers, options)
     if decide(step, total) == 0:
-        prepare_rows(options, grads, rows, n_rows, row_steps, ADAMW)
+        prepare_rows(options, grads, rows, n_rows, row_steps, RULE)

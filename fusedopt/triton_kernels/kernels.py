@@ -32,7 +32,7 @@ from .update import update_chunk
 def reduce_kernel(
     step, options, numbers, grads, rows, chunks, partials, row_steps, totals, ticket,
     n_rows, n_chunks, own_total, finalizes,
-    ADAMW: tl.constexpr,
+    RULE: tl.constexpr,
 ):  # fmt: skip
     flags = word(step, FLAGS)
     inv_scale = inverse_scale(word(step, GRAD_SCALE))
@@ -45,17 +45,17 @@ def reduce_kernel(
         tl.store(drawn, 0)
         total = total_of_partials(partials, n_chunks, flags)
         if finalizes:
-            finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, ADAMW)
+            finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, RULE)
         else:
             tl.store(totals.to(tl.pointer_type(tl.float64)) + own_total, total)
 
 
 @triton.jit
 def finalize_kernel(
-    step, options, numbers, grads, rows, row_steps, totals, n_rows, n_totals, ADAMW: tl.constexpr
+    step, options, numbers, grads, rows, row_steps, totals, n_rows, n_totals, RULE: tl.constexpr
 ):
     total = total_of_devices(step, totals, n_totals)
-    finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, ADAMW)
+    finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, RULE)
 
 
 @triton.jit

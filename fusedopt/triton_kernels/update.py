@@ -123,7 +123,7 @@ def update_block(
             grad_bits = load_stream(grad_at, at, half_grad, tl.uint16, False)
     param = load_stream(primary, at, there & (primary != 0), tl.float32, ALIGNED)
     s0 = load_stream(state0, at, there & (state0 != 0), tl.float32, ALIGNED)
-    if RULE != "sgd":
+    if RULE == "adamw" or RULE == "amsgrad":
         s1 = load_stream(state1, at, there, tl.float32, ALIGNED)
     if RULE == "amsgrad":
         s2 = load_stream(state2, at, there & (state2 != 0), tl.float32, ALIGNED)
@@ -154,7 +154,7 @@ def update_block(
 
     store_stream(primary, at, there & (primary != 0), param, tl.float32, ALIGNED)
     store_stream(state0, at, there & (state0 != 0), s0, tl.float32, ALIGNED)
-    if RULE != "sgd":
+    if RULE == "adamw" or RULE == "amsgrad":
         store_stream(state1, at, there, s1, tl.float32, ALIGNED)
     if RULE == "amsgrad":
         store_stream(state2, at, there & (state2 != 0), s2, tl.float32, ALIGNED)
@@ -185,7 +185,7 @@ def streams_of(row, grad, begin, RULE: tl.constexpr):
     state0 = moved(word(row, 2), begin * 4)
     state1 = state0
     state2 = state0
-    if RULE != "sgd":
+    if RULE == "adamw" or RULE == "amsgrad":
         state1 = moved(word(row, 3), begin * 4)
     if RULE == "amsgrad":
         state2 = moved(word(row, 4), begin * 4)

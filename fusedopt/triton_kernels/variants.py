@@ -42,7 +42,7 @@ class Variant:
     @property
     def constants(self) -> dict[str, Any]:
         if self.verb != "update":
-            return {"ADAMW": self.rule == "adamw"}
+            return {"RULE": self.rule}
         return {"RULE": self.rule, "HALVES": self.halves, "BLOCK": BLOCK}
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
@@ -57,7 +57,12 @@ class Variant:
 
 
 def all_variants() -> list[Variant]:
-    shared = [Variant(verb, rule) for verb in ("reduce", "finalize") for rule in ("adamw", "sgd")]
+    shared = [
+        Variant(verb, rule)
+        for verb in ("reduce", "finalize")
+        for rule in RULES
+        if rule != "amsgrad"  # AdamW's own until the update
+    ]
     updates = [Variant("update", rule, halves) for rule in RULES for halves in (False, True)]
     return shared + updates
 

@@ -1,0 +1,138 @@
+// One verb of the CPU backend on one tensor, for callgrind or a clock to watch:
+//
+//   instructions                             prints the instruction sets it can run
+//   instructions LEVEL KERNEL CHUNKS CALLS   prints the ticks of each call
+//
+// LEVEL is one of those instruction sets, KERNEL a name in kCases below. All the work is inside of
+// measured_call(), on one thread.
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "dtypes.h"
+#include "rules.h"
+
+#if defined(__x86_64__)
+#include <x86intrin.h>
+#endif
+
+using namespace fusedopt;
+
+namespace {
+
+constexpr float kGradScale = 65536.0f;
+
+struct Case {
+  const char* name;
+  bool updates;
+  Rule rule;
+  DType dtype;  // of params and gradients; a half param has a master
+};
+
+constexpr Case kCases[] = {
+    {"reduce:float32", false, Rule::kAdamW, DType::kFloat32},
+    {"reduce:bfloat16", false, Rule::kAdamW, DType::kBFloat16},
+    {"update:adamw:float32", true, Rule::kAdamW, DType::kFloat32},
+    {"update:adamw:bfloat16", true, Rule::kAdamW, DType::kBFloat16},
+    {"update:sgd-momentum:float32", true, Rule::kSGD, DType::kFloat32},
+};
+
+// The same value at every element: no branch of a kernel depends on it.
+struct Values {
+  std::vector<float> wide;
+  std::vector<uint16_t> half;
+
+  Values(int64_t n, float value) : wide(n, value), half(n, float_to_bfloat16(value)) {}
+
+  void* in(DType dtype) {
+    return dtype == DType::kFloat32 ? static_cast<void*>(wide.data()) : half.data();
+  }
+};
+
+struct Problem {
+  Case what;
+  Values param, grad;
+  std::vector<float> exp_avg, exp_avg_sq;
+  std::vector<double> partials;
+  std::vector<Chunk> chunks;
+  AdamW::Options adamw = {1e-3, 0.1, 0.9, 0.999, 1e-8, true, false, false};
+  SGD::Options sgd = {0.1, 0.01, 0.9, 0.0, false, false, false, 0};
+  AdamW::RowScalars adamw_scalars = AdamW::row_scalars(adamw, 10);
+  SGD::RowScalars sgd_scalars = SGD::row_scalars(sgd, 10);
+  Grad grad_row;
+  Row row = {};
+  PlanView plan;
+
+  Problem(const Case& chosen, int64_t n_chunks)
+      : what(chosen),
+        param(n_chunks * kChunk, 0.125f),
+        grad(n_chunks * kChunk, 0.25f * kGradScale),
+        exp_avg(n_chunks * kChunk, 0.0f),
+        exp_avg_sq(exp_avg),
+        partials(n_chunks),
+        grad_row{grad.in(what.dtype), what.dtype, 1} {
+    const int64_t n = n_chunks * kChunk;
+    for (int64_t c = 0; c < n_chunks; ++c) {
+      chunks.push_back({0, static_cast<int32_t>(c), c * kChunk});
+    }
+    row.param = param.in(what.dtype);
+    row.master = what.dtype == DType::kFloat32 ? nullptr : param.wide.data();
+    row.state[0] = exp_avg.data();
+    row.state[1] = what.rule == Rule::kAdamW ? exp_avg_sq.data() : nullptr;
+    row.numel = n;
+    row.dtype = what.dtype;
+    void* scalars = what.rule == Rule::kAdamW ? static_cast<void*>(&adamw_scalars) : &sgd_scalars;
+    plan = {&row, &grad_row, scalars, 1, chunks.data(), n_chunks, n, partials.data()};
+  }
+
+  UpdateArgs update_args() const {
+    const void* options = what.rule == Rule::kAdamW ? static_cast<const void*>(&adamw) : &sgd;
+    return {what.rule, options, 1.0f / kGradScale, std::numeric_limits<float>::infinity()};
+  }
+};
+
+// Of the time-stamp counter, whose rate is constant; elsewhere nanoseconds.
+uint64_t ticks() {
+#if defined(__x86_64__)
+  return __rdtsc();
+#else
+  return std::chrono::steady_clock::now().time_since_epoch().count();
+#endif
+}
+
+}  // namespace
+
+// Named in callgrind's --toggle-collect.
+extern "C" __attribute__((noinline)) void measured_call(const Kernels& kernels,
+                                                        const Problem& problem) {
+  if (problem.what.updates) {
+    kernels.update(problem.plan, problem.update_args(), 1);
+  } else {
+    kernels.reduce(problem.plan, NormType::kTwo, 1.0f / kGradScale, 1);
+  }
+}
+
+int main(int argc, char** argv) {
+  if (argc == 1) {
+    for (const Kernels* const* k = available_kernels(); *k; ++k) std::puts((*k)->name);
+    return 0;
+  }
+  if (argc != 5 || !select_kernels(argv[1])) return 2;
+  const Case* found = std::find_if(std::begin(kCases), std::end(kCases), [&](const Case& c) {
+    return std::strcmp(c.name, argv[2]) == 0;
+  });
+  if (found == std::end(kCases)) return 2;
+  Problem problem(*found, std::atol(argv[3]));
+  for (long call = 0; call < std::atol(argv[4]); ++call) {
+    const uint64_t start = ticks();
+    measured_call(current_kernels(), problem);
+    std::printf("%llu\n", static_cast<unsigned long long>(ticks() - start));
+  }
+}
