@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,12 @@ from benchmarks.pipelines import (
 from benchmarks.registry import KINDS
 from benchmarks.report import Result
 from benchmarks.stream import STREAMS, Stream
-from benchmarks.timing import sandwich, summarize
+from benchmarks.timing import Trial, sandwich, summarize
 
 BYTES_PER_PARAM = 16  # a pipeline's own: params, gradients of the last step, states
 BYTES_BESIDES = 32  # the gradients' source, the start, foreach's copies
+BUILDS = 2  # of each pipeline: where its tensors lie in memory is part of the spread
+MIN_ROUNDS_OF_A_BUILD = 3
 
 
 class Progress:
@@ -77,6 +80,12 @@ def groups(case: Case, free_bytes: int) -> Iterator[tuple[str, list[Comparison]]
             yield pivot, together[first : first + room]
 
 
+def _shares(rounds: int) -> list[int]:
+    """The rounds of each build."""
+    builds = max(1, min(BUILDS, rounds // MIN_ROUNDS_OF_A_BUILD))
+    return [rounds // builds + (build < rounds % builds) for build in range(builds)]
+
+
 class CaseRun:
     """Collects the results of one case."""
 
@@ -87,27 +96,47 @@ class CaseRun:
         self._agreed: set[str] = set()  # with another pipeline: then it may run against a stream
 
     def measure(self, pivot: str, group: Sequence[Comparison]) -> None:
-        others: dict[str, Pipeline | Stream] = {}
-        notes: dict[str, str] = {}
         by_other = {c.reference if c.pipeline == pivot else c.pipeline: c for c in group}
+        trials: dict[str, list[Trial]] = {name: [] for name in by_other}
+        notes: dict[str, str] = {}
+        for rounds in _shares(self._progress.rounds):
+            gc.collect()  # the last build's optimizers lie in cycles, and there may be room for one
+            self._measure_one_build(pivot, by_other, rounds, trials, notes)
+        for name in notes:
+            comparison, taken = by_other[name], trials[name]
+            swapped = comparison.pipeline == pivot
+            summary = summarize([trial.swapped() for trial in taken] if swapped else taken)
+            self.results[comparison] = Result(self._case, comparison, summary, notes[name])
+
+    def _measure_one_build(
+        self,
+        pivot: str,
+        by_other: dict[str, Comparison],
+        rounds: int,
+        trials: dict[str, list[Trial]],
+        notes: dict[str, str],
+    ) -> None:
+        """Adds `rounds` trials of each pipeline that can be built, and what is told of it."""
         center: Pipeline | None = None
+        others: dict[str, Pipeline | Stream] = {}
         for name, comparison in by_other.items():
+            if comparison in self.results:  # it failed when it was first built
+                continue
             self._progress.announce(self._case, name, pivot)
             try:
                 center = center or self._stepped(pivot)
-                others[name], notes[name] = self._agreeing(name, pivot, center)
+                others[name], allowed = self._agreeing(name, pivot, center)
+                told = (center.describe(), others[name].describe(), allowed)
+                notes[name] = "; ".join(filter(None, told))
             except Exception as error:  # a rival that fails must not take the others with it
+                notes.pop(name, None)
                 self._failed(comparison, name if center else pivot, error)
         if center is None or not others:
             return
-        progress = self._progress
-        trials = sandwich(center, others, progress.rounds, progress.attempts, progress.advance)
-        for name, taken in trials.items():
-            told = (center.describe(), others[name].describe(), notes[name])
-            swapped = by_other[name].pipeline == pivot
-            summary = summarize([trial.swapped() for trial in taken] if swapped else taken)
-            note = "; ".join(filter(None, told))
-            self.results[by_other[name]] = Result(self._case, by_other[name], summary, note)
+        attempts = rounds * self._progress.attempts // self._progress.rounds
+        taken = sandwich(center, others, rounds, attempts, self._progress.advance)
+        for name in taken:
+            trials[name] += taken[name]
 
     def _stepped(self, name: str) -> Pipeline:
         pipeline = KINDS[name].build(self._params(), self._grads)

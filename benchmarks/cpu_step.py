@@ -31,7 +31,7 @@ from benchmarks.param_sets import LISTS
 from benchmarks.registry import COMPILE_FIRST, KINDS, on_backend
 from benchmarks.report import append, check_header, provenance, results_path, rows, table
 
-ROUNDS, QUICK_ROUNDS = 11, 3
+ROUNDS, QUICK_ROUNDS = 10, 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PIPELINES = {  # by dtype, ours first
     "float32": ("fusedopt_adamw", "adamw_fused", "adamw_foreach"),

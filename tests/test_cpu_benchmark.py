@@ -197,6 +197,34 @@ def test_a_pipeline_that_cannot_be_measured_takes_no_other_with_it(
     assert "different steps" in told["other"][0] and told["other"][1]
 
 
+def test_trials_of_all_builds_are_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[object] = []
+    seconds = iter([2.0, 4.0])
+
+    def build(params: list[torch.Tensor], grads: param_sets.Gradients) -> pipelines.Pipeline:
+        built.append(params)
+        return KINDS["adamw_foreach"].build(params, grads)
+
+    def timed(
+        pivot: object, others: Mapping[str, object], rounds: int, *_: object
+    ) -> dict[str, list[Trial]]:
+        took = next(seconds)
+        return {name: [Trial(took, 1.0, False)] * rounds for name in others}
+
+    monkeypatch.setattr(cpu_measure, "sandwich", timed)
+    monkeypatch.setitem(KINDS, "watched", pipelines.Kind("watched", 1, build))
+    case = small([("watched", "adamw_fused")])
+    (result,) = cpu_measure.run_case(case, "new", cpu_measure.Progress([case], 7, 14))
+    assert len(built) == cpu_measure.BUILDS == 2
+    assert result.summary is not None and result.summary.samples == 7
+    assert {result.summary.reference_ms.p20, result.summary.reference_ms.p80} == {2000.0, 4000.0}
+
+
+@pytest.mark.parametrize(("rounds", "shares"), [(1, [1]), (3, [3]), (6, [3, 3]), (11, [6, 5])])
+def test_every_build_gets_its_share_of_the_rounds(rounds: int, shares: list[int]) -> None:
+    assert cpu_measure._shares(rounds) == shares
+
+
 def test_the_ratio_is_that_of_the_reference_to_the_pipeline(
     measured: dict[tuple[str, str], report.Result],
 ) -> None:
