@@ -28,8 +28,10 @@ from benchmarks.timing import Trial, sandwich, summarize
 
 BYTES_PER_PARAM = 16  # a pipeline's own: params, gradients of the last step, states
 BYTES_BESIDES = 32  # the gradients' source, the start, foreach's copies
-BUILDS = 2  # of each pipeline: where its tensors lie in memory is part of the spread
-MIN_ROUNDS_OF_A_BUILD = 3
+# Pipelines are made anew so many times: where their tensors lie in memory is part of the spread.
+BUILDS, BUILDS_OF_LARGE = 5, 2
+LARGE = 20_000_000  # elements: these take their time to make, and vary less
+MIN_ROUNDS_OF_A_BUILD = 2
 
 
 class Progress:
@@ -80,9 +82,10 @@ def groups(case: Case, free_bytes: int) -> Iterator[tuple[str, list[Comparison]]
             yield pivot, together[first : first + room]
 
 
-def _shares(rounds: int) -> list[int]:
+def _shares(rounds: int, numel: int) -> list[int]:
     """The rounds of each build."""
-    builds = max(1, min(BUILDS, rounds // MIN_ROUNDS_OF_A_BUILD))
+    wanted = BUILDS_OF_LARGE if numel > LARGE else BUILDS
+    builds = max(1, min(wanted, rounds // MIN_ROUNDS_OF_A_BUILD))
     return [rounds // builds + (build < rounds % builds) for build in range(builds)]
 
 
@@ -99,7 +102,7 @@ class CaseRun:
         by_other = {c.reference if c.pipeline == pivot else c.pipeline: c for c in group}
         trials: dict[str, list[Trial]] = {name: [] for name in by_other}
         notes: dict[str, str] = {}
-        for rounds in _shares(self._progress.rounds):
+        for rounds in _shares(self._progress.rounds, self._case.numel):
             gc.collect()  # the last build's optimizers lie in cycles, and there may be room for one
             self._measure_one_build(pivot, by_other, rounds, trials, notes)
         for name in notes:

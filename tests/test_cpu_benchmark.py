@@ -199,7 +199,7 @@ def test_a_pipeline_that_cannot_be_measured_takes_no_other_with_it(
 
 def test_trials_of_all_builds_are_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
-    seconds = iter([2.0, 4.0])
+    seconds = iter([2.0, 2.0, 3.0, 4.0, 4.0])
 
     def build(params: list[torch.Tensor], grads: param_sets.Gradients) -> pipelines.Pipeline:
         built.append(params)
@@ -214,15 +214,20 @@ def test_trials_of_all_builds_are_pooled(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cpu_measure, "sandwich", timed)
     monkeypatch.setitem(KINDS, "watched", pipelines.Kind("watched", 1, build))
     case = small([("watched", "adamw_fused")])
-    (result,) = cpu_measure.run_case(case, "new", cpu_measure.Progress([case], 7, 14))
-    assert len(built) == cpu_measure.BUILDS == 2
-    assert result.summary is not None and result.summary.samples == 7
+    (result,) = cpu_measure.run_case(case, "new", cpu_measure.Progress([case], 11, 22))
+    assert len(built) == cpu_measure.BUILDS == 5
+    assert result.summary is not None and result.summary.samples == 11
     assert {result.summary.reference_ms.p20, result.summary.reference_ms.p80} == {2000.0, 4000.0}
 
 
-@pytest.mark.parametrize(("rounds", "shares"), [(1, [1]), (3, [3]), (6, [3, 3]), (11, [6, 5])])
-def test_every_build_gets_its_share_of_the_rounds(rounds: int, shares: list[int]) -> None:
-    assert cpu_measure._shares(rounds) == shares
+@pytest.mark.parametrize(
+    ("rounds", "numel", "shares"),
+    [(1, 9, [1]), (3, 9, [3]), (5, 9, [3, 2]), (11, 9, [3, 2, 2, 2, 2]), (11, 10**8, [6, 5])],
+)
+def test_every_build_gets_its_share_of_the_rounds(
+    rounds: int, numel: int, shares: list[int]
+) -> None:
+    assert cpu_measure._shares(rounds, numel) == shares
 
 
 def test_the_ratio_is_that_of_the_reference_to_the_pipeline(
