@@ -18,6 +18,19 @@ constexpr int64_t kBlock = 512;  // elements converted at a time; stays in L1
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+constexpr int64_t kSlice = 256;   // fp32 elements between two rounds of prefetching
+constexpr int64_t kAhead = 2048;  // bytes
+
+// Fetches what lies kAhead past the n elements at `at`, which may be past the end of the tensor.
+// The streams begin anew at every tensor and stride of chunks, and the hardware's prefetchers need
+// a while to follow; with few streams they never have enough lines on the way.
+template <class T>
+void prefetch(const T* at, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* ahead = at + kAhead / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + i);
+}
+
 void widen_float16(const uint16_t* in, int64_t n, float* out) {
   int64_t i = 0;
 #if defined(__F16C__)
@@ -56,6 +69,7 @@ void narrow_bfloat16(const float* in, int64_t n, uint16_t* out) {
 const float* as_float(const void* data, DType dtype, int64_t begin, int64_t n, float* buffer) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(data) + begin;
   const uint16_t* half = static_cast<const uint16_t*>(data) + begin;
+  prefetch(half, n);
   if (dtype == DType::kFloat16) {
     widen_float16(half, n, buffer);
   } else {

@@ -28,6 +28,7 @@ float tree_sum(float* lanes, int width) {
 void add_squares(const float* grad, int64_t n, float mult1, float mult2, float* lanes) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    prefetch(grad + i, kLanes);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
       const float x = grad[i + l] * mult1 * mult2;

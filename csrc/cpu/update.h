@@ -19,16 +19,6 @@ struct Run {
   float* state[kMaxStates];
 };
 
-constexpr int64_t kSlice = 256;  // elements between two rounds of prefetching
-constexpr int64_t kAhead = 512;  // elements
-
-// Fetches the elements of a later slice: at every tensor and stride of chunks the streams begin
-// anew, and the hardware's prefetchers need a while to follow. The run may end before `at`.
-template <class... Streams>
-void prefetch(int64_t at, const Streams*... streams) {
-  for (int64_t i = at; i < at + kSlice; i += 16) (__builtin_prefetch(streams + i, 1), ...);
-}
-
 template <class R>
 using RunFn = void (*)(const typename R::Hyper&, const Run&, float grad_mult, float max_grad_value);
 
@@ -41,8 +31,11 @@ void run_adamw(const AdamW::Hyper& hyper, const Run& run, float grad_mult, float
   float* __restrict exp_avg_sq = run.state[1];
   float* __restrict max_exp_avg_sq = run.state[2];
   for (int64_t first = 0; first < run.n; first += kSlice) {
-    prefetch(first + kAhead, grad, param, exp_avg, exp_avg_sq);
-    if (kAmsgrad) prefetch(first + kAhead, max_exp_avg_sq);
+    prefetch(grad + first, kSlice);
+    prefetch(param + first, kSlice);
+    prefetch(exp_avg + first, kSlice);
+    prefetch(exp_avg_sq + first, kSlice);
+    if (kAmsgrad) prefetch(max_exp_avg_sq + first, kSlice);
     const int64_t last = min(first + kSlice, run.n);
 #pragma omp simd
     for (int64_t i = first; i < last; ++i) {
@@ -65,8 +58,9 @@ void run_sgd(const SGD::Hyper& hyper, const Run& run, float grad_mult, float max
   float* __restrict param = run.param;
   float* __restrict momentum_buffer = run.state[0];
   for (int64_t first = 0; first < run.n; first += kSlice) {
-    prefetch(first + kAhead, grad, param);
-    if (kMomentum) prefetch(first + kAhead, momentum_buffer);
+    prefetch(grad + first, kSlice);
+    prefetch(param + first, kSlice);
+    if (kMomentum) prefetch(momentum_buffer + first, kSlice);
     const int64_t last = min(first + kSlice, run.n);
 #pragma omp simd
     for (int64_t i = first; i < last; ++i) {
