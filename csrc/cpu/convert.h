@@ -21,9 +21,10 @@ int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t kSlice = 256;   // fp32 elements between two rounds of prefetching
 constexpr int64_t kAhead = 2048;  // bytes
 
-// Fetches what lies kAhead past the n elements at `at`, which may be past the end of the tensor.
-// The streams begin anew at every tensor and stride of chunks, and the hardware's prefetchers need
-// a while to follow; with few streams they never have enough lines on the way.
+// Fetches what lies kAhead past the n elements at `at`, which may be past the end of the tensor, so
+// that tensors of no more than a slice are better off without. The streams begin anew at every
+// tensor and stride of chunks, and the hardware's prefetchers need a while to follow; with few
+// streams they never have enough lines on the way.
 template <class T>
 void prefetch(const T* at, int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(T);

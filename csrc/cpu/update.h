@@ -31,11 +31,13 @@ void run_adamw(const AdamW::Hyper& hyper, const Run& run, float grad_mult, float
   float* __restrict exp_avg_sq = run.state[1];
   float* __restrict max_exp_avg_sq = run.state[2];
   for (int64_t first = 0; first < run.n; first += kSlice) {
-    prefetch(grad + first, kSlice);
-    prefetch(param + first, kSlice);
-    prefetch(exp_avg + first, kSlice);
-    prefetch(exp_avg_sq + first, kSlice);
-    if (kAmsgrad) prefetch(max_exp_avg_sq + first, kSlice);
+    if (run.n > kSlice) {
+      prefetch(grad + first, kSlice);
+      prefetch(param + first, kSlice);
+      prefetch(exp_avg + first, kSlice);
+      prefetch(exp_avg_sq + first, kSlice);
+      if (kAmsgrad) prefetch(max_exp_avg_sq + first, kSlice);
+    }
     const int64_t last = min(first + kSlice, run.n);
 #pragma omp simd
     for (int64_t i = first; i < last; ++i) {
@@ -58,9 +60,11 @@ void run_sgd(const SGD::Hyper& hyper, const Run& run, float grad_mult, float max
   float* __restrict param = run.param;
   float* __restrict momentum_buffer = run.state[0];
   for (int64_t first = 0; first < run.n; first += kSlice) {
-    prefetch(grad + first, kSlice);
-    prefetch(param + first, kSlice);
-    if (kMomentum) prefetch(momentum_buffer + first, kSlice);
+    if (run.n > kSlice) {
+      prefetch(grad + first, kSlice);
+      prefetch(param + first, kSlice);
+      if (kMomentum) prefetch(momentum_buffer + first, kSlice);
+    }
     const int64_t last = min(first + kSlice, run.n);
 #pragma omp simd
     for (int64_t i = first; i < last; ++i) {
