@@ -10,6 +10,7 @@
   profile       the share of the optimizer in the examples' training
   memory        peak memory of the first and the second step
   plot          pictures of the rows
+  tables        the measured tables of README and docs, from the rows
   compare       what got slower between two commits or CSVs
 
 `python -m benchmarks COMMAND --help` says more.
@@ -26,6 +27,7 @@ COMMANDS = {
     "gpu": "gpu.step",
     "host": "host_time",
     "plot": "plot",
+    "tables": "tables",
     "compare": "compare",
     "kernels": "kernels",
     "instructions": "instructions",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +63,23 @@ def read(source: str, results: Path = RESULTS) -> dict[Key, Figure]:
         if not found:
             raise SystemExit(f"{source}: no row with a ratio, a machine and a reference")
         return found
-    if not re.fullmatch(r"[0-9a-f]{7,40}", source):
-        raise SystemExit(f"{source}: neither a .csv nor seven digits or more of a commit")
+    commit = source if re.fullmatch(r"[0-9a-f]{7,40}", source) else _resolved(source)
+    if not commit:
+        raise SystemExit(f"{source}: neither a .csv nor a commit")
     rows = [row for path in sorted(results.glob("*.csv")) for row in _rows(path)]
-    found = latest(row for row in rows if row["commit"].startswith(source))
+    found = latest(row for row in rows if row["commit"].startswith(commit))
     if not found:
         raise SystemExit(f"{source}: {results} has no row of this commit")
     return found
+
+
+def _resolved(name: str) -> str:
+    """The commit that git knows under a name: HEAD, a branch, a tag."""
+    command = ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]
+    try:
+        return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

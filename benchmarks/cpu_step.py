@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import stream
+from benchmarks.arguments import positive
 from benchmarks.cases import QUICK_CASES, Case, all_cases, make_case
 from benchmarks.cpu_measure import Progress, run_case
 from benchmarks.param_sets import LISTS
@@ -70,8 +71,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "refilled; or views into one buffer, as DDP leaves them, refilled",
     )
     rounds = f"samples of each comparison (default: {ROUNDS})"
-    parser.add_argument("--rounds", type=int, metavar="N", help=rounds)
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--rounds", type=positive, metavar="N", help=rounds)
+    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="default: 2")
     quick = f"{QUICK_ROUNDS} rounds, small cases if none are named, no rows without --out"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")

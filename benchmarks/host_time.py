@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import fusedopt
+from benchmarks.arguments import positive
 from benchmarks.param_sets import Gradients, equal, make_params
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, Ours, Pipeline
 from benchmarks.registry import KINDS
@@ -134,7 +135,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, help="samples of each (default: 41)")
+    parser.add_argument("--rounds", type=positive, help="samples of each (default: 41)")
     parser.add_argument("--quick", action="store_true", help="few rounds, no rows")
     parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
     args = parser.parse_args(arguments)

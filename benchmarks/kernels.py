@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import stream
+from benchmarks.arguments import positive
 from benchmarks.cpu_measure import available_bytes
 from benchmarks.param_sets import one_tensor
 from benchmarks.pipelines import Unavailable
@@ -259,8 +260,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=[*DTYPES, "all"], metavar="DTYPE", help=", ".join(DTYPES))
     add("--backends", nargs="+", choices=[*ON_CPU, *ON_GPU], default=[*ON_CPU])
     add("--sizes", type=exponents, help=f"powers of two, default {SIZES}, on a GPU {GPU_SIZES}")
-    add("--threads", type=int, default=2, help="on the CPU, default 2")
-    add("--rounds", type=int, help=f"samples on the CPU, default {ROUNDS}")
+    add("--threads", type=positive, default=2, help="on the CPU, default 2")
+    add("--rounds", type=positive, help=f"samples on the CPU, default {ROUNDS}")
     add("--budget", type=float, default=60.0, help="seconds on a GPU, default 60")
     add("--quick", action="store_true", help="a few sizes, printed only")
     add("--dry-run", action="store_true", help="a GPU's run, on the CPU; measures nothing")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.arguments import device, positive
 from benchmarks.cpu_measure import available_bytes
 from benchmarks.figures import Figures, common_columns, figures_path, table
 from benchmarks.param_sets import LISTS
@@ -113,14 +114,16 @@ def add_figures(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", type=device, default=torch.device("cpu"))
     parser.add_argument("--params", nargs="+", choices=LISTS, metavar="LIST", help=", ".join(LISTS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="half with fp32 masters")
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=PIPELINES)
     parser.add_argument("--runs", type=int, help="processes for each figure (default: 3)")
-    parser.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
+    parser.add_argument("--threads", type=positive, default=1, help="of each process (default: 1)")
     parser.add_argument("--quick", action="store_true", help="default to a small list, once")
     parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
     args = parser.parse_args(arguments)

@@ -10,7 +10,6 @@ commit and command, and its file carries a checksum of the figures drawn.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -22,24 +21,12 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 
+from benchmarks.plot_rows import MIN_SIZES, STYLES, NothingToDraw, Rows, read
 from benchmarks.registry import base_kinds, gpu_kinds
 from benchmarks.report import ROOT
 
 PICTURES = ROOT / "docs" / "pictures"
 CHECKSUM = "fusedopt-figures"  # a text chunk of the PNG
-SWEEP_CPU = "adamw-gpt-"  # a decoder's 148 tensors, of so many elements in all
-SWEEP_GPU = ("adamw-1M", "adamw-10M", "adamw-resnet50", "adamw-gpt2-124M", "adamw-llama-1.24B")
-MIN_SIZES = 3  # of a sweep
-
-# Of the lines and their legend, ours first.
-STYLES = {
-    "fusedopt_adamw": ("#d1495b", "o"),
-    "fusedopt_adamw_triton": ("#e58a97", "o"),
-    "adamw_fused": ("#1f5f8b", "s"),
-    "adamw_foreach": ("#6fa8c9", "^"),
-    "adamw_compiled": ("#a9c6d9", "v"),
-    "adamw_deepspeed": ("#5b8c5a", "D"),
-}
 OURS, THEIRS = "#d1495b", "#6fa8c9"
 ROOF = "#222222"
 STYLE = {
@@ -55,10 +42,6 @@ STYLE = {
 }
 
 
-class NothingToDraw(Exception):
-    """The rows have too little for this picture."""
-
-
 @dataclass(frozen=True)
 class Bar:
     """A ratio or a count; `low` and `high` are p20 and p80 where there is a spread."""
@@ -68,86 +51,6 @@ class Bar:
     low: float
     high: float
     pipeline: str
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Undisturbed rows of one commit, the latest of each case, pipeline and reference."""
-
-    rows: list[dict[str, str]]
-
-    @classmethod
-    def of(cls, found: Sequence[dict[str, str]], commit: str) -> Rows:
-        latest: dict[tuple[str, str, str], dict[str, str]] = {}
-        for row in sorted(found, key=lambda row: row["timestamp"]):
-            clean = row["dirty"] == "0" and row.get("quiet", "1") == "1"
-            if clean and row["commit"].startswith(commit) and row["grads"] in ("new", ""):
-                latest[row["case"], row["pipeline"], row.get("reference", "")] = row
-        return cls(list(latest.values()))
-
-    @property
-    def on_gpu(self) -> bool:
-        return "gpu" in self.rows[0]
-
-    @property
-    def caption(self) -> str:
-        row = self.rows[0]
-        if self.on_gpu:
-            machine, command = row["gpu"], "bash benchmarks/gpu.sh"
-        else:
-            machine = f"{row['machine']}, {row['threads']} threads"
-            command = "python -m benchmarks cpu"
-        return f"{machine}, torch {row['torch']}; commit {row['commit'][:7]}; {command}"
-
-    def sweep(self) -> dict[str, list[tuple[int, float, float, float]]]:
-        """By pipeline: elements and ms (p50, p20, p80), in the order of elements."""
-        points: dict[str, dict[int, tuple[float, float, float]]] = {}
-        for row in self.rows:
-            in_sweep = (
-                row["case"] in SWEEP_GPU if self.on_gpu else row["case"].startswith(SWEEP_CPU)
-            )
-            if not in_sweep:
-                continue
-            clock = "gpu_ms" if self.on_gpu else "ms"
-            numel = int(row["params"])
-            if row[f"{clock}_p50"] and row["pipeline"] in STYLES:
-                p50, p20, p80 = (float(row[f"{clock}_{p}"]) for p in ("p50", "p20", "p80"))
-                points.setdefault(row["pipeline"], {})[numel] = (p50, p20, p80)
-            reference = row.get("reference", "")
-            if reference in STYLES and row["pipeline"] == "fusedopt_adamw":
-                ms = float(row["reference_ms_p50"])
-                points.setdefault(reference, {}).setdefault(numel, (ms, ms, ms))
-        return {
-            name: [(numel, *points[name][numel]) for numel in sorted(points[name])]
-            for name in STYLES
-            if len(points.get(name, {})) >= MIN_SIZES
-        }
-
-    def roof(self) -> list[tuple[int, float]]:
-        """Elements and ms that the bytes of our step take: in a stream, timed in turns with it
-        over as many elements; on a GPU at the speed of a copy."""
-        found = []
-        for row in self.rows:
-            if row["pipeline"] != "fusedopt_adamw" or not self._in_sweep(row):
-                continue
-            numel = int(row["params"])
-            if self.on_gpu:
-                n_bytes = float(row["bytes_per_param"]) * numel
-                found.append((numel, n_bytes / float(row["copy_gb_s"]) / 1e6))
-            elif row["reference"] == "stream_huge":
-                found.append((numel, float(row["reference_ms_p50"])))
-        if len(found) < MIN_SIZES:
-            raise NothingToDraw(f"the roof is known for {len(found)} sizes")
-        return sorted(found)
-
-    def _in_sweep(self, row: dict[str, str]) -> bool:
-        return row["case"] in SWEEP_GPU if self.on_gpu else row["case"].startswith(SWEEP_CPU)
-
-    def ours_per_param(self) -> float:
-        for row in self.rows:
-            if row["pipeline"] == "fusedopt_adamw" and row["bytes_per_param"]:
-                return float(row["bytes_per_param"])
-        raise NothingToDraw("no row of fusedopt_adamw")
 
 
 Figure = Any  # matplotlib's; it has no types of its own
@@ -165,7 +68,9 @@ def step_time(rows: Rows) -> tuple[Figure, object]:
         colour, marker = STYLES[name]
         numel, p50, p20, p80 = (np.array(column) for column in zip(*points, strict=True))
         ours = name.startswith("fusedopt")
-        axes.fill_between(numel, p20, p80, color=colour, alpha=0.18, linewidth=0)
+        spread = p80 > p20  # a rival without a row of its own at a size has a median alone
+        bars = [(p50 - p20)[spread], (p80 - p50)[spread]]
+        axes.errorbar(numel[spread], p50[spread], bars, fmt="none", ecolor=colour, capsize=3)
         axes.plot(numel, p50, color=colour, marker=marker, markersize=5, label=kinds[name].label,
                   linewidth=2.6 if ours else 1.4, zorder=3 if ours else 2)  # fmt: skip
     what = "copied" if rows.on_gpu else "streamed, nothing computed"
@@ -266,19 +171,6 @@ def draw(name: str, rows: Rows, path: Path) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Software": None, CHECKSUM: digest})
     return digest
-
-
-def read(path: Path, commit: str = "") -> Rows:
-    """Rows of `commit`, or of the newest commit that has a sweep of sizes."""
-    with path.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    newest_first = sorted(found, key=lambda row: row["timestamp"], reverse=True)
-    commits = [commit] if commit else list(dict.fromkeys(row["commit"] for row in newest_first))
-    for candidate in commits:
-        rows = Rows.of(found, candidate)
-        if rows.rows and (commit or "fusedopt_adamw" in rows.sweep()):
-            return rows
-    raise SystemExit(f"{path}: no commit has clean rows of {MIN_SIZES} sizes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

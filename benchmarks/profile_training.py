@@ -25,6 +25,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from benchmarks.arguments import device, positive
 from benchmarks.figures import Figures, common_columns, figures_path, table
 from benchmarks.pipelines import DifferentStep, Unavailable
 from benchmarks.timing import MAX_FOREIGN_SHARE, ForeignLoad
@@ -166,13 +167,17 @@ def measure(case: Case, args: argparse.Namespace, figures: Figures, bar: tqdm[An
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", type=device, default=torch.device("cpu"))
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="see a run for the names")
-    parser.add_argument("--rounds", type=int, help="timed iterations of each (default: by case)")
+    parser.add_argument(
+        "--rounds", type=positive, help="timed iterations of each (default: by case)"
+    )
     parser.add_argument("--profiled", type=int, help="iterations under the profiler (default: 5)")
-    parser.add_argument("--threads", type=int, help="default: torch's, one for each core")
+    parser.add_argument("--threads", type=positive, help="default: torch's, one for each core")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="keep the Chrome traces there")
     parser.add_argument("--quick", action="store_true", help="small models, few rounds")
     parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")

@@ -136,7 +136,7 @@ def test_the_command(tmp_path: Path, ratio: float, status: int) -> None:
     ("arguments", "words"),
     [
         (["compare", "nowhere.csv", "aaaaaaa"], "no such file"),
-        (["compare", "HEAD", "aaaaaaa"], "neither a .csv nor seven digits"),
+        (["compare", "no-such-branch", "aaaaaaa"], "neither a .csv nor a commit"),
         (["compare", "0000000", "0000000"], "no row of this commit"),
         (["dance"], "python -m benchmarks COMMAND"),
     ],
@@ -150,3 +150,12 @@ def test_our_own_rows_can_be_compared() -> None:
     commits = {"8c2e0b3", "78eccae"}
     figures = [compare.read(commit) for commit in sorted(commits)]
     assert all(figures) and compare.changes(*figures)
+
+
+def test_a_name_that_git_knows_is_a_commit(tmp_path: Path) -> None:
+    if not (Path(__file__).parent.parent / ".git").exists():
+        pytest.skip("not a checkout")
+    with pytest.raises(SystemExit, match="has no row of this commit"):
+        compare.read("HEAD", tmp_path)
+    with pytest.raises(SystemExit, match="neither a"):
+        compare.read("no-such-branch", tmp_path)

@@ -285,3 +285,13 @@ def test_what_needs_a_gpu_says_so() -> None:
     kind = pipelines.Kind("x", 1, fail, devices=("cuda",))
     there = torch.cuda.is_available()
     assert listing.runs_here(kind, {}) == ("gpu" if there else "no: needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("flag", ["--rounds", "--threads"])
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_a_number_that_makes_no_sense_is_refused_first(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cpu_step.parse([flag, value])
+    assert flag in capsys.readouterr().err

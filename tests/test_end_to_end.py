@@ -124,7 +124,7 @@ def test_different_training_fails_the_command(
     def differs(*args: object) -> None:
         raise pipelines.DifferentStep("losses")
 
-    monkeypatch.setattr(profile_training, "measure", differs)
+    monkeypatch.setattr(profile_training, "check_same_training", differs)
     assert profile_training.main(["--quick", "--cases", "train_digits-bf16"]) == 1
     assert "train_digits-bf16 not measured: losses" in capsys.readouterr().out
 

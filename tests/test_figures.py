@@ -57,6 +57,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "within 45 s": "a limit of the program",
         "bytes over 4.3 TB/s, assumed": "a prediction, and said to be one",
         "held to 2 % of a move": "the tolerance of the check that rivals compute the same step",
+        "and to 12 % in root mean square": "likewise",
     },
     "docs/numerics.md": {
         "off by 19 %": "arithmetic: 1 - 1e-7 in fp32",

@@ -154,6 +154,7 @@ def test_memory_on_a_gpu(
         }
 
     monkeypatch.setattr(memory, "run_child", run_child)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert memory.main(["--device", "cuda"]) == 0

@@ -18,6 +18,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import plot, report  # noqa: E402
 from benchmarks.gpu import report as gpu_report  # noqa: E402
+from benchmarks.plot_rows import SWEEP_GPU  # noqa: E402
 
 COMMIT, OLDER = "a" * 40, "b" * 40
 SIZES = {"1M": 1_000_000, "10M": 10_000_000, "100M": 100_000_000}
@@ -134,7 +135,7 @@ def test_caption_names_machine_commit_and_command(tmp_path: Path) -> None:
 
 def test_rows_of_a_gpu(tmp_path: Path) -> None:
     rows = []
-    for case in plot.SWEEP_GPU:
+    for case in SWEEP_GPU:
         for pipeline, ms in (("fusedopt_adamw", 1.0), ("adamw_fused", 2.0)):
             rows.append(dict.fromkeys(gpu_report.COLUMNS, "") | {
                 "timestamp": "2026-01-02T00:00:00+00:00", "commit": COMMIT, "dirty": 0,

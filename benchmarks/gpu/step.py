@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.gpu.cases import GpuCase, gpu_cases, tiny
 from benchmarks.gpu.first_step import measure_first_steps
 from benchmarks.gpu.kernels import COUNTED_NUMEL, count_dram_bytes, time_kernels
@@ -169,11 +170,13 @@ def tiny_numel() -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = list(gpu_cases())
     parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=", ".join(names))
-    parser.add_argument("--rounds", type=int, help="samples of each pipeline (default: 30)")
+    parser.add_argument("--rounds", type=positive, help="samples of each pipeline (default: 30)")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds for all (default 240)")
     parser.add_argument("--quick", action="store_true", help="default to a few small cases")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU; measures nothing")
