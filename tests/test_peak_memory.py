@@ -30,30 +30,50 @@ READINGS = {  # of a scripted meter, in bytes
 one_thread = figure_helpers.one_thread
 
 
+QUICK_PIPELINES = ("torch_foreach", "fusedopt", "fusedopt_init_state")
+# The kernel's high-water mark holds pages of files too, which it maps when it likes: seen once, on
+# a busy machine. That only ever adds, and not every time.
+ATTEMPTS = 3
+
+
 def test_quick_memory(cpu_backend: str, one_thread: None, tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    out = tmp_path / "memory.csv"
-    names = ["torch_foreach", "fusedopt", "fusedopt_init_state"]
-    options = ["--quick", "--out", str(out), "--pipelines", *names]
+    for attempt in range(ATTEMPTS):
+        rows = quick_rows(tmp_path / f"{attempt}.csv")
+        assert {row["figure"] for row in rows} == set(memory.COLUMNS)
+        try:
+            hold_promises({name: by_pipeline(rows, name) for name in memory.COLUMNS})
+        except AssertionError:
+            if attempt + 1 == ATTEMPTS:
+                raise
+        else:
+            return
+
+
+def quick_rows(out: Path) -> list[dict[str, str]]:
+    options = ["--quick", "--out", str(out), "--pipelines", *QUICK_PIPELINES]
     assert memory.main(options) == 0
     rows = read(out)
     if any("lower bounds" in row["note"] for row in rows):
         pytest.skip("/proc/self/clear_refs is not writable here")
-    assert {row["figure"] for row in rows} == set(memory.COLUMNS)
+    return rows
+
+
+def by_pipeline(rows: list[dict[str, str]], name: str) -> dict[str, float]:
+    return {pipeline: value for (_, pipeline), value in medians(rows, name).items()}
+
+
+def hold_promises(figures: dict[str, dict[str, float]]) -> None:
     params = 4 * 10_000_000 / memory.MIB
-
-    def figure(name: str) -> dict[str, float]:
-        return {pipeline: value for (_, pipeline), value in medians(rows, name).items()}
-
-    assert set(figure("state_mib")) == set(names)
-    for state in figure("state_mib").values():
+    assert set(figures["state_mib"]) == set(QUICK_PIPELINES)
+    for state in figures["state_mib"].values():
         assert state == pytest.approx(2 * params, rel=1e-3)
-    first, second = figure("first_beyond_state_mib"), figure("second_beyond_state_mib")
-    added_first, added_second = figure("first_added_mib"), figure("second_added_mib")
-    for beyond in (first, second):  # huge pages are handed out whole, 2 MiB each
+    for name in ("first_beyond_state_mib", "second_beyond_state_mib"):
+        beyond = figures[name]  # huge pages are handed out whole, 2 MiB each
         assert beyond["torch_foreach"] > 0.9 * params
         assert -1 < beyond["fusedopt"] < 2.5
+    added_first, added_second = figures["first_added_mib"], figures["second_added_mib"]
     assert added_first["fusedopt"] == pytest.approx(2 * params, abs=2.5)
     assert added_first["fusedopt_init_state"] < params / 1000 + 0.25
     for pipeline in ("fusedopt", "fusedopt_init_state"):
