@@ -31,24 +31,14 @@ one_thread = figure_helpers.one_thread
 
 
 QUICK_PIPELINES = ("torch_foreach", "fusedopt", "fusedopt_init_state")
-# The kernel's high-water mark holds pages of files too, which it maps when it likes: seen once, on
-# a busy machine. That only ever adds, and not every time.
-ATTEMPTS = 3
 
 
 def test_quick_memory(cpu_backend: str, one_thread: None, tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    for attempt in range(ATTEMPTS):
-        rows = quick_rows(tmp_path / f"{attempt}.csv")
-        assert {row["figure"] for row in rows} == set(memory.COLUMNS)
-        try:
-            hold_promises({name: by_pipeline(rows, name) for name in memory.COLUMNS})
-        except AssertionError:
-            if attempt + 1 == ATTEMPTS:
-                raise
-        else:
-            return
+    rows = quick_rows(tmp_path / "memory.csv")
+    assert {row["figure"] for row in rows} == set(memory.COLUMNS)
+    hold_promises({name: by_pipeline(rows, name) for name in memory.COLUMNS})
 
 
 def quick_rows(out: Path) -> list[dict[str, str]]:

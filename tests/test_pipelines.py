@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks import param_sets, pipelines, registry  # noqa: E402
+from benchmarks.rivals import Library, library  # noqa: E402
 
 SHAPES = [(40, 5), (7,), (1,), (300,)]
 ENOUGH = [(3, 5, 7), (257,), (60, 65)]  # elements for scaled fp16 gradients to be finite
@@ -227,7 +228,7 @@ def test_a_library_that_does_not_import_says_so() -> None:
     kind = pipelines.Kind("x", 1, lambda p, g: pytest.fail(), module="no_such_module")
     reasons = registry.unavailable({"x": kind})
     assert list(reasons) == ["no_such_module"] and "No module named" in reasons["no_such_module"]
-    build = registry.library(registry.Library, "no_such_module", "AdamW")
+    build = library(Library, "no_such_module", "AdamW")
     with pytest.raises(pipelines.Unavailable, match="No module named"):
         build([], param_sets.Gradients(SHAPES, torch.float32))
 
