@@ -24,19 +24,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import fusedopt
 from benchmarks.arguments import device, positive
 from benchmarks.cpu_measure import available_bytes
 from benchmarks.figures import Figures, common_columns, figures_path, table
 from benchmarks.param_sets import LISTS
-from benchmarks.peak_memory import DTYPES, PIPELINES, Job
+from benchmarks.peak_memory import DTYPES, PIPELINES, Job, check_same_step
+from benchmarks.pipelines import DifferentStep
+from benchmarks.report import ROOT
 
-# The child looks for modules where this process does, so both measure the same fusedopt.
+# The packages come from where this process has them, whatever lies on either's path before that.
 CHILD = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
+import importlib, json, sys
+for package, home in json.loads(sys.argv[1]).items():
+    sys.path.insert(0, home)
+    importlib.import_module(package)
+    sys.path.remove(home)
 from benchmarks.peak_memory import Job, measure
 print(json.dumps(measure(Job(**json.loads(sys.argv[2])))))
 """
+HOMES = {"fusedopt": str(Path(fusedopt.__file__).parents[1]), "benchmarks": str(ROOT)}
 MIB = 2**20
 BYTES_PER_PARAM_AT_PEAK = 40  # fp32: param, gradient and its source, two states, foreach's copies
 STEPS = ("first", "second")
@@ -50,7 +57,7 @@ class NotMeasured(Exception):
 
 
 def run_child(job: Job) -> dict[str, Any]:
-    command = [sys.executable, "-c", CHILD, json.dumps(sys.path), json.dumps(asdict(job))]
+    command = [sys.executable, "-c", CHILD, json.dumps(HOMES), json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -77,9 +84,12 @@ def measure_case(params: str, dtype: str, args: argparse.Namespace, bar: tqdm[An
     def take(pipeline: str) -> dict[str, Any]:
         job = Job(params, dtype, pipeline, str(args.device), args.threads)
         measured = run_child(job)
+        if measured["backend"] == "reference":
+            raise NotMeasured("fusedopt has only its reference backend here: python -m fusedopt")
         bar.update()
         return measured
 
+    check_same_step(dtype, args.pipelines, args.device)
     jobs = [pipeline for _ in range(args.runs) for pipeline in args.pipelines]
     with ThreadPoolExecutor(processes_at_a_time(params, args.device)) as executor:
         results = list(executor.map(take, jobs))
@@ -122,7 +132,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--params", nargs="+", choices=LISTS, metavar="LIST", help=", ".join(LISTS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="half with fp32 masters")
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=PIPELINES)
-    parser.add_argument("--runs", type=int, help="processes for each figure (default: 3)")
+    parser.add_argument("--runs", type=positive, help="processes for each figure (default: 3)")
     parser.add_argument("--threads", type=positive, default=1, help="of each process (default: 1)")
     parser.add_argument("--quick", action="store_true", help="default to a small list, once")
     parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
@@ -147,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bar.set_description(case)
             try:
                 by_pipeline = measure_case(params, dtype, args, bar)
-            except NotMeasured as error:
+            except (NotMeasured, DifferentStep) as error:
                 problems[case] = error
                 continue
             for pipeline, measured in by_pipeline.items():

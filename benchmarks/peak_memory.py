@@ -22,6 +22,8 @@ from benchmarks.pipelines import (
     Ours,
     Pipeline,
     TorchOpsMasters,
+    compare_steps,
+    take_checked_steps,
     torch_adamw,
 )
 
@@ -64,19 +66,18 @@ class Meter(Protocol):
 
 
 class Resident:
-    """What Linux counts as resident, without pages of files: code is mapped when it is first run,
-    and whatever the kernel maps around it, which is no memory of a step."""
+    """What Linux counts as resident."""
 
     name, exact = "resident", True
 
     def now(self) -> int:
-        return self._status("VmRSS") - self._status("RssFile")
+        return self._status("VmRSS")
 
     def reset_peak(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        return self._status("VmHWM") - self._status("RssFile")
+        return self._status("VmHWM")
 
     @staticmethod
     def _status(field: str) -> int:
@@ -159,6 +160,23 @@ def start(job: Job, name: str) -> tuple[list[Tensor], Gradients]:
     grads = Gradients(shapes, dtype, device=job.device)
     grads.backward(params)
     return params, grads
+
+
+def check_same_step(dtype: str, pipelines: Sequence[str], device: torch.device) -> None:
+    """Hold the pipelines to one step of a small list; raises DifferentStep."""
+    shapes = LISTS[WARM_UP_LIST]()
+
+    def new_params() -> list[Tensor]:
+        return make_params(shapes, DTYPES[dtype], device)
+
+    grads = Gradients(shapes, DTYPES[dtype], device=device)
+    jobs = (Job(WARM_UP_LIST, dtype, name, str(device), 1) for name in pipelines)
+    built = [build(job, new_params(), grads) for job in jobs]
+    for pipeline in built:
+        take_checked_steps(pipeline, grads)
+    start = [param.detach() for param in new_params()]
+    for other in built[1:]:
+        compare_steps(start, built[0], other)
 
 
 def warm_up(job: Job) -> None:

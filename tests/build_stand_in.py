@@ -93,6 +93,9 @@ def table():
     """The modules of setup.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("setuptools.setup", lambda **_: None)
+        patch.setattr(
+            "sys.path", [*sys.path]
+        )  # setup.py puts the checkout before what is installed
         patch.chdir(ROOT)
         return runpy.run_path(str(ROOT / "setup.py"))["MODULES"]
 

@@ -33,10 +33,17 @@ one_thread = figure_helpers.one_thread
 QUICK_PIPELINES = ("torch_foreach", "fusedopt", "fusedopt_init_state")
 
 
-def test_quick_memory(cpu_backend: str, one_thread: None, tmp_path: Path) -> None:
+def test_quick_memory(
+    cpu_backend: str, one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")
+    # What is measured is what this process has imported, whatever else is on the path by now.
+    (tmp_path / "fusedopt.py").write_text("raise ImportError('another fusedopt')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rows = quick_rows(tmp_path / "memory.csv")
+    assert all("backend cpu" in row["note"] for row in rows if "fusedopt" in row["pipeline"])
     assert {row["figure"] for row in rows} == set(memory.COLUMNS)
     hold_promises({name: by_pipeline(rows, name) for name in memory.COLUMNS})
 
@@ -163,11 +170,14 @@ def test_memory_on_a_gpu(
             "peaks": {"allocated": peaks, "reserved": peaks},
         }
 
+    checked = []
+    monkeypatch.setattr(memory, "check_same_step", lambda *arguments: checked.append(arguments))
     monkeypatch.setattr(memory, "run_child", run_child)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert memory.main(["--device", "cuda"]) == 0
+    assert checked == [(dtype, peak_memory.PIPELINES, CUDA) for dtype in ("fp32", "bf16")]
     assert {job.device for job in jobs} == {"cuda"}
     assert len(jobs) == 2 * 4 * 3  # dtypes, pipelines, runs
     assert memory.processes_at_a_time("llama-3.2-1B", CUDA) == 1
@@ -185,6 +195,27 @@ def test_too_little_memory_is_reported(
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     assert memory.main(["--quick"]) == 1
     assert "gpt-10M-fp32 not measured: needs 0.4 GiB of free memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_pipelines_that_take_other_steps_are_not_compared(
+    dtype: str,
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peak_memory.check_same_step(dtype, peak_memory.PIPELINES, CPU)
+    monkeypatch.setattr(peak_memory, "MAX_GRAD_NORM", 0.5)  # of ours alone
+    assert memory.main(["--quick", "--dtypes", dtype]) == 1
+    assert "not measured: the two pipelines take different steps" in capsys.readouterr().out
+
+
+def test_the_reference_backend_is_not_taken_for_ours(
+    one_thread: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "run_child", lambda job: {"backend": "reference"})
+    assert memory.main(["--quick", "--pipelines", "fusedopt"]) == 1
+    assert "only its reference backend" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
