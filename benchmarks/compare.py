@@ -2,9 +2,11 @@
 
 OLD and NEW are each a CSV of benchmarks/results or a commit (a prefix of at least seven digits)
 whose rows stand there. A figure is the speed against a reference that was timed in the same run,
-so that a slower machine is not taken for a slower program; rows without one are left out, and
-rows of different machines are never compared. It counts as slower where the whole range from p20 to
-p80 lies below the old one; the exit status is then 1.
+so that a slower machine is not taken for a slower program; rows without one are left out, and rows
+of different machines or torch versions are never compared, nor a commit's rows that were measured
+with changes in the tree. Several runs of one commit are one figure, of which benchmarks/pool.py
+tells the range. It counts as slower where the whole range from p20 to p80 lies below the old one;
+the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -13,53 +15,48 @@ import argparse
 import csv
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.pool import Figure, Key, Row, runs_by_key, spread
+
 RESULTS = Path(__file__).parent / "results"
-KEY = ("machine", "threads", "case", "params", "dtype", "pipeline", "reference", "grads")
+KEY = ("machine", "torch", "threads", "case", "params", "dtype", "pipeline", "reference", "grads")
 
-Key = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Reference time over pipeline time: above 1, the pipeline is faster."""
-
-    p20: float
-    p50: float
-    p80: float
-    quiet: bool
-
-    @classmethod
-    def of(cls, row: dict[str, str]) -> Figure:
-        p20, p50, p80 = (float(row[f"ratio_{p}"]) for p in ("p20", "p50", "p80"))
-        return cls(p20, p50, p80, row["quiet"] == "1")
+Runs = dict[Key, list[Row]]
 
 
 @dataclass(frozen=True)
 class Change:
+    """Of reference time over pipeline time: above 1, the pipeline is faster."""
+
     key: Key
     old: Figure
     new: Figure
+    quiet: bool
+
+    @classmethod
+    def of(cls, key: Key, old: list[Row], new: list[Row]) -> Change:
+        quiet = all(row["quiet"] == "1" for row in (*old, *new))
+        return cls(key, spread(old, "ratio"), spread(new, "ratio"), quiet)
 
     @property
     def verdict(self) -> str:
-        if not (self.old.quiet and self.new.quiet):
+        if not self.quiet:
             return "disturbed"
         if self.new.p80 < self.old.p20:
             return "SLOWER"
         return "faster" if self.new.p20 > self.old.p80 else "same"
 
 
-def read(source: str, results: Path = RESULTS) -> dict[Key, Figure]:
-    """The latest figure for each key of a CSV, or of a commit's rows in any CSV of ``results``."""
+def read(source: str, results: Path = RESULTS) -> Runs:
+    """For each key the newest runs of a CSV, or a commit's rows in any CSV of ``results``."""
     path = Path(source)
     if path.suffix == ".csv":
         if not path.exists():
             raise SystemExit(f"{source}: there is no such file")
-        found = latest(_rows(path))
+        found = runs_by_key(_rows(path), KEY)
         if not found:
             raise SystemExit(f"{source}: no row with a ratio, a machine and a reference")
         return found
@@ -67,10 +64,13 @@ def read(source: str, results: Path = RESULTS) -> dict[Key, Figure]:
     if not commit:
         raise SystemExit(f"{source}: neither a .csv nor a commit")
     rows = [row for path in sorted(results.glob("*.csv")) for row in _rows(path)]
-    found = latest(row for row in rows if row["commit"].startswith(commit))
-    if not found:
+    own = [row for row in rows if row["commit"].startswith(commit)]
+    if not own:
         raise SystemExit(f"{source}: {results} has no row of this commit")
-    return found
+    clean = [row for row in own if row["dirty"] == "0"]
+    if not clean:
+        raise SystemExit(f"{source}: its rows were measured with changes in the tree: commit them")
+    return runs_by_key(clean, KEY)
 
 
 def _resolved(name: str) -> str:
@@ -82,26 +82,24 @@ def _resolved(name: str) -> str:
         return ""
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path) -> list[Row]:
+    """Those with a ratio."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        missing = {*KEY, "commit", "quiet", "ratio_p50"} - {*(reader.fieldnames or [])}
-        return [] if missing else list(reader)  # a GPU's, or figures that are no times
+        missing = {*KEY, "commit", "dirty", "quiet", "ratio_p50"} - {*(reader.fieldnames or [])}
+        if missing:
+            return []  # a GPU's, or figures that are no times
+        return [row for row in reader if row["ratio_p50"]]
 
 
-def latest(rows: Iterable[dict[str, str]]) -> dict[Key, Figure]:
-    ordered = sorted(rows, key=lambda row: row["timestamp"])
-    return {tuple(row[k] for k in KEY): Figure.of(row) for row in ordered if row["ratio_p50"]}
-
-
-def changes(old: dict[Key, Figure], new: dict[Key, Figure]) -> list[Change]:
-    return [Change(key, old[key], new[key]) for key in sorted(old.keys() & new.keys())]
+def changes(old: Runs, new: Runs) -> list[Change]:
+    return [Change.of(key, old[key], new[key]) for key in sorted(old.keys() & new.keys())]
 
 
 def table(found: Sequence[Change]) -> str:
     lines = ["| figure | old | new | new / old | |", "|---|---|---|---|---|"]
     for change in found:
-        _, _, case, _, _, pipeline, reference, grads = change.key
+        _, _, _, case, _, _, pipeline, reference, grads = change.key
         old, new = change.old, change.new
         lines.append(
             f"| {case}, {pipeline} against {reference}, {grads} grads "
@@ -112,7 +110,7 @@ def table(found: Sequence[Change]) -> str:
     return "\n".join(lines)
 
 
-def nothing_in_common(old: dict[Key, Figure], new: dict[Key, Figure]) -> str:
+def nothing_in_common(old: Runs, new: Runs) -> str:
     """Why there is nothing to compare."""
     for part, name in enumerate(KEY):
         ours, theirs = ({key[part] for key in figures} for figures in (old, new))

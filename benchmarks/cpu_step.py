@@ -133,26 +133,33 @@ def _on_backend(case: Case, backend: str) -> Case:
     return dataclasses.replace(case, comparisons=moved)
 
 
+def _ceiling(quick: bool) -> float | None:
+    """What memory gives just now."""
+    size = (stream.QUICK_CEILING_NUMEL, QUICK_ROUNDS) if quick else ()
+    return stream.ceiling_gb_s(*size)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if args.out is not None:
         check_header(args.out)
     torch.set_num_threads(args.threads)
     common = provenance() | {"grads": args.grads}
-    ceiling = (
-        stream.ceiling_gb_s(stream.QUICK_CEILING_NUMEL, QUICK_ROUNDS)
-        if args.quick
-        else stream.ceiling_gb_s()
-    )
     attempts = args.rounds if args.quick else 2 * args.rounds
     progress = Progress(args.selected, args.rounds, attempts)
     results = []
+    after = _ceiling(args.quick)
     for case in args.selected:
+        before = after
         measured = run_case(case, args.grads, progress)
+        after = _ceiling(args.quick)
+        if before is not None and after is not None:
+            ceiling = (before + after) / 2
+            measured = [dataclasses.replace(result, ceiling_gb_s=ceiling) for result in measured]
         results += measured
         if args.out is not None:
-            append(args.out, rows(measured, common, ceiling))
+            append(args.out, rows(measured, common))
     progress.close()
     print(", ".join(f"{key} {value}" for key, value in common.items()))
-    print(table(results, ceiling))
+    print(table(results))
     return int(any(result.wrong for result in results))

@@ -1,4 +1,5 @@
-// One verb of the CPU backend on one tensor, for callgrind or a clock to watch:
+// One verb of the CPU backend on one tensor, or on many small ones, for callgrind or a clock to
+// watch:
 //
 //   instructions                             prints the instruction sets it can run
 //   instructions LEVEL KERNEL CHUNKS CALLS   prints the ticks of each call
@@ -33,15 +34,18 @@ struct Case {
   const char* name;
   bool updates;
   Rule rule;
-  DType dtype;  // of params and gradients; a half param has a master
+  DType dtype;      // of params and gradients; a half param has a master
+  int64_t in_each;  // elements of a tensor, which is then one chunk; 0: all chunks are one tensor
 };
 
 constexpr Case kCases[] = {
-    {"reduce:float32", false, Rule::kAdamW, DType::kFloat32},
-    {"reduce:bfloat16", false, Rule::kAdamW, DType::kBFloat16},
-    {"update:adamw:float32", true, Rule::kAdamW, DType::kFloat32},
-    {"update:adamw:bfloat16", true, Rule::kAdamW, DType::kBFloat16},
-    {"update:sgd-momentum:float32", true, Rule::kSGD, DType::kFloat32},
+    {"reduce:float32", false, Rule::kAdamW, DType::kFloat32, 0},
+    {"reduce:bfloat16", false, Rule::kAdamW, DType::kBFloat16, 0},
+    {"update:adamw:float32", true, Rule::kAdamW, DType::kFloat32, 0},
+    {"update:adamw:bfloat16", true, Rule::kAdamW, DType::kBFloat16, 0},
+    {"update:sgd-momentum:float32", true, Rule::kSGD, DType::kFloat32, 0},
+    {"reduce:float32:tensors-of-8", false, Rule::kAdamW, DType::kFloat32, 8},
+    {"update:adamw:float32:tensors-of-8", true, Rule::kAdamW, DType::kFloat32, 8},
 };
 
 // The same value at every element: no branch of a kernel depends on it.
@@ -51,8 +55,8 @@ struct Values {
 
   Values(int64_t n, float value) : wide(n, value), half(n, float_to_bfloat16(value)) {}
 
-  void* in(DType dtype) {
-    return dtype == DType::kFloat32 ? static_cast<void*>(wide.data()) : half.data();
+  void* in(DType dtype, int64_t at) {
+    return dtype == DType::kFloat32 ? static_cast<void*>(&wide[at]) : &half[at];
   }
 };
 
@@ -64,32 +68,46 @@ struct Problem {
   std::vector<Chunk> chunks;
   AdamW::Options adamw = {1e-3, 0.1, 0.9, 0.999, 1e-8, true, false, false};
   SGD::Options sgd = {0.1, 0.01, 0.9, 0.0, false, false, false, 0};
-  AdamW::RowScalars adamw_scalars = AdamW::row_scalars(adamw, 10);
-  SGD::RowScalars sgd_scalars = SGD::row_scalars(sgd, 10);
-  Grad grad_row;
-  Row row = {};
+  std::vector<AdamW::RowScalars> adamw_scalars;
+  std::vector<SGD::RowScalars> sgd_scalars;
+  std::vector<Grad> grads;
+  std::vector<Row> rows;
   PlanView plan;
 
   Problem(const Case& chosen, int64_t n_chunks)
       : what(chosen),
-        param(n_chunks * kChunk, 0.125f),
-        grad(n_chunks * kChunk, 0.25f * kGradScale),
-        exp_avg(n_chunks * kChunk, 0.0f),
+        param(n_chunks * in_a_chunk(), 0.125f),
+        grad(n_chunks * in_a_chunk(), 0.25f * kGradScale),
+        exp_avg(n_chunks * in_a_chunk(), 0.0f),
         exp_avg_sq(exp_avg),
-        partials(n_chunks),
-        grad_row{grad.in(what.dtype), what.dtype, 1} {
-    const int64_t n = n_chunks * kChunk;
-    for (int64_t c = 0; c < n_chunks; ++c) {
-      chunks.push_back({0, static_cast<int32_t>(c), c * kChunk});
-    }
-    row.param = param.in(what.dtype);
-    row.master = what.dtype == DType::kFloat32 ? nullptr : param.wide.data();
-    row.state[0] = exp_avg.data();
-    row.state[1] = what.rule == Rule::kAdamW ? exp_avg_sq.data() : nullptr;
-    row.numel = n;
+        partials(n_chunks) {
+    const int64_t n = n_chunks * in_a_chunk();
+    const int64_t in_each = what.in_each ? what.in_each : n;
+    for (int64_t at = 0; at < n; at += in_each) add_tensor(at, in_each);
+    adamw_scalars.assign(rows.size(), AdamW::row_scalars(adamw, 10));
+    sgd_scalars.assign(rows.size(), SGD::row_scalars(sgd, 10));
+    void* scalars = adamw_scalars.data();
+    if (what.rule == Rule::kSGD) scalars = sgd_scalars.data();
+    plan = {rows.data(),   grads.data(), scalars, static_cast<int64_t>(rows.size()),
+            chunks.data(), n_chunks,     n,       partials.data()};
+  }
+
+  int64_t in_a_chunk() const { return what.in_each ? what.in_each : kChunk; }
+
+  void add_tensor(int64_t at, int64_t numel) {
+    Row row = {};
+    row.param = param.in(what.dtype, at);
+    row.master = what.dtype == DType::kFloat32 ? nullptr : &param.wide[at];
+    row.state[0] = &exp_avg[at];
+    row.state[1] = what.rule == Rule::kAdamW ? &exp_avg_sq[at] : nullptr;
+    row.numel = numel;
     row.dtype = what.dtype;
-    void* scalars = what.rule == Rule::kAdamW ? static_cast<void*>(&adamw_scalars) : &sgd_scalars;
-    plan = {&row, &grad_row, scalars, 1, chunks.data(), n_chunks, n, partials.data()};
+    for (int64_t first = 0; first < numel; first += kChunk) {
+      chunks.push_back(
+          {static_cast<int32_t>(rows.size()), static_cast<int32_t>(first / kChunk), at + first});
+    }
+    grads.push_back({grad.in(what.dtype, at), what.dtype, 1});
+    rows.push_back(row);
   }
 
   UpdateArgs update_args() const {

@@ -1,4 +1,4 @@
-"""Instructions and cycles per element of the CPU kernels, one thread, one tensor in the cache.
+"""Instructions and cycles per element of the CPU kernels, one thread, tensors in the cache.
 
 python -m benchmarks instructions            rows go to benchmarks/results/<cpu>-instructions.csv
 python -m benchmarks instructions --quick    the counts alone, printed only: what CI runs
@@ -26,13 +26,13 @@ from pathlib import Path
 
 from benchmarks.figures import Figures, table as figure_table
 from benchmarks.kernel_program import (
-    CHUNK,
     FEW,
     MANY,
     Driver,
     NotCounted,
     compile_driver,
     cycles,
+    in_a_chunk,
     major,
     run,
 )
@@ -44,6 +44,8 @@ KERNELS = (
     "update:adamw:float32",
     "update:adamw:bfloat16",  # with masters
     "update:sgd-momentum:float32",
+    "reduce:float32:tensors-of-8",
+    "update:adamw:float32:tensors-of-8",
 )
 BOUNDS = ROOT / "benchmarks" / "instructions.csv"
 MARGIN = 1.03  # bound over count when it is set
@@ -99,7 +101,7 @@ def _count(valgrind: str, driver: Driver, kernel: str, level: str, folder: Path)
         counts = instructions_by_object(out.read_text())
         own.append(counts.pop(str(driver.program), 0))
         libraries.append(sum(counts.values()))
-    elements = (MANY - FEW) * CHUNK
+    elements = (MANY - FEW) * in_a_chunk(kernel)
     per_element = [(many - few) / elements for few, many in (own, libraries)]
     return Count(kernel, level, *per_element)
 
@@ -199,7 +201,7 @@ def add_figures(figures: Figures, counts: Sequence[Count], driver: Driver) -> No
     for level in run([str(driver.program)], Path()).stdout.split():
         for kernel in KERNELS:
             unit, samples, note = cycles(driver, kernel, level)
-            note = f"{driver.compiler}; {FEW * CHUNK} elements; {note}"
+            note = f"{driver.compiler}; {FEW * in_a_chunk(kernel)} elements; {note}"
             where = f"simd-{level}", f"fusedopt_cpu:{kernel}"
             figures.add(*where, "cycles_per_element", unit, samples, note)
     figures.save()

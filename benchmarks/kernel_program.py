@@ -30,6 +30,12 @@ PERF_SAMPLES = 5
 _PLAIN = ("-fcf-protection=none", "-fno-stack-protector", "-U_FORTIFY_SOURCE")
 
 
+def in_a_chunk(kernel: str) -> int:
+    """Elements: those of a whole tensor where the kernel's name ends in `tensors-of-8`."""
+    small = re.search(r":tensors-of-(\d+)$", kernel)
+    return int(small[1]) if small else CHUNK
+
+
 class NotCounted(Exception):
     """Why nothing can be counted here."""
 
@@ -111,7 +117,7 @@ def cycles(driver: Driver, kernel: str, level: str) -> tuple[str, list[float], s
     if counted:
         return "cycles", counted, "perf stat, user mode"
     done = run(driver.command(level, kernel, FEW, CALLS), Path())
-    ticks = [int(line) / (FEW * CHUNK) for line in done.stdout.split()][CALLS // 10 :]
+    ticks = [int(line) / (FEW * in_a_chunk(kernel)) for line in done.stdout.split()][CALLS // 10 :]
     unit = "tsc ticks" if driver.machine == "x86_64" else "ns"
     clock = "the time-stamp counter, at its own constant rate" if unit != "ns" else "a clock"
     return unit, ticks, f"no hardware counters here: {clock}"
@@ -131,5 +137,5 @@ def _counted_cycles(driver: Driver, kernel: str, level: str) -> list[float]:
             if found is None:
                 return []
             counts.append(int(found[1]))
-        samples.append((counts[1] - counts[0]) / (CALLS * FEW * CHUNK))
+        samples.append((counts[1] - counts[0]) / (CALLS * FEW * in_a_chunk(kernel)))
     return samples

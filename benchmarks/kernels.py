@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import stream
-from benchmarks.arguments import positive
+from benchmarks.arguments import positive, positive_float
 from benchmarks.cpu_measure import available_bytes
 from benchmarks.param_sets import one_tensor
 from benchmarks.pipelines import Unavailable
@@ -88,6 +88,8 @@ def _cells(row: Mapping[str, Any] | None) -> str:
         return f"{'-':>18}{'-':>12}"
     share = row["ceiling_fraction"] if "ceiling_fraction" in row else row["copy_fraction"]
     shown = "-" if share == "" else f"{float(share):.2f}"
+    if row.get("quiet", 1) == 0:
+        shown += " ?"  # disturbed
     return f"{float(row['gb_s']):>18.4g}{shown:>12}"
 
 
@@ -197,7 +199,8 @@ def run_on_cpu(args: argparse.Namespace, progress: Callable[[], object]) -> list
         args.workloads, wanted_verbs(args.workloads, args.verbs), strict=True
     ):
         try:
-            check_same_step(workload, args.backends, torch.device("cpu"))
+            held_to_each_other = dict.fromkeys([*args.backends, "reference"])
+            check_same_step(workload, [*held_to_each_other], torch.device("cpu"))
         except Unavailable as problem:
             args.notes.append(f"{workload}: not measured: {problem}")
             continue
@@ -262,7 +265,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--sizes", type=exponents, help=f"powers of two, default {SIZES}, on a GPU {GPU_SIZES}")
     add("--threads", type=positive, default=2, help="on the CPU, default 2")
     add("--rounds", type=positive, help=f"samples on the CPU, default {ROUNDS}")
-    add("--budget", type=float, default=60.0, help="seconds on a GPU, default 60")
+    add("--budget", type=positive_float, default=60.0, help="seconds on a GPU, default 60")
     add("--quick", action="store_true", help="a few sizes, printed only")
     add("--dry-run", action="store_true", help="a GPU's run, on the CPU; measures nothing")
     add("--out", type=Path, help="CSV to append to (with --quick: none)")
@@ -305,6 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: DRY RUN, no figures")
         else:
             print("\n" + Benchmark(name, args.sizes, args.backends).table(rows))
+    if any(row.get("quiet", 1) == 0 for row in rows):
+        args.notes.append("?: disturbed by other programs, and worth little")
     print("\n" + "\n".join(args.notes))
     print(f"rows in {args.out}" if args.out else "no rows written")
     return int(args.failed)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.pool import one_row, runs_by_key
+
 SWEEP_CPU = "adamw-gpt-"  # a decoder's 148 tensors, of so many elements in all
 SWEEP_GPU = ("adamw-1M", "adamw-10M", "adamw-resnet50", "adamw-gpt2-124M", "adamw-llama-1.24B")
 MIN_SIZES = 3  # of a sweep
@@ -30,7 +32,7 @@ class NothingToDraw(Exception):
 @dataclass(frozen=True)
 class Rows:
     """Undisturbed rows of one commit, machine, torch and number of threads: those of the newest;
-    the latest of each case, pipeline and reference."""
+    of each case, pipeline and reference one, for all runs."""
 
     rows: list[dict[str, str]]
 
@@ -45,12 +47,9 @@ class Rows:
             and row["grads"] in ("new", "")
         ]
         settings = [_setting(row) for row in clean if _in_sweep(row)]
-        latest = {
-            (row["case"], row["pipeline"], row.get("reference", "")): row
-            for row in clean
-            if settings and _setting(row) == settings[-1]
-        }
-        return cls(list(latest.values()))
+        own = [row for row in clean if settings and _setting(row) == settings[-1]]
+        by_key = runs_by_key(own, ("case", "pipeline", "reference"))
+        return cls([one_row(runs) for runs in by_key.values()])
 
     @property
     def on_gpu(self) -> bool:

@@ -176,7 +176,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=positive, help="timed iterations of each (default: by case)"
     )
-    parser.add_argument("--profiled", type=int, help="iterations under the profiler (default: 5)")
+    parser.add_argument(
+        "--profiled", type=positive, help="iterations under the profiler (default: 5)"
+    )
     parser.add_argument("--threads", type=positive, help="default: torch's, one for each core")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="keep the Chrome traces there")
     parser.add_argument("--quick", action="store_true", help="small models, few rounds")

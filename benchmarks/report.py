@@ -39,6 +39,7 @@ class Result:
     summary: Summary | None = None
     note: str = ""
     wrong: bool = False
+    ceiling_gb_s: float | None = None  # `stream.ceiling_gb_s()` at that time: of the prediction
 
     @property
     def label(self) -> str:
@@ -85,20 +86,15 @@ def results_path(suffix: str = "", machine: str | None = None) -> Path:
     return RESULTS / f"{slug}{suffix}.csv"
 
 
-def rows(
-    results: Sequence[Result], common: dict[str, object], ceiling_gb_s: float | None = None
-) -> list[dict[str, object]]:
-    """One row of the CSV per measured comparison; benchmarks/results/README.md has the schema.
-
-    ``ceiling_gb_s`` is `stream.ceiling_gb_s()` of the same run; without it no row has a prediction.
-    """
+def rows(results: Sequence[Result], common: dict[str, object]) -> list[dict[str, object]]:
+    """One row of the CSV per measured comparison; benchmarks/results/README.md has the schema."""
     ceilings = {
         (r.case.name, r.comparison.pipeline): r.summary.ratio.p50
         for r in results
         if r.summary and r.comparison.reference == "stream_huge"
     }
     return [
-        common | _row(result, result.summary, ceilings) | _roofline(result, ceiling_gb_s)
+        common | _row(result, result.summary, ceilings) | _roofline(result)
         for result in results
         if result.summary is not None
     ]
@@ -133,21 +129,21 @@ def _row(
     }
 
 
-def _roofline(result: Result, ceiling_gb_s: float | None) -> dict[str, object]:
+def _roofline(result: Result) -> dict[str, object]:
     assert result.summary is not None
     bytes_per_param, numel = KINDS[result.comparison.pipeline].bytes_per_param, result.case.numel
     ms = result.summary.ms.p50
     row: dict[str, object] = dict.fromkeys(ROOFLINE, "")
     row["gb_s"] = f"{bytes_per_param * numel / ms / 1e6:.3f}"
-    if ceiling_gb_s is not None:
-        predicted_ms = 1e3 * predict_seconds(bytes_per_param, numel, 1e9 * ceiling_gb_s)
-        row["ceiling_gb_s"] = f"{ceiling_gb_s:.3f}"
+    if result.ceiling_gb_s is not None:
+        predicted_ms = 1e3 * predict_seconds(bytes_per_param, numel, 1e9 * result.ceiling_gb_s)
+        row["ceiling_gb_s"] = f"{result.ceiling_gb_s:.3f}"
         row["predicted_ms"] = f"{predicted_ms:.4f}"
         row["measured_over_predicted"] = f"{ms / predicted_ms:.4f}"
     return row
 
 
-def table(results: Sequence[Result], ceiling_gb_s: float | None = None) -> str:
+def table(results: Sequence[Result]) -> str:
     lines = [
         "| figure | ratio | p20..p80 | measured / predicted | target | met? |",
         "|---|---|---|---|---|---|",
@@ -160,8 +156,10 @@ def table(results: Sequence[Result], ceiling_gb_s: float | None = None) -> str:
             continue
         ratio = result.summary.ratio
         met = "-" if target is None else "yes" if ratio.p50 >= target else "NO"
-        mark = "" if result.summary.quiet else " (disturbed)"
-        over = _roofline(result, ceiling_gb_s)["measured_over_predicted"]
+        mark = ""
+        if not result.summary.quiet:  # no ground for a verdict
+            met, mark = "-" if target is None else "?", " (disturbed)"
+        over = _roofline(result)["measured_over_predicted"]
         lines.append(
             f"| {result.label} | {ratio.p50:.2f}x{mark} | {ratio.p20:.2f}..{ratio.p80:.2f} "
             f"| {f'{float(str(over)):.2f}' if over else '-'} | {wanted} | {met} |"

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.arguments import positive_float
 from benchmarks.traffic import (
     ITEMSIZE,
     PIPELINES,
@@ -191,8 +192,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-masters", action="store_true", help="half params without masters")
     parser.add_argument("--clip", action="store_true", help="or whatever else wants the norm")
     parser.add_argument("--scaler", choices=SCALERS, default="none")
-    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="read and written together")
-    parser.add_argument("--numel", type=float, default=1e8, help="parameters (default: 1e8)")
+    parser.add_argument("--bandwidth", type=positive_float, metavar="GB/S", help="read and written")
+    parser.add_argument(
+        "--numel", type=positive_float, default=1e8, help="parameters (default: 1e8)"
+    )
     parser.add_argument(
         "--table",
         choices=TABLES,

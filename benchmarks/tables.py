@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.pool import Figure, Row, runs_by_key, spread
 from benchmarks.report import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,10 +21,10 @@ STEPS = {
     XEON: ("019d1d4", "fe2a8b0"),
     EPYC: ("8c2e0b3", "78eccae"),
 }  # commits, the one that counts last
-TRAINING = "019d1d4"
+TRAINING = {"profile": "019d1d4", "memory": "ba14f21"}
 
-Row = dict[str, str]
-Key = tuple[str, str, str, str]  # case, pipeline, reference, gradients
+KEY = ("case", "pipeline", "reference", "grads")
+Key = tuple[str, str, str, str]
 
 FUSED, FOREACH = "torch `fused=True`", "torch `foreach=True`"
 WHOLE_STEPS: tuple[tuple[str, str, Key], ...] = (
@@ -87,35 +88,29 @@ def _rows(name: str, commits: Sequence[str]) -> list[Row]:
     return [row for c in commits for row in clean if row["commit"].startswith(c)]
 
 
-def step_row(machine: str, key: Key) -> Row | None:
-    columns = ("case", "pipeline", "reference", "grads")
-    found = [
-        row
-        for row in _rows(machine, STEPS[machine])
-        if tuple(row[c] for c in columns) == key and row["quiet"] == "1"
-    ]
-    return found[-1] if found else None
+def step_runs(machine: str, key: Key) -> list[Row]:
+    """The quiet rows of one comparison at the last commit that has it, one for each run."""
+    for commit in reversed(STEPS[machine]):
+        found = runs_by_key(_rows(machine, (commit,)), KEY).get(key, [])
+        if found and found[0]["quiet"] == "1":
+            return found
+    return []
 
 
-def _required(key: Key) -> Row:
-    row = step_row(XEON, key)
-    if row is None:
+def _required(key: Key) -> list[Row]:
+    runs = step_runs(XEON, key)
+    if not runs:
         raise SystemExit(f"{XEON}.csv has no quiet row {key} of {STEPS[XEON]}")
-    return row
+    return runs
 
 
-def _triple(row: Row, column: str, over: float = 1.0) -> tuple[float, float, float]:
-    p50, p20, p80 = (float(row[f"{column}{p}"]) / over for p in ("p50", "p20", "p80"))
-    return p50, p20, p80
-
-
-def _figure(triple: tuple[float, float, float], unit: str, digits: int = 2) -> str:
-    p50, p20, p80 = (f"{value:.{digits}f}" for value in triple)
+def _figure(figure: Figure, unit: str, digits: int = 2) -> str:
+    p20, p50, p80 = (f"{value:.{digits}f}" for value in figure)
     return f"{p50}{unit} [{p20}\u2013{p80}]"
 
 
-def ratio(row: Row | None) -> str:
-    return "\u2013" if row is None else _figure(_triple(row, "ratio_"), "x")
+def ratio(runs: Sequence[Row]) -> str:
+    return _figure(spread(runs, "ratio"), "x") if runs else "\u2013"
 
 
 def _table(header: str, lines: Sequence[Sequence[str]]) -> str:
@@ -125,7 +120,7 @@ def _table(header: str, lines: Sequence[Sequence[str]]) -> str:
 
 def whole_steps() -> str:
     lines = [
-        (params, against, ratio(step_row(XEON, key)), ratio(step_row(EPYC, key)))
+        (params, against, ratio(step_runs(XEON, key)), ratio(step_runs(EPYC, key)))
         for params, against, key in WHOLE_STEPS
     ]
     return _table("| parameters | against | Intel Xeon | AMD EPYC |", lines)
@@ -134,9 +129,9 @@ def whole_steps() -> str:
 def over_predicted() -> str:
     lines = []
     for what, pipeline, key in OVER_PREDICTED:
-        row = _required(key)
-        measured = _triple(row, "ms_", float(row["predicted_ms"]))
-        lines.append((what, pipeline, row["bytes_per_param"], _figure(measured, "")))
+        runs = _required(key)
+        measured = spread(runs, "ms", over="predicted_ms")
+        lines.append((what, pipeline, runs[0]["bytes_per_param"], _figure(measured, "")))
     return _table(
         "| 100M parameters in 148 tensors | pipeline | bytes | measured over predicted |", lines
     )
@@ -148,21 +143,21 @@ def kernels() -> str:
         found = [
             _required((f"kernel-{size}", pipeline, "stream_huge", "kept")) for size in KERNEL_SIZES
         ]
-        lines.append((what, found[0]["bytes_per_param"], *map(ratio, found)))
+        lines.append((what, found[0][0]["bytes_per_param"], *map(ratio, found)))
     return _table(f"| kernel | bytes | {' | '.join(KERNEL_SIZES)} elements |", lines)
 
 
 def _figures(command: str) -> dict[tuple[str, str, str], Row]:
-    found = _rows(f"{XEON}-{command}", (TRAINING,))
+    found = _rows(f"{XEON}-{command}", (TRAINING[command],))
     return {(row["case"], row["pipeline"], row["figure"]): row for row in found}
 
 
 def _told(row: Row | None) -> str:
     if row is None:
         return ""
-    triple = _triple(row, "")
-    digits = 1 if row["unit"] == "%" else 0 if triple[0] >= 100 else 1 if triple[0] >= 10 else 2
-    return _figure(triple, "x" if row["unit"] == "x" else f" {row['unit']}", digits)
+    figure = spread([row], "")
+    digits = 1 if row["unit"] == "%" else 0 if figure.p50 >= 100 else 1 if figure.p50 >= 10 else 2
+    return _figure(figure, "x" if row["unit"] == "x" else f" {row['unit']}", digits)
 
 
 def _by_case(command: str, figures: Sequence[str], header: str) -> str:

@@ -23,7 +23,9 @@ def row(commit: str, ratio: tuple[float, float, float], **changes: str) -> dict[
     values = {
         "timestamp": "2026-01-01T00:00:00+00:00",
         "commit": commit,
+        "dirty": "0",
         "machine": "a machine",
+        "torch": "2.13.0",
         "threads": "2",
         "case": "adamw-tiny",
         "params": "8000",
@@ -66,17 +68,35 @@ def test_a_disturbed_figure_accuses_nobody(tmp_path: Path) -> None:
     assert change.verdict == "disturbed"
 
 
-def test_the_latest_row_counts_and_other_figures_are_not_compared(tmp_path: Path) -> None:
+def test_runs_of_a_commit_are_one_figure_and_other_figures_are_not_compared(tmp_path: Path) -> None:
     rows = [
-        row(OLD, (3, 3, 3), timestamp="2026-01-03T00:00:00+00:00"),
-        row(OLD, (1, 1, 1), timestamp="2026-01-02T00:00:00+00:00"),
+        row(OLD, (3, 3, 4), timestamp="2026-01-03T00:00:00+00:00"),
+        row(OLD, (1, 2, 2), timestamp="2026-01-02T00:00:00+00:00"),
+        row(OLD, (7, 7, 7), quiet="0"),
+        row(OLD, (8, 8, 8), dirty="1", timestamp="2026-01-04T00:00:00+00:00"),
         row(OLD, (9, 9, 9), grads="kept"),
         row(NEW, (2, 2, 2)),
         row(NEW, (8, 8, 8), machine="another"),
+        row(NEW, (8, 8, 8), torch="2.11.0"),
     ]
     write(tmp_path / "m.csv", rows)
     (change,) = compare.changes(compare.read(OLD, tmp_path), compare.read(NEW, tmp_path))
-    assert (change.old.p50, change.new.p50) == (3, 2)
+    assert (change.old, change.new) == ((1, 2.5, 4), (2, 2, 2))
+    assert change.verdict == "same"
+
+
+def test_a_csv_is_read_at_its_newest_commit(tmp_path: Path) -> None:
+    path, later = tmp_path / "m.csv", {"timestamp": "2026-02-01T00:00:00+00:00"}
+    write(path, [row(OLD, (1, 1, 1)), row(NEW, (2, 2, 2)) | later])
+    assert [[r["ratio_p50"] for r in runs] for runs in compare.read(str(path)).values()] == [["2"]]
+    write(path, [row(OLD, (1, 1, 1)), row(OLD, (2, 2, 2), dirty="1") | later])
+    assert [[r["ratio_p50"] for r in runs] for runs in compare.read(str(path)).values()] == [["2"]]
+
+
+def test_rows_with_changes_in_the_tree_are_not_those_of_the_commit(tmp_path: Path) -> None:
+    write(tmp_path / "m.csv", [row(OLD, (1, 1, 1), dirty="1")])
+    with pytest.raises(SystemExit, match="measured with changes in the tree"):
+        compare.read(OLD, tmp_path)
 
 
 def test_rows_without_a_ratio_and_new_columns_do_no_harm(tmp_path: Path) -> None:
@@ -86,7 +106,7 @@ def test_rows_without_a_ratio_and_new_columns_do_no_harm(tmp_path: Path) -> None
     write(tmp_path / "old.csv", rows)
     write(tmp_path / "new.csv", [one | {"gb_s": "7", "predicted_ms": ""} for one in rows])
     found = compare.changes(*(compare.read(str(tmp_path / f"{n}.csv")) for n in ("old", "new")))
-    assert [(c.key[5], c.new.p50) for c in found] == [("fusedopt:update", 5), ("fusedopt_adamw", 2)]
+    assert [(c.key[6], c.new.p50) for c in found] == [("fusedopt:update", 5), ("fusedopt_adamw", 2)]
 
 
 def test_sizes_and_dtypes_are_kept_apart(tmp_path: Path) -> None:
@@ -95,7 +115,7 @@ def test_sizes_and_dtypes_are_kept_apart(tmp_path: Path) -> None:
         for r, params, dtype in ((1, "8", "float32"), (2, "9", "float32"), (3, "9", "bfloat16"))
     ]
     write(tmp_path / "m.csv", rows)
-    assert sorted(figure.p50 for figure in compare.read(OLD, tmp_path).values()) == [1, 2, 3]
+    assert sorted(run["ratio_p50"] for (run,) in compare.read(OLD, tmp_path).values()) == [*"123"]
 
 
 def test_machines_are_not_compared(tmp_path: Path) -> None:

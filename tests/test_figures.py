@@ -162,6 +162,15 @@ def test_a_figure_is_not_found(figure: str) -> None:
     assert unfounded(f"| {figure} | at 1234567", ROWS) != []
 
 
+def test_runs_of_a_commit_are_one_figure() -> None:
+    other = STEP_ROW | {"ratio_p20": "1.5", "ratio_p50": "1.751", "ratio_p80": "1.8"}
+    text = "| 1.65x [1.47–1.80] | at 1234567"
+    assert unfounded(text, [STEP_ROW, other]) == []
+    assert unfounded(text, [STEP_ROW]) != []
+    for change in ({"commit": "7654321000"}, {"dirty": "1"}, {"quiet": "0"}, {"grads": "kept"}):
+        assert unfounded(text, [STEP_ROW, other | change]) != []
+
+
 def test_counts_beside_a_figure_are_in_a_row() -> None:
     counted = {**COUNT_ROW, "figure": "operators", "unit": "count", "p50": "361"}
     for cell, found in (("32", True), ("361", True), ("1,000,000", True), ("33", False)):

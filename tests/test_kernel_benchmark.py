@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,3 +219,23 @@ def test_rules_and_dtypes_are_combined() -> None:
 
 def test_quick_writes_no_rows() -> None:
     assert kernels.parse(["--quick"]).out is None
+
+
+def test_a_row_is_of_the_medians() -> None:
+    spread = timing.Spread
+    summary = timing.Summary(spread(1.0, 2.0, 4.0), spread(3.0, 5.0, 7.0), spread(1.5, 2.5, 3.5),
+                             samples=9, disturbed=0, quiet=True)  # fmt: skip
+    row = kernels.row(BF16, "cpu", "update", 20, summary, "")
+    moved = BF16.bytes_per_param("update") * 2**20 / 1e6
+    assert row["gb_s"] == f"{moved / 2.0:.3f}"
+    if stream.is_ceiling():
+        assert row["ceiling_gb_s"] == f"{moved / 5.0:.3f}"
+        assert (row["predicted_ms"], row["measured_over_predicted"]) == ("5.000000", "0.4000")
+
+
+def test_the_stream_takes_one_thread_where_our_kernels_do() -> None:
+    source = ROOT / "csrc" / "cpu" / "kernels.cpp"
+    if not source.exists():
+        pytest.skip("the sources are not here")
+    shift = re.search(r"kSerialElements = 1 << (\d+);", source.read_text())
+    assert shift is not None and 1 << int(shift[1]) == kernels.SERIAL_ELEMENTS

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 Row = dict[str, str]
+SAME_RUNS = ("commit", "dirty", "machine", "gpu", "torch", "threads", "case", "params", "dtype",
+             "pipeline", "reference", "grads")  # fmt: skip
 
 # ---- how a figure is written ---------------------------------------------------------------------
 
@@ -114,6 +117,20 @@ def figures_of(row: Row) -> Iterator[Figure]:
         yield Figure("ratio", *(t / float(row["predicted_ms"]) for t in times))
 
 
+def pooled(rows: Iterable[Row]) -> Iterator[tuple[Figure, Row]]:
+    """What several runs of a commit say together: the median of their medians, and the lowest p20
+    to the highest p80; with one of their rows."""
+    runs: dict[tuple[str | None, ...], list[Row]] = {}
+    for row in rows:
+        if row.get("quiet", "1") == "1" and "figure" not in row:
+            runs.setdefault(tuple(row.get(name) for name in SAME_RUNS), []).append(row)
+    for own in runs.values():
+        for figures in zip(*map(figures_of, own), strict=False) if len(own) > 1 else ():
+            _, p50s, p20s, p80s = zip(*figures, strict=True)
+            median = statistics.median(p50s)
+            yield Figure(figures[0].dimension, median, min(p20s), max(p80s)), own[0]
+
+
 def spread(row: Row, name: str, unit: str) -> Iterator[Figure]:
     numbers = [row.get(f"{name}{p}") for p in ("p50", "p20", "p80")]
     if all(numbers):
@@ -133,9 +150,10 @@ def results() -> list[Row]:
 # ---- what is wrong with a document ---------------------------------------------------------------
 
 
-def unfounded(text: str, rows: Iterable[Row]) -> list[str]:
+def unfounded(text: str, rows: Sequence[Row]) -> list[str]:
     """Figures without a row, or whose row was measured at a commit that the text does not name."""
     known = [(figure, row) for row in rows for figure in figures_of(row)]
+    known += pooled(rows)
     problems = []
     for line in without_code(text).splitlines():
         told: set[str] = set()  # what the rows behind this line say besides

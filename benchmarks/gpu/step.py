@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import positive, positive_float
 from benchmarks.gpu.cases import GpuCase, gpu_cases, tiny
 from benchmarks.gpu.first_step import measure_first_steps
 from benchmarks.gpu.kernels import COUNTED_NUMEL, count_dram_bytes, time_kernels
@@ -177,7 +177,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = list(gpu_cases())
     parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=", ".join(names))
     parser.add_argument("--rounds", type=positive, help="samples of each pipeline (default: 30)")
-    parser.add_argument("--budget", type=float, default=240.0, help="seconds for all (default 240)")
+    parser.add_argument(
+        "--budget", type=positive_float, default=240.0, help="seconds for all (default 240)"
+    )
     parser.add_argument("--quick", action="store_true", help="default to a few small cases")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU; measures nothing")
     parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")

@@ -1,0 +1,70 @@
+"""Several runs as one figure.
+
+Where tensors lie, and how fast a shared machine's memory is at that hour, is the same for all
+samples of a run; so runs lie further apart than the samples of one tell. The figure of several is
+the median of their medians, from the lowest p20 to the highest p80.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+Row = dict[str, str]
+Key = tuple[str, ...]
+SINGLE = (  # figures of a row that have no spread of their own
+    "reference_ms_p50", "ceiling_fraction", "gb_s", "ceiling_gb_s", "predicted_ms",
+    "measured_over_predicted", "copy_gb_s", "copy_fraction",
+)  # fmt: skip
+
+
+class Figure(NamedTuple):
+    p20: float
+    p50: float
+    p80: float
+
+
+def runs_by_key(rows: Iterable[Row], columns: Sequence[str]) -> dict[Key, list[Row]]:
+    """Of each key the runs of its newest commit, without disturbed ones while others remain."""
+    found: dict[Key, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["timestamp"]):
+        found.setdefault(tuple(row.get(column, "") for column in columns), []).append(row)
+    return {key: _undisturbed(_of_the_newest_commit(own)) for key, own in found.items()}
+
+
+def _of_the_newest_commit(runs: Sequence[Row]) -> list[Row]:
+    def sources(row: Row) -> tuple[str | None, str | None]:
+        return row.get("commit"), row.get("dirty")
+
+    return [row for row in runs if sources(row) == sources(runs[-1])]
+
+
+def _undisturbed(runs: list[Row]) -> list[Row]:
+    return [row for row in runs if row.get("quiet", "1") == "1"] or runs
+
+
+def spread(runs: Sequence[Row], column: str, over: str = "") -> Figure:
+    """Of the figure in ``column``_p20, _p50 and _p80, divided by what stands in column ``over``."""
+
+    def values(percentile: str) -> list[float]:
+        name = f"{column}_{percentile}" if column else percentile
+        return [float(row[name]) / (float(row[over]) if over else 1.0) for row in runs]
+
+    return Figure(min(values("p20")), statistics.median(values("p50")), max(values("p80")))
+
+
+def one_row(runs: Sequence[Row]) -> Row:
+    """The last run's row with the figures of all of them."""
+    row = dict(runs[-1])
+    if len(runs) == 1:
+        return row
+    for name in SINGLE:
+        found = [float(run[name]) for run in runs if run.get(name)]
+        if found:
+            row[name] = f"{statistics.median(found):.6g}"
+    for name in [name.removesuffix("_p50") for name in row if name.endswith("_p50")]:
+        if f"{name}_p20" in row and all(run[f"{name}_p50"] for run in runs):
+            for percentile, value in spread(runs, name)._asdict().items():
+                row[f"{name}_{percentile}"] = f"{value:.6g}"
+    return row
