@@ -32,6 +32,17 @@ void prefetch(const T* at, int64_t n) {
   for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + i);
 }
 
+// The same for gradients that are only read: one stream needs more lines on the way than L1 can
+// wait for, so they go to L2, and from further off.
+constexpr int64_t kFarAhead = 8192;  // bytes
+
+template <class T>
+void prefetch_far(const T* at, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* ahead = at + kFarAhead / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
+}
+
 void widen_float16(const uint16_t* in, int64_t n, float* out) {
   int64_t i = 0;
 #if defined(__F16C__)
