@@ -159,7 +159,7 @@ def row(
         "reference": REFERENCE,
         "params": 1 << exponent,
         "tensors": 1,
-        "dtype": workload.dtypes.params,
+        "dtype": workload.dtypes.grads if verb == "reduce" else workload.dtypes.params,
         "grads": "kept",
         "bytes_per_param": n_bytes,
         **times,

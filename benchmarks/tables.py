@@ -18,10 +18,10 @@ from benchmarks.report import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 XEON, EPYC = "intel-r-xeon-r-processor", "amd-epyc"
 STEPS = {
-    XEON: ("019d1d4", "fe2a8b0"),
+    XEON: ("9995606",),
     EPYC: ("8c2e0b3", "78eccae"),
 }  # commits, the one that counts last
-TRAINING = {"profile": "019d1d4", "memory": "ba14f21"}
+TRAINING = "9995606"
 
 KEY = ("case", "pipeline", "reference", "grads")
 Key = tuple[str, str, str, str]
@@ -148,7 +148,7 @@ def kernels() -> str:
 
 
 def _figures(command: str) -> dict[tuple[str, str, str], Row]:
-    found = _rows(f"{XEON}-{command}", (TRAINING[command],))
+    found = _rows(f"{XEON}-{command}", (TRAINING,))
     return {(row["case"], row["pipeline"], row["figure"]): row for row in found}
 
 

@@ -84,6 +84,13 @@ def test_quick_run_writes_rows(cpu_backend: str, tmp_path: Path) -> None:
                and row["case"].endswith("1M"))  # fmt: skip
 
 
+def test_kept_gradients_of_the_readme(cpu_backend: str, tmp_path: Path) -> None:
+    cases = ("adamw-tiny", "adamw-gpt-1M")
+    rows = run(tmp_path, "--grads", "kept", "--cases", *cases, "--rounds", "1")
+    assert {row["grads"] for row in rows} == {"kept"}
+    assert {(case, OURS, "adamw_fused") for case in cases} <= compared(rows)
+
+
 def test_any_list_with_any_pipelines_on_any_backend(cpu_backend: str, tmp_path: Path) -> None:
     rows = run(
         tmp_path, "--params", "tiny-1000x8", "equal-300x1k", "--backend", "reference",

@@ -35,9 +35,7 @@ def test_the_headline_is_that_of_its_rows() -> None:
 def test_the_commits_are_named(path: str) -> None:
     text = (ROOT / path).read_text()
     every = [commit for commits in tables.STEPS.values() for commit in commits]
-    commits = {"README.md": every, "docs/training.md": [*tables.TRAINING.values()]}.get(
-        path, every[:1]
-    )
+    commits = {"README.md": every, "docs/training.md": [tables.TRAINING]}.get(path, every[:1])
     assert [commit for commit in commits if commit not in text] == []
 
 

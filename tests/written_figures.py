@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 Row = dict[str, str]
-SAME_RUNS = ("commit", "dirty", "machine", "gpu", "torch", "threads", "case", "params", "dtype",
+SAME_RUNS = ("commit", "dirty", "machine", "gpu", "torch", "threads", "case", "params",
              "pipeline", "reference", "grads")  # fmt: skip
 
 # ---- how a figure is written ---------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""Every line of a bash block in README and docs is run: here, or where these tables say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_documents import COMMANDS, DOCUMENTS, ROOT
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "docs").is_dir() or not (ROOT / ".ci").is_dir(),
+    reason="the documents or what they run are not here",
+)
+
+HERE = (
+    "python -m fusedopt",
+    "python -m fusedopt --json",
+    "python -m benchmarks roofline --params bf16 --clip --scaler ours --bandwidth 40 --numel 1e8",
+    "python -m benchmarks roofline --table",
+)
+
+CI = ".ci/run"
+CPU = "tests/test_cpu_benchmark.py::test_quick_run_writes_rows"
+LION = "tests/test_worked_example.py::test_lion_keeps_every_promise"
+TRACING = "tests/test_worked_example.py::test_the_backend_is_asked_by_name"
+GPU = "tests/test_gpu_benchmark.py::test_dry_run_has_well_formed_rows"
+SWEEP = "tests/test_gpu_benchmark.py::test_dry_sweep_of_the_kernels_has_rows_and_no_figures"
+APPLY = "awk '/^```$/ { on = 0 } on; /^```diff$/ { on = 1 }' docs/adding_"
+# The script or test that runs the line, and with what difference.
+ELSEWHERE = {
+    "pip install torch==2.13.0 '.[examples]' && python examples/train_digits.py": (CI, "short"),
+    "pip install torch==2.13.0 '.[test]' && pytest -q -n 2": (CI, ""),
+    "pip install torch==2.13.0": (CI, ""),
+    "pip install .": (CI, "with extras"),
+    "pip install -e '.[dev]'": (CI, "not editable"),
+    "pip install -e '.[examples,bench]'": (CI, "the extra for tests has all of these"),
+    "python -m venv .venv && . .venv/bin/activate": (CI, "in another folder"),
+    "pytest -n 2": (CI, "quietly"),
+    "pytest tests/test_update.py": (CI, "with all others"),
+    ".ci/run": (CI, ""),
+    ".ci/sanitize build/sanitized": (CI, "in another folder"),
+    ".ci/instructions": (CI, ""),
+    "FUSEDOPT_CPU=1 python setup.py -q build_ext --inplace": (LION, ""),
+    f"{APPLY}an_optimizer.md | git apply -": (LION, ""),
+    "pytest -q tests/test_update.py tests/test_agreement.py tests/test_triton_interpreter.py "
+    "-k lion": (LION, "and more files"),
+    f"{APPLY}a_backend.md | git apply -": (TRACING, ""),
+    "FUSEDOPT_BACKEND=tracing python -m fusedopt": (TRACING, ""),
+    "pytest -q tests/test_skip.py -k tracing": (TRACING, "and more files"),
+    "pip install torch==2.13.0 -e '.[bench]' && python -m benchmarks cpu": (CPU, "--quick"),
+    "python -m benchmarks cpu": (CPU, "--quick"),
+    "python -m benchmarks cpu --quick": (CPU, ""),
+    "python -m benchmarks cpu --grads kept --cases adamw-tiny adamw-gpt-1M": (
+        "tests/test_cpu_benchmark.py::test_kept_gradients_of_the_readme", "--rounds 1"),
+    "python -m benchmarks profile": ("tests/test_end_to_end.py::test_quick_profile", "--quick"),
+    "python -m benchmarks memory": ("tests/test_peak_memory.py::test_quick_memory", "--quick"),
+    "bash benchmarks/gpu.sh": (GPU, "its programs, as dry runs"),
+    "bash benchmarks/gpu.sh --quick": (GPU, "its programs, as dry runs"),
+    "bash benchmarks/gpu.sh --dry-run": (GPU, "its programs"),
+    "bash benchmarks/gpu.sh --logs DIR": (GPU, "its programs, as dry runs"),
+    "python -m benchmarks kernels --backends cuda triton": (SWEEP, "--dry-run"),
+    "python -m benchmarks kernels --backends cuda triton --quick": (SWEEP, "--dry-run"),
+    "python -m benchmarks kernels --backends cuda --rules adamw sgd --dtypes all --sizes 20:30:1": (
+        SWEEP, "--dry-run"),
+}  # fmt: skip
+NOWHERE = {
+    "pip install torch": "takes gigabytes of CUDA where nothing is installed",
+    "pre-commit install": "changes the checkout's git; CI runs the hooks themselves",
+    "TORCH_CUDA_ARCH_LIST=9.0 python setup.py -q build_ext --inplace": "minutes of nvcc; CI builds "
+    "a wheel with another value",
+    "PYTHON=/path/to/python bash benchmarks/gpu.sh": "a placeholder",
+}
+
+
+def lines() -> Iterator[str]:
+    for path in DOCUMENTS:
+        for block in COMMANDS.findall(path.read_text()):
+            for line in block.splitlines():
+                yield line if line.startswith("awk ") else re.split(r"\s+#", line)[0].strip()
+
+
+def test_every_line_is_accounted_for() -> None:
+    written, known = set(lines()) - {""}, {*HERE, *ELSEWHERE, *NOWHERE}
+    assert sorted(written - known) == []
+    assert sorted(known - written) == [], "no document has it any more"
+
+
+def test_what_runs_them_exists() -> None:
+    for place, _ in ELSEWHERE.values():
+        file, _, function = place.partition("::")
+        text = (ROOT / file).read_text()
+        assert not function or f"\ndef {function}(" in text, place
+
+
+@pytest.mark.parametrize("command", HERE)
+def test_it_runs(command: str, tmp_path: Path) -> None:
+    python, option, module, *words = shlex.split(command)
+    assert (python, option) == ("python", "-m")
+    # The installed package, before the checkout, in which the native module may be missing.
+    program = "import fusedopt, runpy, sys; sys.path.append(sys.argv.pop(1)); "
+    program += f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT), *words],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
