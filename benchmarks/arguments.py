@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def positive(text: str) -> int:
@@ -23,6 +25,8 @@ def positive_float(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
+    import torch  # not for what only counts
+
     try:
         found = torch.device(text)
     except RuntimeError as error:

@@ -22,6 +22,7 @@ from benchmarks.report import ROOT
 
 CHUNK = 8192  # elements
 FEW, MANY = 4, 12  # chunks; the difference of two counts is free of what happens once
+SMALL_TENSORS = 1024  # of those kernels whose name says so, for a clock to have something to see
 CALLS = 200
 PERF_EVENT = "cycles:u"
 PERF_SAMPLES = 5
@@ -34,6 +35,10 @@ def in_a_chunk(kernel: str) -> int:
     """Elements: those of a whole tensor where the kernel's name ends in `tensors-of-8`."""
     small = re.search(r":tensors-of-(\d+)$", kernel)
     return int(small[1]) if small else CHUNK
+
+
+def timed_chunks(kernel: str) -> int:
+    return FEW if in_a_chunk(kernel) == CHUNK else SMALL_TENSORS
 
 
 class NotCounted(Exception):
@@ -116,8 +121,9 @@ def cycles(driver: Driver, kernel: str, level: str) -> tuple[str, list[float], s
     counted = _counted_cycles(driver, kernel, level)
     if counted:
         return "cycles", counted, "perf stat, user mode"
-    done = run(driver.command(level, kernel, FEW, CALLS), Path())
-    ticks = [int(line) / (FEW * in_a_chunk(kernel)) for line in done.stdout.split()][CALLS // 10 :]
+    elements = timed_chunks(kernel) * in_a_chunk(kernel)
+    done = run(driver.command(level, kernel, timed_chunks(kernel), CALLS), Path())
+    ticks = [int(line) / elements for line in done.stdout.split()][CALLS // 10 :]
     unit = "tsc ticks" if driver.machine == "x86_64" else "ns"
     clock = "the time-stamp counter, at its own constant rate" if unit != "ns" else "a clock"
     return unit, ticks, f"no hardware counters here: {clock}"
@@ -131,11 +137,12 @@ def _counted_cycles(driver: Driver, kernel: str, level: str) -> list[float]:
         counts = []
         for calls in (CALLS, 2 * CALLS):
             command = [str(perf), "stat", "-x,", "-e", PERF_EVENT]
-            command += driver.command(level, kernel, FEW, calls)
+            command += driver.command(level, kernel, timed_chunks(kernel), calls)
             said = subprocess.run(command, capture_output=True, text=True).stderr
             found = re.search(rf"^(\d+),[^,]*,{PERF_EVENT},", said, re.MULTILINE)
             if found is None:
                 return []
             counts.append(int(found[1]))
-        samples.append((counts[1] - counts[0]) / (CALLS * FEW * in_a_chunk(kernel)))
+        elements = timed_chunks(kernel) * in_a_chunk(kernel)
+        samples.append((counts[1] - counts[0]) / (CALLS * elements))
     return samples

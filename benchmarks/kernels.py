@@ -31,7 +31,7 @@ from benchmarks import stream
 from benchmarks.arguments import positive, positive_float
 from benchmarks.cpu_measure import available_bytes
 from benchmarks.param_sets import one_tensor
-from benchmarks.pipelines import Unavailable
+from benchmarks.pipelines import DifferentStep, Unavailable
 from benchmarks.report import append, check_header, provenance, results_path
 from benchmarks.timing import Summary, Trial, sandwich, summarize
 from benchmarks.verbs import DTYPES, RULES, VERBS, Verbs, Workload, check_same_step
@@ -201,8 +201,9 @@ def run_on_cpu(args: argparse.Namespace, progress: Callable[[], object]) -> list
         try:
             held_to_each_other = dict.fromkeys([*args.backends, "reference"])
             check_same_step(workload, [*held_to_each_other], torch.device("cpu"))
-        except Unavailable as problem:
+        except (Unavailable, DifferentStep) as problem:
             args.notes.append(f"{workload}: not measured: {problem}")
+            args.failed |= isinstance(problem, DifferentStep)
             continue
         for exponent in args.sizes if verbs else []:
             backends = backends_at(args.backends, exponent)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import benchmarks
 import fusedopt
 from benchmarks.arguments import device, positive
 from benchmarks.cpu_measure import available_bytes
@@ -31,19 +32,19 @@ from benchmarks.figures import Figures, common_columns, figures_path, table
 from benchmarks.param_sets import LISTS
 from benchmarks.peak_memory import DTYPES, PIPELINES, Job, check_same_step
 from benchmarks.pipelines import DifferentStep
-from benchmarks.report import ROOT
 
-# The packages come from where this process has them, whatever lies on either's path before that.
+# The packages are those that this process has, whatever lies on the path before them.
 CHILD = """
-import importlib, json, sys
-for package, home in json.loads(sys.argv[1]).items():
-    sys.path.insert(0, home)
-    importlib.import_module(package)
-    sys.path.remove(home)
+import importlib.util, json, sys
+for name, file in json.loads(sys.argv[1]).items():
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 from benchmarks.peak_memory import Job, measure
 print(json.dumps(measure(Job(**json.loads(sys.argv[2])))))
 """
-HOMES = {"fusedopt": str(Path(fusedopt.__file__).parents[1]), "benchmarks": str(ROOT)}
+PACKAGES = {"fusedopt": fusedopt.__file__, "benchmarks": benchmarks.__file__}
+CHECKED_WITH = "torch_fused"  # by all pipelines, also where nothing else of torch's is measured
 MIB = 2**20
 BYTES_PER_PARAM_AT_PEAK = 40  # fp32: param, gradient and its source, two states, foreach's copies
 STEPS = ("first", "second")
@@ -57,14 +58,14 @@ class NotMeasured(Exception):
 
 
 def run_child(job: Job) -> dict[str, Any]:
-    command = [sys.executable, "-c", CHILD, json.dumps(HOMES), json.dumps(asdict(job))]
+    command = [sys.executable, "-c", CHILD, json.dumps(PACKAGES), json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return measured
     if done.returncode < 0:
         raise NotMeasured(f"the process was ended by signal {-done.returncode}: out of memory?")
-    raise NotMeasured(done.stderr.strip().splitlines()[-1])
+    raise NotMeasured((done.stderr.strip().splitlines() or ["no message"])[-1])
 
 
 def processes_at_a_time(params: str, device: torch.device) -> int:
@@ -89,7 +90,7 @@ def measure_case(params: str, dtype: str, args: argparse.Namespace, bar: tqdm[An
         bar.update()
         return measured
 
-    check_same_step(dtype, args.pipelines, args.device)
+    check_same_step(dtype, [*dict.fromkeys([CHECKED_WITH, *args.pipelines])], args.device)
     jobs = [pipeline for _ in range(args.runs) for pipeline in args.pipelines]
     with ThreadPoolExecutor(processes_at_a_time(params, args.device)) as executor:
         results = list(executor.map(take, jobs))

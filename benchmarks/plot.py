@@ -73,7 +73,7 @@ def step_time(rows: Rows) -> tuple[Figure, object]:
         axes.errorbar(numel[spread], p50[spread], bars, fmt="none", ecolor=colour, capsize=3)
         axes.plot(numel, p50, color=colour, marker=marker, markersize=5, label=kinds[name].label,
                   linewidth=2.6 if ours else 1.4, zorder=3 if ours else 2)  # fmt: skip
-    what = "copied" if rows.on_gpu else "streamed, nothing computed"
+    what = "copied" if rows.on_gpu else "streamed, hardly computed"
     axes.plot(*zip(*roof, strict=True), color=ROOF, linestyle=(0, (5, 3)), linewidth=1.2,
               label=f"roof: our {per_param:g} bytes/param {what}")  # fmt: skip
     axes.set_xscale("log")

@@ -48,8 +48,7 @@ class Rows:
         ]
         settings = [_setting(row) for row in clean if _in_sweep(row)]
         own = [row for row in clean if settings and _setting(row) == settings[-1]]
-        by_key = runs_by_key(own, ("case", "pipeline", "reference"))
-        return cls([one_row(runs) for runs in by_key.values()])
+        return cls([one_row(runs) for runs in runs_by_key(own).values()])
 
     @property
     def on_gpu(self) -> bool:
@@ -63,7 +62,11 @@ class Rows:
         else:
             machine = f"{row['machine']}, {row['threads']} threads"
             command = "python -m benchmarks cpu"
-        return f"{machine}, torch {row['torch']}; commit {row['commit'][:7]}; {command}"
+        counts = sorted({int(row["runs"]) for row in self.rows})
+        least, most = counts[0], counts[-1]
+        runs = f"{least} runs of " if least == most else f"{least} to {most} runs of "
+        runs = "" if most == 1 else runs
+        return f"{machine}, torch {row['torch']}; commit {row['commit'][:7]}; {runs}{command}"
 
     def sweep(self) -> dict[str, list[tuple[float, ...]]]:
         """By pipeline: elements and ms (p50, p20, p80), in the order of elements."""

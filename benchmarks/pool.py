@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 Row = dict[str, str]
 Key = tuple[str, ...]
+# Rows that agree in these, and in their commit, are runs of one figure.
+KEY = ("machine", "torch", "threads", "case", "params", "dtype", "pipeline", "reference", "grads")
 SINGLE = (  # figures of a row that have no spread of their own
     "reference_ms_p50", "ceiling_fraction", "gb_s", "ceiling_gb_s", "predicted_ms",
     "measured_over_predicted", "copy_gb_s", "copy_fraction",
@@ -25,17 +27,20 @@ class Figure(NamedTuple):
     p80: float
 
 
-def runs_by_key(rows: Iterable[Row], columns: Sequence[str]) -> dict[Key, list[Row]]:
-    """Of each key the runs of its newest commit, without disturbed ones while others remain."""
+def runs_by_key(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    """By `KEY` the runs of the last measured sources, without disturbed ones if others remain."""
     found: dict[Key, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["timestamp"]):
-        found.setdefault(tuple(row.get(column, "") for column in columns), []).append(row)
-    return {key: _undisturbed(_of_the_newest_commit(own)) for key, own in found.items()}
+        found.setdefault(tuple(row.get(column, "") for column in KEY), []).append(row)
+    return {key: _undisturbed(_of_the_last_sources(own)) for key, own in found.items()}
 
 
-def _of_the_newest_commit(runs: Sequence[Row]) -> list[Row]:
-    def sources(row: Row) -> tuple[str | None, str | None]:
-        return row.get("commit"), row.get("dirty")
+def _of_the_last_sources(runs: Sequence[Row]) -> list[Row]:
+    """Two runs of a changed tree may be of different changes: only the last one counts."""
+
+    def sources(row: Row) -> tuple[str, ...]:
+        changed = row.get("dirty", "0") != "0"
+        return row["commit"], row["timestamp"] if changed else ""
 
     return [row for row in runs if sources(row) == sources(runs[-1])]
 
@@ -55,8 +60,8 @@ def spread(runs: Sequence[Row], column: str, over: str = "") -> Figure:
 
 
 def one_row(runs: Sequence[Row]) -> Row:
-    """The last run's row with the figures of all of them."""
-    row = dict(runs[-1])
+    """The last run's row with the figures of all of them, and their number in `runs`."""
+    row = runs[-1] | {"runs": str(len(runs))}
     if len(runs) == 1:
         return row
     for name in SINGLE:
@@ -64,7 +69,7 @@ def one_row(runs: Sequence[Row]) -> Row:
         if found:
             row[name] = f"{statistics.median(found):.6g}"
     for name in [name.removesuffix("_p50") for name in row if name.endswith("_p50")]:
-        if f"{name}_p20" in row and all(run[f"{name}_p50"] for run in runs):
+        if all(run.get(f"{name}_{p}") for run in runs for p in Figure._fields):
             for percentile, value in spread(runs, name)._asdict().items():
                 row[f"{name}_{percentile}"] = f"{value:.6g}"
     return row

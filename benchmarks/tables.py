@@ -23,7 +23,7 @@ STEPS = {
 }  # commits, the one that counts last
 TRAINING = "9995606"
 
-KEY = ("case", "pipeline", "reference", "grads")
+KEY = ("case", "pipeline", "reference", "grads")  # the settings are those of most runs
 Key = tuple[str, str, str, str]
 
 FUSED, FOREACH = "torch `fused=True`", "torch `foreach=True`"
@@ -33,7 +33,7 @@ WHOLE_STEPS: tuple[tuple[str, str, Key], ...] = (
     ("", FOREACH, ("adamw-gpt-100M", "fusedopt_adamw", "adamw_foreach", "new")),
     ("", "DeepSpeedCPUAdam with torch's unscale and clip",
      ("adamw-gpt-100M", "fusedopt_adamw", "adamw_deepspeed", "new")),
-    ("", "a plain stream over the same bytes",
+    ("", "a stream over the same bytes",
      ("adamw-gpt-100M", "fusedopt_adamw", "stream_huge", "new")),
     ("AdamW, GPT-2, 124M in 148 tensors", FUSED,
      ("adamw-gpt2-124M", "fusedopt_adamw", "adamw_fused", "new")),
@@ -91,10 +91,15 @@ def _rows(name: str, commits: Sequence[str]) -> list[Row]:
 def step_runs(machine: str, key: Key) -> list[Row]:
     """The quiet rows of one comparison at the last commit that has it, one for each run."""
     for commit in reversed(STEPS[machine]):
-        found = runs_by_key(_rows(machine, (commit,)), KEY).get(key, [])
-        if found and found[0]["quiet"] == "1":
-            return found
+        by_setting = runs_by_key(row for row in _rows(machine, (commit,)) if _key(row) == key)
+        quiet = [runs for runs in by_setting.values() if runs[0]["quiet"] == "1"]
+        if quiet:
+            return max(quiet, key=len)
     return []
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(row[column] for column in KEY)
 
 
 def _required(key: Key) -> list[Row]:
@@ -148,7 +153,10 @@ def kernels() -> str:
 
 
 def _figures(command: str) -> dict[tuple[str, str, str], Row]:
+    """The last run's."""
     found = _rows(f"{XEON}-{command}", (TRAINING,))
+    if not found:
+        raise SystemExit(f"{XEON}-{command}.csv has no clean row of {TRAINING}")
     return {(row["case"], row["pipeline"], row["figure"]): row for row in found}
 
 

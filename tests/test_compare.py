@@ -118,6 +118,26 @@ def test_sizes_and_dtypes_are_kept_apart(tmp_path: Path) -> None:
     assert sorted(run["ratio_p50"] for (run,) in compare.read(OLD, tmp_path).values()) == [*"123"]
 
 
+def test_only_ours_decide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    write(old, [row(OLD, (2, 2, 2), pipeline="adamw_foreach")])
+    write(new, [row(NEW, (1, 1, 1), pipeline="adamw_foreach")])
+    assert compare.main([str(old), str(new)]) == 0
+    told = capsys.readouterr().out
+    assert "| 1, 1 | SLOWER |" in told and "1 slower beyond the noise, 0 of ours" in told
+
+
+def test_a_stream_that_has_changed_is_another_reference(tmp_path: Path) -> None:
+    times = ("2026-11-21T21:59:59+00:00", "2026-11-21T22:00:00+00:00", "2026-12-01T00:00:00+00:00")
+    rows = [
+        row(commit * 40, (2, 2, 2), reference="stream_huge", timestamp=time)
+        for commit, time in zip("abc", times, strict=True)
+    ]
+    write(tmp_path / "m.csv", rows)
+    a, b, c = (compare.read(commit * 40, tmp_path) for commit in "abc")
+    assert compare.changes(a, b) == [] and len(compare.changes(b, c)) == 1
+
+
 def test_machines_are_not_compared(tmp_path: Path) -> None:
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
     write(old, [row(OLD, (2, 2, 2), machine="an EPYC")])
@@ -149,7 +169,7 @@ def test_the_command(tmp_path: Path, ratio: float, status: int) -> None:
     write(new, [row(NEW, (ratio, ratio, ratio))])
     done = run("compare", str(old), str(new))
     assert done.returncode == status, done.stderr
-    assert f"{status} slower beyond the noise" in done.stdout
+    assert f"{status} slower beyond the noise, {status} of ours" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks.cases import QUICK_CASES, Case, all_cases, make_case  # noqa: E402
 from benchmarks.registry import COMPILE_FIRST, KINDS  # noqa: E402
-from benchmarks.timing import Trial  # noqa: E402
+from benchmarks.timing import Trial, summarize  # noqa: E402
 
 OURS = "fusedopt_adamw"
 PROGRAM = "import fusedopt, sys; sys.path.append(sys.argv.pop(1)); "
@@ -77,9 +77,7 @@ def test_quick_run_writes_rows(cpu_backend: str, tmp_path: Path) -> None:
         assert float(row["gb_s"]) > 0
         if row["pipeline"].startswith("fusedopt"):
             assert "backend cpu" in row["note"]
-    ceilings = {(row["case"], row["ceiling_gb_s"]) for row in rows}
-    assert len(ceilings) == len(QUICK_CASES), "one ceiling for a case"
-    assert all((ceiling == "") == (stream._compiled() is None) for _, ceiling in ceilings)
+    assert {row["ceiling_gb_s"] == "" for row in rows} == {stream._compiled() is None}
     assert all(row["ceiling_fraction"] for row in rows if row["pipeline"] == OURS
                and row["case"].endswith("1M"))  # fmt: skip
 
@@ -259,6 +257,34 @@ def test_a_stream_alone_is_no_measure_of_a_step() -> None:
     case = small([("adamw_fused", "stream_4k")])
     (result,) = cpu_measure.run_case(case, "new", cpu_measure.Progress([case], 1, 1))
     assert result.summary is None and "agreed with no other" in result.note
+
+
+def test_the_ceiling_is_taken_before_and_after_each_case(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    summary = summarize([Trial(1.0, 1.0, False)] * 3)
+    ceilings = iter([10.0, 20.0, 40.0, None])
+    monkeypatch.setattr(cpu_step.stream, "ceiling_gb_s", lambda *_: next(ceilings))
+    monkeypatch.setattr(
+        cpu_step,
+        "run_case",
+        lambda case, *_: [report.Result(case, case.comparisons[0], summary)],
+    )
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    names = ["adamw-tiny", "adamw-one-1M", "sgd-gpt-1M"]
+    assert cpu_step.main(["--cases", *names, "--out", str(tmp_path / "rows.csv")]) == 0
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        found = [(row["case"], row["ceiling_gb_s"]) for row in csv.DictReader(file)]
+    assert found == [*zip(names, ["15.000", "30.000", ""], strict=True)]
+
+
+@pytest.mark.parametrize(("disturbed", "verdict"), [(False, "| NO |"), (True, "| ? |")])
+def test_disturbed_samples_are_no_ground_for_a_verdict(disturbed: bool, verdict: str) -> None:
+    case = all_cases()["adamw-tiny"]
+    summary = summarize([Trial(1.0, 2.0, disturbed)] * 3 + [Trial(1.0, 2.0, True)])
+    told = report.table([report.Result(case, case.comparisons[0], summary)])
+    assert ("(disturbed)" in told) is disturbed
+    assert told.endswith(verdict)
 
 
 def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

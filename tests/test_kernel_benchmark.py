@@ -127,13 +127,29 @@ def test_backends_take_the_same_step_in_every_pairing(cpu_backend, rule, dtypes)
     verbs.check_same_step(verbs.Workload(rule, dtypes), ["cpu", "reference"], torch.device("cpu"))
 
 
-def test_a_backend_with_another_step_is_not_timed(cpu_backend, monkeypatch) -> None:
+@pytest.mark.parametrize("backends", [["cpu", "reference"], ["cpu"]])
+def test_a_backend_with_another_step_is_not_timed(
+    backends: list[str], cpu_backend, restore_threads, monkeypatch, capsys
+) -> None:
+    """Also where it is alone: then the reference is looked at, and not timed."""
     make, options = verbs.RULES["adamw"]
-    rates = iter((1e-3, 2e-3))
-    wrong = lambda params, **o: make(params, **{**o, "lr": next(rates)})  # noqa: E731
+    rates = {"cpu": 1e-3, "reference": 2e-3}
+    wrong = lambda params, **o: make(params, **{**o, "lr": rates[o["backend"]]})  # noqa: E731
     monkeypatch.setitem(verbs.RULES, "adamw", (wrong, options))
-    with pytest.raises(pipelines.DifferentStep):
-        kernels.main(["--quick", "--sizes", "10"])
+    options = ["--quick", "--sizes", "10", "--rules", "adamw", "sgd", "--backends", *backends]
+    assert kernels.main(options) == 1
+    told = capsys.readouterr().out
+    assert "adamw:float32: not measured: the two pipelines take different steps" in told
+    sgd = told.partition("update:sgd:float32")[2].splitlines()
+    assert sgd[1].count("GB/s") == len(backends) and "-" not in sgd[2].partition("2^10")[2]
+
+
+def test_disturbed_figures_are_marked() -> None:
+    table = kernels.Benchmark("update:adamw:float32", [10], ["cpu"])
+    row = {"case": "kernel-2^10", "pipeline": "fusedopt_cpu:update:adamw:float32", "gb_s": "7",
+           "ceiling_fraction": "0.5", "bytes_per_param": 28}  # fmt: skip
+    assert table.table([row | {"quiet": 1}]).endswith("0.50")
+    assert table.table([row | {"quiet": 0}]).endswith("0.50 ?")
 
 
 def test_a_skipped_step_is_not_timed(cpu_backend, monkeypatch) -> None:

@@ -42,6 +42,7 @@ def test_quick_memory(
     (tmp_path / "fusedopt.py").write_text("raise ImportError('another fusedopt')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     rows = quick_rows(tmp_path / "memory.csv")
     assert all("backend cpu" in row["note"] for row in rows if "fusedopt" in row["pipeline"])
     assert {row["figure"] for row in rows} == set(memory.COLUMNS)
@@ -177,7 +178,9 @@ def test_memory_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert memory.main(["--device", "cuda"]) == 0
-    assert checked == [(dtype, peak_memory.PIPELINES, CUDA) for dtype in ("fp32", "bf16")]
+    assert [(dtype, sorted(names), device) for dtype, names, device in checked] == [
+        (dtype, sorted(peak_memory.PIPELINES), CUDA) for dtype in ("fp32", "bf16")
+    ]
     assert {job.device for job in jobs} == {"cuda"}
     assert len(jobs) == 2 * 4 * 3  # dtypes, pipelines, runs
     assert memory.processes_at_a_time("llama-3.2-1B", CUDA) == 1
@@ -206,8 +209,9 @@ def test_pipelines_that_take_other_steps_are_not_compared(
 ) -> None:
     peak_memory.check_same_step(dtype, peak_memory.PIPELINES, CPU)
     monkeypatch.setattr(peak_memory, "MAX_GRAD_NORM", 0.5)  # of ours alone
-    assert memory.main(["--quick", "--dtypes", dtype]) == 1
-    assert "not measured: the two pipelines take different steps" in capsys.readouterr().out
+    for names in (peak_memory.PIPELINES, ["fusedopt"], ["fusedopt", "fusedopt_init_state"]):
+        assert memory.main(["--quick", "--dtypes", dtype, "--pipelines", *names]) == 1
+        assert "not measured: the two pipelines take different steps" in capsys.readouterr().out
 
 
 def test_the_reference_backend_is_not_taken_for_ours(
@@ -220,7 +224,11 @@ def test_the_reference_backend_is_not_taken_for_ours(
 
 @pytest.mark.parametrize(
     ("status", "stderr", "reason"),
-    [(1, "Traceback\nMemoryError: no room\n", "MemoryError: no room"), (-9, "", "by signal 9")],
+    [
+        (1, "Traceback\nMemoryError: no room\n", "MemoryError: no room"),
+        (1, "", "no message"),
+        (-9, "", "by signal 9"),
+    ],
 )
 def test_a_process_that_fails_is_reported(
     status: int, stderr: str, reason: str, monkeypatch: pytest.MonkeyPatch

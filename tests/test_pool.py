@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -16,7 +18,9 @@ def run(hour: int, *values: float, **changes: str) -> pool.Row:
     p20, p50, p80 = map(str, values)
     return {
         "timestamp": f"2026-01-01T{hour:02}:00:00+00:00", "commit": "a", "dirty": "0", "quiet": "1",
-        "case": "one", "ms_p20": p20, "ms_p50": p50, "ms_p80": p80, "reference_ms_p50": p50,
+        "machine": "m", "torch": "2", "threads": "2", "case": "one", "params": "8",
+        "dtype": "float", "pipeline": "p", "reference": "r", "grads": "new", "ms_p20": p20,
+        "ms_p50": p50, "ms_p80": p80, "reference_ms_p50": p50,
         "predicted_ms": "2", "note": f"run {hour}", **changes,
     }  # fmt: skip
 
@@ -35,10 +39,12 @@ def test_one_row_for_all() -> None:
     row = pool.one_row(RUNS)
     assert [float(row[f"ms_{p}"]) for p in ("p20", "p50", "p80")] == [1, 3, 9]
     assert (float(row["reference_ms_p50"]), float(row["predicted_ms"])) == (3, 2)
-    assert (row["case"], row["note"]) == ("one", "run 3")
-    assert pool.one_row(RUNS[:1]) == RUNS[0]
-    without = [run | {"predicted_ms": "", "ms_p50": ""} for run in RUNS]
-    assert pool.one_row(without)["predicted_ms"] == ""
+    assert (row["case"], row["note"], row["runs"]) == ("one", "run 3", "3")
+    assert pool.one_row(RUNS[:1]) == RUNS[0] | {"runs": "1"}
+    for absent in ("ms_p50", "ms_p20", "predicted_ms"):
+        without = [RUNS[0] | {absent: ""}, *RUNS[1:]]
+        assert absent == "predicted_ms" or pool.one_row(without)["ms_p80"] == "9"
+    assert pool.one_row([run | {"predicted_ms": ""} for run in RUNS])["predicted_ms"] == ""
 
 
 def test_which_runs_belong_together() -> None:
@@ -49,7 +55,17 @@ def test_which_runs_belong_together() -> None:
         run(5, 1, 1, 1, case="two", quiet="0"),
         run(5, 1, 1, 1, case="two", dirty="1", quiet="0"),
     ]
-    found = pool.runs_by_key(rows, ("case",))
-    assert found == {("one",): RUNS, ("two",): [rows[-1]]}
+    assert [*pool.runs_by_key(rows).values()] == [RUNS, [rows[-1]]]
     newer = run(9, 7, 7, 7, commit="b")
-    assert pool.runs_by_key([*rows, newer], ("case",))[("one",)] == [rows[3], newer]
+    assert next(iter(pool.runs_by_key([*rows, newer]).values())) == [rows[3], newer]
+
+
+@pytest.mark.parametrize("column", pool.KEY)
+def test_what_differs_is_kept_apart(column: str) -> None:
+    found = pool.runs_by_key([RUNS[0], RUNS[1] | {column: "another"}])
+    assert [*found.values()] == [[RUNS[0]], [RUNS[1] | {column: "another"}]]
+
+
+def test_runs_of_changed_trees_are_not_one_figure() -> None:
+    changed = [run(hour, 1, 1, 1, dirty="1") for hour in (4, 5)]
+    assert [*pool.runs_by_key([*RUNS, *changed]).values()] == [changed[1:]]

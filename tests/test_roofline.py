@@ -83,6 +83,16 @@ def test_bytes_over_bandwidth_and_what_is_fixed() -> None:
     assert roofline.predict_seconds(1, 9, 1.0, ranks=8, alpha_s=0.0) == 2  # the fullest rank
 
 
+@pytest.mark.parametrize("flag", ["--bandwidth", "--numel"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "many"])
+def test_numbers_that_make_no_sense_are_refused(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        roofline.parse([flag, value])
+    assert flag in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("numel", "ranks"), [(1, 1), (5_000, 1), (5_001, 2), (80_001, 32)])
 def test_the_fewest_ranks_with_room(numel: int, ranks: int) -> None:
     assert roofline.ranks_needed(numel, 16, 100_000.0) == ranks

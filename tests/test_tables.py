@@ -45,6 +45,22 @@ def test_another_row_is_not_taken_for_it() -> None:
     assert tables.step_runs(tables.EPYC, ("adamw-gpt2-124M", pipeline, reference, "new")) == []
 
 
+def test_a_run_with_another_setting_is_not_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tables.step_runs(tables.XEON, tables.HEADLINE[0])
+    assert len(runs) > 1
+    rows = [*runs, runs[-1] | {"threads": "1"}, runs[-1] | {"torch": "2.11.0"}]
+    monkeypatch.setattr(tables, "_rows", lambda *_: rows)
+    assert tables.step_runs(tables.XEON, tables.HEADLINE[0]) == runs
+
+
+def test_a_table_without_rows_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_rows", lambda *_: [])
+    for made in (made for named in tables.TABLES.values() for made in named.values()):
+        if made is not tables.whole_steps:  # where a machine may lack a line
+            with pytest.raises(SystemExit, match="row"):
+                made()
+
+
 def test_a_stale_table_is_told_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

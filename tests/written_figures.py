@@ -6,13 +6,13 @@ from __future__ import annotations
 import csv
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 Row = dict[str, str]
-SAME_RUNS = ("commit", "dirty", "machine", "gpu", "torch", "threads", "case", "params",
+SAME_RUNS = ("commit", "dirty", "machine", "torch", "threads", "case", "params", "dtype",
              "pipeline", "reference", "grads")  # fmt: skip
 
 # ---- how a figure is written ---------------------------------------------------------------------
@@ -98,8 +98,8 @@ def without_code(text: str) -> str:
 # ---- the rows ------------------------------------------------------------------------------------
 
 
-def figures_of(row: Row) -> Iterator[Figure]:
-    """All that a row says: its spreads, and what follows from them."""
+def figures_of(row: Row) -> Iterator[tuple[str, Figure]]:
+    """All that a row says, by name: its spreads, and what follows from them."""
     if "figure" in row:  # figures that are no times of a step, one a row
         yield from spread(row, "", row["unit"])
         return
@@ -111,32 +111,37 @@ def figures_of(row: Row) -> Iterator[Figure]:
     if row.get("bytes_per_param") and row.get("params") and row.get("ms_p50"):
         n_bytes = float(row["bytes_per_param"]) * float(row["params"])
         times = [1e-3 * float(row[f"ms_{p}"]) for p in ("p50", "p80", "p20")]
-        yield Figure("bandwidth", *(n_bytes / t for t in times))
+        yield "bandwidth", Figure("bandwidth", *(n_bytes / t for t in times))
     if row.get("predicted_ms"):
         times = [float(row[f"ms_{p}"]) for p in ("p50", "p20", "p80")]
-        yield Figure("ratio", *(t / float(row["predicted_ms"]) for t in times))
+        over = (t / float(row["predicted_ms"]) for t in times)
+        yield "over predicted", Figure("ratio", *over)
 
 
-def pooled(rows: Iterable[Row]) -> Iterator[tuple[Figure, Row]]:
-    """What several runs of a commit say together: the median of their medians, and the lowest p20
-    to the highest p80; with one of their rows."""
-    runs: dict[tuple[str | None, ...], list[Row]] = {}
-    for row in rows:
-        if row.get("quiet", "1") == "1" and "figure" not in row:
-            runs.setdefault(tuple(row.get(name) for name in SAME_RUNS), []).append(row)
-    for own in runs.values():
-        for figures in zip(*map(figures_of, own), strict=False) if len(own) > 1 else ():
-            _, p50s, p20s, p80s = zip(*figures, strict=True)
-            median = statistics.median(p50s)
-            yield Figure(figures[0].dimension, median, min(p20s), max(p80s)), own[0]
-
-
-def spread(row: Row, name: str, unit: str) -> Iterator[Figure]:
+def spread(row: Row, name: str, unit: str) -> Iterator[tuple[str, Figure]]:
     numbers = [row.get(f"{name}{p}") for p in ("p50", "p20", "p80")]
     if all(numbers):
         dimension, scale = scale_of(unit)
         p50, p20, p80 = (float(number or "nan") * scale for number in numbers)
-        yield Figure(dimension, p50, p20, p80)
+        yield name, Figure(dimension, p50, p20, p80)
+
+
+def known_figures(rows: Iterable[Row]) -> Iterator[tuple[Figure, Row]]:
+    """Each with its row. Quiet runs of one commit say one thing together, and nothing alone: the
+    median of their medians, from the lowest p20 to the highest p80."""
+    runs: dict[tuple[str | None, ...], list[Row]] = {}
+    for row in rows:
+        if row.get("quiet") == "1":
+            runs.setdefault(tuple(row.get(name) for name in SAME_RUNS), []).append(row)
+        else:
+            yield from ((figure, row) for _, figure in figures_of(row))
+    for own in runs.values():
+        every = [dict(figures_of(row)) for row in own]
+        for name in set.intersection(*map(set, every)):
+            figures = [figures[name] for figures in every]
+            _, p50s, p20s, p80s = zip(*figures, strict=True)
+            median = statistics.median(p50s)
+            yield Figure(figures[0].dimension, median, min(p20s), max(p80s)), own[-1]
 
 
 def results() -> list[Row]:
@@ -150,10 +155,9 @@ def results() -> list[Row]:
 # ---- what is wrong with a document ---------------------------------------------------------------
 
 
-def unfounded(text: str, rows: Sequence[Row]) -> list[str]:
+def unfounded(text: str, rows: Iterable[Row]) -> list[str]:
     """Figures without a row, or whose row was measured at a commit that the text does not name."""
-    known = [(figure, row) for row in rows for figure in figures_of(row)]
-    known += pooled(rows)
+    known = list(known_figures(rows))
     problems = []
     for line in without_code(text).splitlines():
         told: set[str] = set()  # what the rows behind this line say besides

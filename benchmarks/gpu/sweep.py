@@ -11,7 +11,7 @@ from benchmarks.gpu.machine import Machine, no_triton
 from benchmarks.gpu.report import COLUMNS, Report, Row
 from benchmarks.gpu.streams import measure_streams
 from benchmarks.param_sets import one_tensor
-from benchmarks.pipelines import Unavailable
+from benchmarks.pipelines import DifferentStep, Unavailable
 from benchmarks.report import append
 from benchmarks.verbs import Workload, check_same_step
 
@@ -48,8 +48,9 @@ class Sweep:
             served = [*dict.fromkeys([*served, "reference"])]  # also where there is only one
             try:
                 check_same_step(workload, served, self.machine.device)
-            except Unavailable as problem:
+            except (Unavailable, DifferentStep) as problem:
                 self.notes.append(f"{workload}: not measured: {problem}")
+                self.failed |= isinstance(problem, DifferentStep)
                 continue
             for exponent in exponents:
                 if verbs:
