@@ -2,12 +2,13 @@
 
 OLD and NEW are each a CSV of benchmarks/results or a commit (a prefix of at least seven digits)
 whose rows stand there. A figure is the speed against a reference that was timed in the same run,
-so that a slower machine is not taken for a slower program; rows without one are left out, and rows
-of different machines or torch versions are never compared, nor a commit's rows that were measured
-with changes in the tree, nor figures against the stream of before it fetched ahead with later ones.
-Several runs of one commit are one figure, of which benchmarks/pool.py tells the range. It counts as
-slower where the whole range from p20 to p80 lies below the old one; the exit status is 1 if that is
-one of ours. One run's range is narrower than runs lie apart: repeat it before believing it.
+so that a slower machine is not taken for a slower program; rows without one are left out. Rows of
+different machines or torch versions are never compared, nor a commit's rows that were measured with
+changes in the tree, nor figures against the stream of before it fetched ahead with later ones (told
+by when they were measured). Several runs of one commit are one figure, of which benchmarks/pool.py
+tells the range. It counts as slower where the whole range from p20 to p80 lies below the old one;
+the exit status is 1 if that is one of ours. One run's range is narrower than runs lie apart: repeat
+it before believing it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.pool import KEY, Figure, Key, Row, runs_by_key, spread
 
 RESULTS = Path(__file__).parent / "results"
 STREAM_SINCE = "2026-11-21T22"  # as it is now: from then on it fetches ahead
+OLD_STREAM = " of old"
 OURS = "fusedopt"
 
 Runs = dict[Key, list[Row]]
@@ -111,7 +113,7 @@ def _rows(path: Path) -> list[Row]:
 def _reference(row: Row) -> str:
     """Two streams are two references."""
     old = row["reference"].startswith("stream") and row["timestamp"] < STREAM_SINCE
-    return f"{row['reference']} of old" if old else row["reference"]
+    return row["reference"] + OLD_STREAM if old else row["reference"]
 
 
 def changes(old: Runs, new: Runs) -> list[Change]:
@@ -162,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"\n{len(found)} figures in common, {len(slower)} slower beyond the noise, {ours} of ours"
     )
+    if len({key[KEY.index("reference")].endswith(OLD_STREAM) for key in (*old, *new)}) > 1:
+        print("the stream is another one since then, and figures against it are not compared")
     if left_out:
         print(f"{left_out} more are in only one of the two")
     return int(ours > 0)

@@ -7,6 +7,7 @@ the median of their medians, from the lowest p20 to the highest p80.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -31,8 +32,15 @@ def runs_by_key(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     """By `KEY` the runs of the last measured sources, without disturbed ones if others remain."""
     found: dict[Key, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["timestamp"]):
-        found.setdefault(tuple(row.get(column, "") for column in KEY), []).append(row)
+        found.setdefault(_key(row), []).append(row)
     return {key: _undisturbed(_of_the_last_sources(own)) for key, own in found.items()}
+
+
+def _key(row: Row) -> Key:
+    reduced = re.search(r":reduce:(\w+)$", row.get("pipeline", ""))  # whatever the params are
+    return tuple(
+        reduced[1] if reduced and column == "dtype" else row.get(column, "") for column in KEY
+    )
 
 
 def _of_the_last_sources(runs: Sequence[Row]) -> list[Row]:

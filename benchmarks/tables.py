@@ -23,7 +23,7 @@ STEPS = {
 }  # commits, the one that counts last
 TRAINING = "9995606"
 
-KEY = ("case", "pipeline", "reference", "grads")  # the settings are those of most runs
+KEY = ("case", "pipeline", "reference", "grads")
 Key = tuple[str, str, str, str]
 
 FUSED, FOREACH = "torch `fused=True`", "torch `foreach=True`"
@@ -93,8 +93,10 @@ def step_runs(machine: str, key: Key) -> list[Row]:
     for commit in reversed(STEPS[machine]):
         by_setting = runs_by_key(row for row in _rows(machine, (commit,)) if _key(row) == key)
         quiet = [runs for runs in by_setting.values() if runs[0]["quiet"] == "1"]
+        if len(quiet) > 1:
+            raise SystemExit(f"{machine}.csv has {key} of {commit} in {len(quiet)} settings")
         if quiet:
-            return max(quiet, key=len)
+            return quiet[0]
     return []
 
 
@@ -125,7 +127,7 @@ def _table(header: str, lines: Sequence[Sequence[str]]) -> str:
 
 def whole_steps() -> str:
     lines = [
-        (params, against, ratio(step_runs(XEON, key)), ratio(step_runs(EPYC, key)))
+        (params, against, ratio(_required(key)), ratio(step_runs(EPYC, key)))
         for params, against, key in WHOLE_STEPS
     ]
     return _table("| parameters | against | Intel Xeon | AMD EPYC |", lines)
@@ -176,6 +178,8 @@ def _by_case(command: str, figures: Sequence[str], header: str) -> str:
             if (case, pipeline, figures[0]) in rows:
                 told = [_told(rows.get((case, pipeline, figure))) for figure in figures]
                 lines.append((case, label, *told))
+    if not lines:
+        raise SystemExit(f"{XEON}-{command}.csv has no row of {figures[0]} at {TRAINING}")
     return _table(header, lines)
 
 

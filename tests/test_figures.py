@@ -9,11 +9,13 @@ factor is on the short list below, with the reason why nobody had to measure it.
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 from written_figures import (
     RESULTS,
+    SAME_RUNS,
     UNITS,
     Figure,
     Row,
@@ -170,11 +172,26 @@ def test_runs_of_a_commit_are_one_figure() -> None:
     both, one = "| 1.65x [1.47–1.80] | at 1234567", "| 1.55x [1.47–1.68] | at 1234567"
     assert unfounded(both, [first, other]) == []
     assert unfounded(one, [first, other]) != [], "a run that was picked"
-    changes = ({"commit": "7654321000"}, {"dirty": "1"}, {"quiet": "0"}, {"grads": "kept"},
+    disturbed = [first, other | {"quiet": "0"}]
+    assert unfounded(one, disturbed) == [] and unfounded("1.75x [1.50–1.80] 1234567", disturbed)
+    changes = ({"commit": "7654321000"}, {"dirty": "1"}, {"grads": "kept"},
                {"dtype": "bfloat16"}, {"threads": "1"})  # fmt: skip
     for change in changes:
         assert unfounded(both, [first, other | change]) != []
         assert unfounded(one, [first, other | change]) == []
+
+
+def test_of_other_figures_the_last_run_counts() -> None:
+    later = SHARE_ROW | {"p50": "11"}
+    assert unfounded("| 11 % [9–12] | at 1234567", [SHARE_ROW, later]) == []
+    assert unfounded("| 10 % [9–12] | at 1234567", [SHARE_ROW, later]) != []
+
+
+def test_the_judge_and_the_tables_call_the_same_rows_runs() -> None:
+    pool = (ROOT / "benchmarks" / "pool.py").read_text()
+    listed = re.search(r"^KEY = \(([^)]*)\)", pool, re.MULTILINE)
+    assert listed is not None
+    assert {*re.findall(r'"(\w+)"', listed[1]), "commit", "dirty"} == {*SAME_RUNS}
 
 
 def test_counts_beside_a_figure_are_in_a_row() -> None:

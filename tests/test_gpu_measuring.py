@@ -148,6 +148,21 @@ def test_a_sweep_names_what_it_leaves_out(cpu_backend, monkeypatch):
     }
 
 
+def test_a_backend_with_another_step_is_not_swept(cpu_backend, monkeypatch):
+    def check(workload, backends, device):
+        assert backends[-1] == "reference"
+        if workload.rule == "adamw":
+            raise pipelines.DifferentStep("the two pipelines take different steps")
+
+    monkeypatch.setattr(gpu_sweep, "check_same_step", check)
+    sweep = gpu_sweep.Sweep(without_shim(), ["cuda"], 60.0, None)
+    workloads = [(verbs.Workload(rule), ["update"]) for rule in ("adamw", "sgd")]
+    sweep.all(workloads, [10], lambda: None)
+    assert sweep.failed and "adamw:float32: not measured: the two" in sweep.notes[0]
+    timed = [row["pipeline"] for row in sweep.report.rows if "kernel" in row["case"]]
+    assert timed == ["fusedopt_cuda:update:sgd:float32"]
+
+
 def test_a_size_that_fails_takes_no_other_with_it(cpu_backend, monkeypatch):
     def fails(workload, shapes, *args, **options):
         if shapes == [(1 << 10,)]:

@@ -66,6 +66,12 @@ def test_what_differs_is_kept_apart(column: str) -> None:
     assert [*found.values()] == [[RUNS[0]], [RUNS[1] | {column: "another"}]]
 
 
+def test_a_reduction_is_the_same_for_all_params() -> None:
+    pair = [run | {"pipeline": "fusedopt_cpu:reduce:bfloat16"} for run in RUNS[:2]]
+    pair[0]["dtype"], pair[1]["dtype"] = "float32", "bfloat16"
+    assert [*pool.runs_by_key(pair).values()] == [pair]
+
+
 def test_runs_of_changed_trees_are_not_one_figure() -> None:
     changed = [run(hour, 1, 1, 1, dirty="1") for hour in (4, 5)]
     assert [*pool.runs_by_key([*RUNS, *changed]).values()] == [changed[1:]]
