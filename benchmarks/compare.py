@@ -27,6 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 STREAM_SINCE = "2026-11-21T22"  # as it is now: from then on it fetches ahead
 OLD_STREAM = " of old"
 OURS = "fusedopt"
+NEEDED = {*KEY, "timestamp", "commit", "dirty", "quiet", "ratio_p20", "ratio_p50", "ratio_p80"}
 
 Runs = dict[Key, list[Row]]
 
@@ -47,8 +48,8 @@ class Change:
         return cls(key, spread(old, "ratio"), spread(new, "ratio"), (len(old), len(new)), quiet)
 
     @property
-    def pipeline(self) -> str:
-        return self.key[KEY.index("pipeline")]
+    def named(self) -> dict[str, str]:
+        return dict(zip(KEY, self.key, strict=True))
 
     @property
     def verdict(self) -> str:
@@ -95,17 +96,7 @@ def _rows(path: Path) -> list[Row]:
     """Those with a ratio."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        needed = {
-            *KEY,
-            "timestamp",
-            "commit",
-            "dirty",
-            "quiet",
-            "ratio_p20",
-            "ratio_p50",
-            "ratio_p80",
-        }
-        if needed - {*(reader.fieldnames or [])}:
+        if NEEDED - {*(reader.fieldnames or [])}:
             return []  # a GPU's, or figures that are no times
         return [row | {"reference": _reference(row)} for row in reader if row["ratio_p50"]]
 
@@ -123,11 +114,10 @@ def changes(old: Runs, new: Runs) -> list[Change]:
 def table(found: Sequence[Change]) -> str:
     lines = ["| figure | old | new | new / old | runs | |", "|---|---|---|---|---|---|"]
     for change in found:
-        _, _, _, case, _, _, pipeline, reference, grads = change.key
         old, new = change.old, change.new
+        what = "{case}, {pipeline} against {reference}, {grads} grads".format(**change.named)
         lines.append(
-            f"| {case}, {pipeline} against {reference}, {grads} grads "
-            f"| {old.p50:.2f}x [{old.p20:.2f}..{old.p80:.2f}] "
+            f"| {what} | {old.p50:.2f}x [{old.p20:.2f}..{old.p80:.2f}] "
             f"| {new.p50:.2f}x [{new.p20:.2f}..{new.p80:.2f}] "
             f"| {new.p50 / old.p50:.2f} | {change.runs[0]}, {change.runs[1]} | {change.verdict} |"
         )
@@ -160,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(nothing_in_common(old, new))
     print(table(found))
     slower = [change for change in found if change.verdict == "SLOWER"]
-    ours = sum(change.pipeline.startswith(OURS) for change in slower)
+    ours = sum(change.named["pipeline"].startswith(OURS) for change in slower)
     print(
         f"\n{len(found)} figures in common, {len(slower)} slower beyond the noise, {ours} of ours"
     )

@@ -35,7 +35,7 @@ from benchmarks.kernel_program import (
     in_a_chunk,
     major,
     run,
-    timed_chunks,
+    timed_elements,
 )
 from benchmarks.report import ROOT, provenance, results_path
 
@@ -202,9 +202,7 @@ def add_figures(figures: Figures, counts: Sequence[Count], driver: Driver) -> No
     for level in run([str(driver.program)], Path()).stdout.split():
         for kernel in KERNELS:
             unit, samples, note = cycles(driver, kernel, level)
-            note = (
-                f"{driver.compiler}; {timed_chunks(kernel) * in_a_chunk(kernel)} elements; {note}"
-            )
+            note = f"{driver.compiler}; {timed_elements(kernel)} elements; {note}"
             where = f"simd-{level}", f"fusedopt_cpu:{kernel}"
             figures.add(*where, "cycles_per_element", unit, samples, note)
     figures.save()

@@ -41,6 +41,10 @@ def timed_chunks(kernel: str) -> int:
     return FEW if in_a_chunk(kernel) == CHUNK else SMALL_TENSORS
 
 
+def timed_elements(kernel: str) -> int:
+    return timed_chunks(kernel) * in_a_chunk(kernel)
+
+
 class NotCounted(Exception):
     """Why nothing can be counted here."""
 
@@ -121,9 +125,8 @@ def cycles(driver: Driver, kernel: str, level: str) -> tuple[str, list[float], s
     counted = _counted_cycles(driver, kernel, level)
     if counted:
         return "cycles", counted, "perf stat, user mode"
-    elements = timed_chunks(kernel) * in_a_chunk(kernel)
     done = run(driver.command(level, kernel, timed_chunks(kernel), CALLS), Path())
-    ticks = [int(line) / elements for line in done.stdout.split()][CALLS // 10 :]
+    ticks = [int(line) / timed_elements(kernel) for line in done.stdout.split()][CALLS // 10 :]
     unit = "tsc ticks" if driver.machine == "x86_64" else "ns"
     clock = "the time-stamp counter, at its own constant rate" if unit != "ns" else "a clock"
     return unit, ticks, f"no hardware counters here: {clock}"
@@ -143,6 +146,5 @@ def _counted_cycles(driver: Driver, kernel: str, level: str) -> list[float]:
             if found is None:
                 return []
             counts.append(int(found[1]))
-        elements = timed_chunks(kernel) * in_a_chunk(kernel)
-        samples.append((counts[1] - counts[0]) / (CALLS * elements))
+        samples.append((counts[1] - counts[0]) / (CALLS * timed_elements(kernel)))
     return samples

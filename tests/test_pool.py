@@ -41,9 +41,11 @@ def test_one_row_for_all() -> None:
     assert (float(row["reference_ms_p50"]), float(row["predicted_ms"])) == (3, 2)
     assert (row["case"], row["note"], row["runs"]) == ("one", "run 3", "3")
     assert pool.one_row(RUNS[:1]) == RUNS[0] | {"runs": "1"}
-    for absent in ("ms_p50", "ms_p20", "predicted_ms"):
+    for absent in ("ms_p50", "ms_p20"):  # then the last run's spread stands
         without = [RUNS[0] | {absent: ""}, *RUNS[1:]]
-        assert absent == "predicted_ms" or pool.one_row(without)["ms_p80"] == "9"
+        found = pool.one_row(without)
+        assert [found[f"ms_{p}"] for p in ("p20", "p50", "p80")] == ["2", "3", "9"]
+    assert pool.one_row([RUNS[0] | {"predicted_ms": ""}, *RUNS[1:]])["predicted_ms"] == "3"
     assert pool.one_row([run | {"predicted_ms": ""} for run in RUNS])["predicted_ms"] == ""
 
 
