@@ -30,7 +30,7 @@ class _AsksTheOptimizer:
         own = self._per_optimizer_states[id(optimizer)]
         flag = self._record_flag(optimizer, clear=False)
         try:
-            preset = getattr(optimizer, "grad_scale", None)
+            preset = optimizer._amp_values().get("grad_scale")
             optimizer.grad_scale = self._scale if preset is None else self._scale * preset
             optimizer.found_inf = flag
             result = optimizer.step(*args)

@@ -18,29 +18,26 @@ constexpr int64_t kBlock = 512;  // elements converted at a time; stays in L1
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int64_t kSlice = 256;   // fp32 elements between two rounds of prefetching
-constexpr int64_t kAhead = 2048;  // bytes
+constexpr int64_t kSlice = 256;  // fp32 elements between two rounds of prefetching
 
-// Fetches what lies kAhead past the n elements at `at`, which may be past the end of the tensor, so
-// that tensors of no more than a slice are better off without. The streams begin anew at every
-// tensor and stride of chunks, and the hardware's prefetchers need a while to follow; with few
-// streams they never have enough lines on the way.
-template <class T>
+// The streams begin anew at every tensor and stride of chunks, and the hardware's prefetchers need
+// a while to follow; with few streams they never have enough lines on the way.
+enum class Fetch {
+  kNone,  // it is in L1
+  kNear,  // to L1
+  kFar,   // to L2, and from further off: one stream needs more lines on the way than L1 waits for
+};
+
+// Fetches what lies ahead of the n elements at `at`, which may be past the end of the tensor, so
+// that tensors of no more than a slice are better off without.
+template <Fetch kFetch, class T>
 void prefetch(const T* at, int64_t n) {
+  if (kFetch == Fetch::kNone) return;
+  constexpr bool kFar = kFetch == Fetch::kFar;
+  constexpr int64_t kAhead = kFar ? 8192 : 2048;  // bytes
   constexpr int64_t kLine = 64 / sizeof(T);
   const T* ahead = at + kAhead / static_cast<int64_t>(sizeof(T));
-  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + i);
-}
-
-// The same for gradients that are only read: one stream needs more lines on the way than L1 can
-// wait for, so they go to L2, and from further off.
-constexpr int64_t kFarAhead = 8192;  // bytes
-
-template <class T>
-void prefetch_far(const T* at, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const T* ahead = at + kFarAhead / static_cast<int64_t>(sizeof(T));
-  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + i, 0, kFar ? 2 : 3);
 }
 
 void widen_float16(const uint16_t* in, int64_t n, float* out) {
@@ -81,7 +78,7 @@ void narrow_bfloat16(const float* in, int64_t n, uint16_t* out) {
 const float* as_float(const void* data, DType dtype, int64_t begin, int64_t n, float* buffer) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(data) + begin;
   const uint16_t* half = static_cast<const uint16_t*>(data) + begin;
-  prefetch(half, n);
+  prefetch<Fetch::kNear>(half, n);
   if (dtype == DType::kFloat16) {
     widen_float16(half, n, buffer);
   } else {

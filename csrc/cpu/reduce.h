@@ -25,15 +25,11 @@ float tree_sum(float* lanes, int width) {
   return in[0];
 }
 
-// `far`: the chunk is whole, so that most of what is fetched early is its own.
-void add_squares(const float* grad, int64_t n, bool far, float mult1, float mult2, float* lanes) {
+template <Fetch kFetch>
+void add_squares(const float* grad, int64_t n, float mult1, float mult2, float* lanes) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    if (far) {
-      prefetch_far(grad + i, kLanes);
-    } else {
-      prefetch(grad + i, kLanes);
-    }
+    prefetch<kFetch>(grad + i, kLanes);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
       const float x = grad[i + l] * mult1 * mult2;
@@ -56,12 +52,17 @@ float sum_squares(const Grad& grad, int64_t begin, int64_t n, float mult1, float
   while (width < kLanes && width < n) width *= 2;
   for (int l = 0; l < width; ++l) lanes[l] = 0.0f;
   if (grad.dtype == DType::kFloat32) {
-    add_squares(static_cast<const float*>(grad.data) + begin, n, n == kChunk, mult1, mult2, lanes);
+    const float* in = static_cast<const float*>(grad.data) + begin;
+    if (n == kChunk) {  // most of what is fetched early is its own
+      add_squares<Fetch::kFar>(in, n, mult1, mult2, lanes);
+    } else {
+      add_squares<Fetch::kNear>(in, n, mult1, mult2, lanes);
+    }
   } else {
     for (int64_t i = 0; i < n; i += kBlock) {
       const int64_t m = min(kBlock, n - i);
-      add_squares(as_float(grad.data, grad.dtype, begin + i, m, buffer), m, false, mult1, mult2,
-                  lanes);
+      const float* in = as_float(grad.data, grad.dtype, begin + i, m, buffer);
+      add_squares<Fetch::kNone>(in, m, mult1, mult2, lanes);
     }
   }
   return tree_sum(lanes, width);

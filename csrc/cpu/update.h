@@ -32,11 +32,11 @@ void run_adamw(const AdamW::Hyper& hyper, const Run& run, float grad_mult, float
   float* __restrict max_exp_avg_sq = run.state[2];
   for (int64_t first = 0; first < run.n; first += kSlice) {
     if (run.n > kSlice) {
-      prefetch(grad + first, kSlice);
-      prefetch(param + first, kSlice);
-      prefetch(exp_avg + first, kSlice);
-      prefetch(exp_avg_sq + first, kSlice);
-      if (kAmsgrad) prefetch(max_exp_avg_sq + first, kSlice);
+      prefetch<Fetch::kNear>(grad + first, kSlice);
+      prefetch<Fetch::kNear>(param + first, kSlice);
+      prefetch<Fetch::kNear>(exp_avg + first, kSlice);
+      prefetch<Fetch::kNear>(exp_avg_sq + first, kSlice);
+      if (kAmsgrad) prefetch<Fetch::kNear>(max_exp_avg_sq + first, kSlice);
     }
     const int64_t last = min(first + kSlice, run.n);
 #pragma omp simd
@@ -61,9 +61,9 @@ void run_sgd(const SGD::Hyper& hyper, const Run& run, float grad_mult, float max
   float* __restrict momentum_buffer = run.state[0];
   for (int64_t first = 0; first < run.n; first += kSlice) {
     if (run.n > kSlice) {
-      prefetch(grad + first, kSlice);
-      prefetch(param + first, kSlice);
-      if (kMomentum) prefetch(momentum_buffer + first, kSlice);
+      prefetch<Fetch::kNear>(grad + first, kSlice);
+      prefetch<Fetch::kNear>(param + first, kSlice);
+      if (kMomentum) prefetch<Fetch::kNear>(momentum_buffer + first, kSlice);
     }
     const int64_t last = min(first + kSlice, run.n);
 #pragma omp simd
