@@ -169,7 +169,7 @@ def draw(name: str, rows: Rows, path: Path) -> str:
         figure.supxlabel(rows.caption, fontsize=7.5, color="#555555")
         digest = checksum([figures, rows.caption])
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None, CHECKSUM: digest})
+        figure.savefig(path, metadata={CHECKSUM: digest})
     return digest
 
 
