@@ -40,6 +40,15 @@ void prefetch(const T* at, int64_t n) {
   for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + i, 0, kFar ? 2 : 3);
 }
 
+// Widened by a shift, which loops get from the compiler where they read; the instruction that
+// widens fp16 they do not.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+FUSEDOPT_FN float widened(float x) { return x; }
+FUSEDOPT_FN float widened(BFloat16 x) { return bfloat16_to_float(x.bits); }
+
 void widen_float16(const uint16_t* in, int64_t n, float* out) {
   int64_t i = 0;
 #if defined(__F16C__)
@@ -75,10 +84,11 @@ void narrow_bfloat16(const float* in, int64_t n, uint16_t* out) {
 }
 
 // fp32 data is used where it lies; anything else is widened into buffer.
+template <Fetch kFetch>
 const float* as_float(const void* data, DType dtype, int64_t begin, int64_t n, float* buffer) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(data) + begin;
   const uint16_t* half = static_cast<const uint16_t*>(data) + begin;
-  prefetch<Fetch::kNear>(half, n);
+  prefetch<kFetch>(half, n);
   if (dtype == DType::kFloat16) {
     widen_float16(half, n, buffer);
   } else {

@@ -25,21 +25,41 @@ float tree_sum(float* lanes, int width) {
   return in[0];
 }
 
-template <Fetch kFetch>
-void add_squares(const float* grad, int64_t n, float mult1, float mult2, float* lanes) {
+template <Fetch kFetch, class T>
+void add_squares(const T* grad, int64_t n, float mult1, float mult2, float* lanes) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     prefetch<kFetch>(grad + i, kLanes);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
-      const float x = grad[i + l] * mult1 * mult2;
+      const float x = widened(grad[i + l]) * mult1 * mult2;
       lanes[l] = fma(x, x, lanes[l]);
     }
   }
 #pragma omp simd
   for (int64_t l = 0; l < n - i; ++l) {
-    const float x = grad[i + l] * mult1 * mult2;
+    const float x = widened(grad[i + l]) * mult1 * mult2;
     lanes[l] = fma(x, x, lanes[l]);
+  }
+}
+
+template <Fetch kFetch>
+void add_squares_of(const Grad& grad, int64_t begin, int64_t n, float mult1, float mult2,
+                    float* lanes) {
+  switch (grad.dtype) {
+    case DType::kFloat32:
+      return add_squares<kFetch>(static_cast<const float*>(grad.data) + begin, n, mult1, mult2,
+                                 lanes);
+    case DType::kBFloat16:
+      return add_squares<kFetch>(static_cast<const BFloat16*>(grad.data) + begin, n, mult1, mult2,
+                                 lanes);
+    case DType::kFloat16:
+      alignas(64) float buffer[kBlock];
+      for (int64_t i = 0; i < n; i += kBlock) {
+        const int64_t m = min(kBlock, n - i);
+        const float* in = as_float<kFetch>(grad.data, grad.dtype, begin + i, m, buffer);
+        add_squares<Fetch::kNone>(in, m, mult1, mult2, lanes);
+      }
   }
 }
 
@@ -47,23 +67,13 @@ void add_squares(const float* grad, int64_t n, float mult1, float mult2, float* 
 // zero is exact, so a short chunk needs only the lanes it has.
 float sum_squares(const Grad& grad, int64_t begin, int64_t n, float mult1, float mult2) {
   alignas(64) float lanes[kLanes];
-  alignas(64) float buffer[kBlock];
   int width = 1;
   while (width < kLanes && width < n) width *= 2;
   for (int l = 0; l < width; ++l) lanes[l] = 0.0f;
-  if (grad.dtype == DType::kFloat32) {
-    const float* in = static_cast<const float*>(grad.data) + begin;
-    if (n == kChunk) {  // most of what is fetched early is its own
-      add_squares<Fetch::kFar>(in, n, mult1, mult2, lanes);
-    } else {
-      add_squares<Fetch::kNear>(in, n, mult1, mult2, lanes);
-    }
+  if (n == kChunk) {  // most of what is fetched early is its own
+    add_squares_of<Fetch::kFar>(grad, begin, n, mult1, mult2, lanes);
   } else {
-    for (int64_t i = 0; i < n; i += kBlock) {
-      const int64_t m = min(kBlock, n - i);
-      const float* in = as_float(grad.data, grad.dtype, begin + i, m, buffer);
-      add_squares<Fetch::kNone>(in, m, mult1, mult2, lanes);
-    }
+    add_squares_of<Fetch::kNear>(grad, begin, n, mult1, mult2, lanes);
   }
   return tree_sum(lanes, width);
 }
@@ -74,7 +84,7 @@ float max_magnitude(const Grad& grad, int64_t begin, int64_t n, float mult) {
   int32_t largest = 0;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = min(kBlock, n - i);
-    const float* g = as_float(grad.data, grad.dtype, begin + i, m, buffer);
+    const float* g = as_float<Fetch::kNear>(grad.data, grad.dtype, begin + i, m, buffer);
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < m; ++j) {
       const int32_t magnitude = static_cast<int32_t>(bits_of(g[j] * mult) & 0x7fffffffu);

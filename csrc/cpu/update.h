@@ -110,7 +110,7 @@ void follow_external_writes(const uint16_t* param, DType dtype, int64_t n, float
   alignas(64) float written[kBlock];
   narrow(master, dtype, n, expected);
   if (__builtin_memcmp(expected, param, static_cast<size_t>(n) * sizeof *param) == 0) return;
-  as_float(param, dtype, 0, n, written);
+  as_float<Fetch::kNear>(param, dtype, 0, n, written);
   for (int64_t i = 0; i < n; ++i) {
     if (expected[i] != param[i]) master[i] = written[i];
   }
@@ -125,7 +125,7 @@ void update_half(const Row& row, int64_t begin, Run run, RunFn<R> fn,
     run.param = row.master + begin;
     follow_external_writes(param, row.dtype, run.n, run.param);
   } else {
-    as_float(param, row.dtype, 0, run.n, buffer);
+    as_float<Fetch::kNear>(param, row.dtype, 0, run.n, buffer);
     run.param = buffer;
   }
   fn(hyper, run, mult, args.max_grad_value);
@@ -151,7 +151,7 @@ void update_chunk_by(const PlanView& plan, const Chunk& chunk, const UpdateArgs&
   for (int64_t begin = first; begin < last; begin += stride) {
     Run run;
     run.n = min(stride, last - begin);
-    run.grad = as_float(grad.data, grad.dtype, begin, run.n, buffer);
+    run.grad = as_float<Fetch::kNear>(grad.data, grad.dtype, begin, run.n, buffer);
     for (int s = 0; s < R::kStates; ++s) {
       run.state[s] = row.state[s] ? row.state[s] + begin : nullptr;
     }
