@@ -65,6 +65,13 @@ OVER_PREDICTED: tuple[tuple[str, str, Key], ...] = (
      ("bf16-gpt-100M", "fusedopt_adamw_bf16", "adamw_bf16_torch_ops", "new")),
     ("", "torch operations", ("bf16-gpt-100M", "adamw_bf16_torch_ops", "stream_huge", "new")),
 )  # fmt: skip
+SHARES_OF_THE_STREAM = {
+    "100M in 148 tensors": "adamw-gpt-100M",
+    "10M in 148 tensors": "adamw-gpt-10M",
+    "10M in 1 tensor": "adamw-one-10M",
+    "1M in 148 tensors": "adamw-gpt-1M",
+    "1M in 1 tensor": "adamw-one-1M",
+}
 KERNELS = {
     "reduce, fp32": "fusedopt_cpu:reduce:float32",
     "reduce, bf16": "fusedopt_cpu:reduce:bfloat16",
@@ -144,6 +151,14 @@ def over_predicted() -> str:
     )
 
 
+def shares() -> str:
+    lines = []
+    for params, case in SHARES_OF_THE_STREAM.items():
+        keys = [(case, kind, "stream_huge", "new") for kind in ("adamw_fused", "fusedopt_adamw")]
+        lines.append((params, *(ratio(_required(key)) for key in keys)))
+    return _table(f"| AdamW, fp32 | {FUSED} | fusedopt |", lines)
+
+
 def kernels() -> str:
     lines = []
     for what, pipeline in KERNELS.items():
@@ -202,7 +217,11 @@ def memory() -> str:
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"steps": whole_steps},
-    "docs/performance.md": {"over predicted": over_predicted, "kernels": kernels},
+    "docs/performance.md": {
+        "over predicted": over_predicted,
+        "shares": shares,
+        "kernels": kernels,
+    },
     "docs/training.md": {"profile": profile, "memory": memory},
 }
 

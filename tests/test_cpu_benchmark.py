@@ -140,7 +140,7 @@ def test_rows_go_to_the_results_of_this_machine_unless_quick() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pipelines_at_a_time", "sizes"), [(2, [1] * 8), (4, [3, 2, 3]), (99, [5, 3])]
+    ("pipelines_at_a_time", "sizes"), [(2, [1] * 9), (4, [3, 2, 3, 1]), (99, [5, 4])]
 )
 def test_groups_have_a_pivot_and_fit_into_memory(
     pipelines_at_a_time: int, sizes: list[int]
