@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -40,6 +42,18 @@ class AmpAttributes:
     param_groups: list[dict[str, Any]]
     _optimizer_step_pre_hooks: Any
 
+    def _amp_offer(self, grad_scale: Tensor, found_inf: Tensor) -> None:
+        """What a scaler that knows this class sets; ``_amp_withdraw`` takes it back."""
+        values = self._amp_values()
+        self.__dict__["_amp_before"] = dict(values)
+        self.__dict__["_amp_answered"] = False
+        values.update(grad_scale=grad_scale, found_inf=found_inf)
+
+    def _amp_withdraw(self) -> None:
+        values = self._amp_values()
+        values.pop("grad_scale", None)
+        values.pop("found_inf", None)
+
     def _amp_values(self) -> dict[str, Any]:
         values: dict[str, Any] = self.__dict__.setdefault("_amp", {})
         return values
@@ -56,12 +70,14 @@ class AmpAttributes:
             raise AttributeError("grad_scale") from None
 
     @grad_scale.setter
+    @_disable_dynamo  # which would lose what is noted here
     def grad_scale(self, value: Any) -> None:
         values = self._amp_values()
         self.__dict__["_amp_before"] = dict(values)
         values["grad_scale"] = value
 
     @grad_scale.deleter
+    @_disable_dynamo
     def grad_scale(self) -> None:
         if "grad_scale" not in self._amp_values():
             raise AttributeError("grad_scale")
@@ -80,11 +96,13 @@ class AmpAttributes:
         return self._scalars[FOUND_INF].clone()
 
     @found_inf.setter
+    @_disable_dynamo  # which would lose what is noted here
     def found_inf(self, value: Any) -> None:
         self.__dict__["_amp_answered"] = False
         self._amp_values()["found_inf"] = value
 
     @found_inf.deleter
+    @_disable_dynamo
     def found_inf(self) -> None:
         if "found_inf" not in self._amp_values():
             raise AttributeError("found_inf")
@@ -116,16 +134,17 @@ class AmpAttributes:
                 return device
         return otherwise
 
-    def _expect_inf_flag(self, device: torch.device, clear: bool) -> Tensor:
-        """An fp32 flag that the next step fills in; see ``fusedopt.GradScaler``.
+    def _expect_inf_flag(self, device: torch.device, clear: bool, scaler: object) -> Tensor:
+        """An fp32 flag that the next step fills in for ``scaler``; see ``fusedopt.GradScaler``.
 
-        The scaler accumulates into it in place, so it is never the value ``found_inf`` reports.
-        Until the step it holds the last answer, unless ``clear``, or a hook that could look: on a
-        GPU clearing is a launch of its own.
+        The scaler accumulates into it in place, so it is never the value ``found_inf`` reports, and
+        another scaler gets another one. Until the step it holds the last answer, unless ``clear``,
+        or a hook that could look: on a GPU clearing is a launch of its own.
         """
-        flag: Tensor | None = self.__dict__.get("_inf_flag")
+        flags: dict[int, Tensor] = self.__dict__.setdefault("_inf_flags", {})
+        flag = flags.get(id(scaler))  # of one that is gone, maybe: then nobody else has it
         if flag is None or flag.device != device:
-            flag = torch.zeros((), dtype=torch.float32, device=device)
+            flag = flags[id(scaler)] = torch.zeros((), dtype=torch.float32, device=device)
         elif clear or self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
             flag.zero_()
         self.__dict__["_inf_flag"] = flag
@@ -179,6 +198,7 @@ class AmpAttributes:
                 self._amp_restore()
                 raise
 
+        _HOOKED[step] = func
         # scaler.step() looks at the signature each time; found here it need not be worked out.
         step.__signature__ = inspect.signature(hooked)  # type: ignore[attr-defined]
         return step
@@ -191,12 +211,24 @@ class AmpAttributes:
         self._amp_undecided()
 
 
+# A step with hooks, and the step inside. `__wrapped__` would not do: a subclass's own step has one,
+# too, if its author used functools.wraps.
+_HOOKED: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 @functools.lru_cache(maxsize=64)
 def _is_our_step(step: Callable[..., Any]) -> bool:
-    """Whether ``step``, however wrapped, is FusedOptimizer's and not a subclass's own."""
+    """Whether ``step``, with hooks or without, is FusedOptimizer's and not a subclass's own."""
     from .optimizer import FusedOptimizer
 
-    return inspect.unwrap(step) is inspect.unwrap(FusedOptimizer.step)
+    ours = FusedOptimizer.step
+    while step in _HOOKED:
+        step = _HOOKED[step]
+    while ours in _HOOKED:
+        ours = _HOOKED[ours]
+    return step is ours
 
 
 def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
@@ -210,6 +242,6 @@ def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
             f"optimizer.{name} has shape {tuple(value.shape)}; it must be a number or a tensor of "
             "one element"
         )
-    if value.dtype == torch.float32 and value.device == device:
+    if value.dtype == torch.float32 and value.device == device and not value.is_neg():
         return value
-    return value.detach().to(device=device, dtype=torch.float32)
+    return value.detach().resolve_neg().to(device=device, dtype=torch.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
@@ -23,6 +24,7 @@ class _AsksTheOptimizer:
     _scale: torch.Tensor | None
     _per_optimizer_states: dict[int, dict[str, Any]]
 
+    @_disable_dynamo  # which would trace it, and lose what is noted in the optimizer
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch's, which for our optimizers comes down to handing over scale and flag."""
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
@@ -31,14 +33,13 @@ class _AsksTheOptimizer:
         flag = self._record_flag(optimizer, clear=False)
         try:
             preset = optimizer._amp_values().get("grad_scale")
-            optimizer.grad_scale = self._scale if preset is None else self._scale * preset
-            optimizer.found_inf = flag
+            assert self._scale is not None  # or nobody could have asked
+            optimizer._amp_offer(self._scale if preset is None else self._scale * preset, flag)
             result = optimizer.step(*args)
         finally:
             optimizer._amp_undecided()
         own["stage"] = OptState.STEPPED
-        del optimizer.grad_scale
-        del optimizer.found_inf
+        optimizer._amp_withdraw()
         return result
 
     def _may_ask(self, optimizer: FusedOptimizer) -> bool:
@@ -49,6 +50,7 @@ class _AsksTheOptimizer:
             and optimizer._step_supports_amp_scaling
         )
 
+    @_disable_dynamo
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, torch.Tensor]:
         if not isinstance(optimizer, FusedOptimizer):
             found: dict[torch.device, torch.Tensor] = super()._check_inf_per_device(optimizer)  # type: ignore[misc]
@@ -58,7 +60,7 @@ class _AsksTheOptimizer:
 
     def _record_flag(self, optimizer: FusedOptimizer, clear: bool) -> torch.Tensor:
         scale, _ = self._check_scale_growth_tracker("step")  # type: ignore[attr-defined]
-        flag = optimizer._expect_inf_flag(optimizer._flag_device(scale.device), clear)
+        flag = optimizer._expect_inf_flag(optimizer._flag_device(scale.device), clear, self)
         own = self._per_optimizer_states[id(optimizer)]
         own["found_inf_per_device"] = {flag.device: flag}
         return flag

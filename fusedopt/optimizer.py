@@ -48,6 +48,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     rule: str
 
+    @_disable_dynamo
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
         if defaults.get("differentiable"):
             raise RuntimeError(
@@ -191,7 +192,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def _build_plan(self, every_param: bool) -> tuple[Backend, Plan]:
         """A plan for the optimizer as it is now; creates what state is missing."""
-        with torch.no_grad():
+        # What is made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             return self._build_plan_now(every_param)
 
     def _build_plan_now(self, every_param: bool) -> tuple[Backend, Plan]:
@@ -273,6 +275,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         def read(self: FusedOptimizer) -> Any:
             return getattr(self._options, name)
 
+        @_disable_dynamo  # which would lose what is written
         def write(self: FusedOptimizer, value: Any) -> None:
             self._options = self._options.changed(**{name: value})
 

@@ -250,3 +250,19 @@ def test_a_later_error_leaves_an_answer_in_the_books():
         opt.step()
     scaler.update()
     assert scaler.get_scale() == before / 2
+
+
+@pytest.mark.parametrize("bad", [(INF, None), (None, INF)], ids=str)
+def test_two_scalers_of_one_optimizer(bad):
+    """Each remembers what it was told, though both update at the end."""
+    scales = []
+    for name in ("torch", "ours"):
+        params, opt = make_ours("sgd")
+        scalers = [make_scaler(name, init_scale=8.0), make_scaler(name, init_scale=4.0)]
+        for step, scaler in enumerate(scalers):
+            give_grads(params, step, scaler.get_scale(), bad[step])
+            scaler.step(opt)
+        for scaler in scalers:
+            scaler.update()
+        scales.append([scaler.get_scale() for scaler in scalers])
+    assert scales[0] == scales[1] and scales[1] != [8.0, 4.0]

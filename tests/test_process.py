@@ -3,11 +3,13 @@
 import pytest
 import torch
 from protocol_helpers import (
+    SCALERS,
     build,
     every_kind,
     fallback_is_expected,
     give_grads,
     make_params,
+    make_scaler,
     on_every_backend,
     step_all,
     twins,
@@ -177,3 +179,76 @@ def test_compiled_training_step(kind):
         results.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("scaler_name", SCALERS)
+@every_kind
+def test_compiled_function_with_a_scaler(kind, scaler_name, options):
+    """An overflow in a compiled step is skipped and the scale backs off, as without compiling."""
+    torch._dynamo.reset()
+    results = []
+    for compile_it in (False, True):
+        params = make_params()
+        opt, scaler = build(True, kind, params, **options), make_scaler(scaler_name)
+
+        def step(opt=opt, scaler=scaler):
+            scaler.step(opt)
+            scaler.update()
+
+        run = torch.compile(step, backend="eager") if compile_it else step
+        scales = []
+        for i, bad in enumerate((None, float("inf"), None, float("nan"), None)):
+            give_grads(params, i, scaler.get_scale(), bad)
+            run()
+            scales.append(scaler.get_scale())
+        assert len(set(scales)) == 3 and opt.skipped_steps == 2
+        results.append((scales, params))
+    (scales, params), (scales_compiled, params_compiled) = results
+    assert scales == scales_compiled
+    assert all(torch.equal(a, b) for a, b in zip(params, params_compiled, strict=True))
+
+
+@every_kind
+def test_what_a_compiled_function_sets(kind):
+    """The optimizer itself, its options and the scaler's attributes: all written, not traced."""
+    torch._dynamo.reset()
+    results = []
+    for compile_it in (False, True):
+        params = make_params()
+        give_grads(params, 0, scale=8.0)
+
+        def train(params=params):
+            opt = build(True, kind, params)
+            opt.max_grad_norm = 0.25
+            opt.grad_scale = torch.tensor(8.0)
+            opt.step()
+            del opt.grad_scale
+            return opt
+
+        opt = torch.compile(train, backend="eager")() if compile_it else train()
+        assert opt.max_grad_norm == 0.25 and opt.clip_coef < 1.0
+        results.append((params, opt.grad_norm))
+    (params, norm), (params_compiled, norm_compiled) = results
+    assert torch.equal(norm, norm_compiled)
+    assert all(torch.equal(a, b) for a, b in zip(params, params_compiled, strict=True))
+
+
+# Inference mode
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("how", ["init_state", "step"])
+def test_state_made_in_inference_mode(kind, dtype, how):
+    def train(mode):
+        params = make_params(dtype)
+        opt = build(True, kind, params)
+        give_grads(params, 0)
+        with torch.inference_mode(mode):
+            getattr(opt, how)()
+        give_grads(params, 1)
+        opt.step()
+        return [*params, *(v for p in params for v in opt.state[p].values())]
+
+    assert all(torch.equal(a, b) for a, b in zip(train(False), train(True), strict=True))

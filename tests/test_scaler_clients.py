@@ -1,6 +1,7 @@
 """Who may hand the scale over to a step, and how frameworks call scaler and optimizer."""
 
 import copy
+import functools
 import inspect
 import warnings
 
@@ -84,23 +85,26 @@ def test_amp_scaling_off_refuses_fp16_gradients_as_torch():
 # Clients, re-created by hand
 
 
-def clipping_subclass(base):
+def clipping_subclass(base, wraps):
     """detectron2's full-model clipping: a class made on the fly whose step clips first."""
 
     def step(self, closure=None):
         clip_grad_norm_([p for g in self.param_groups for p in g["params"]], 0.7)
         base.step(self, closure)
 
+    if wraps:  # which leaves a way past it, to the step of the base
+        step = functools.wraps(base.step)(step)
     return type(base.__name__ + "WithGradientClip", (base,), {"step": step})
 
 
 @every_scaler
 @every_kind
-def test_detectron2_clips_inside_step(scaler_name, kind):
+@pytest.mark.parametrize("wraps", [False, True])
+def test_detectron2_clips_inside_step(scaler_name, kind, wraps):
     our_cls, their_cls, kwargs, extra = KINDS[kind]
     ours, theirs = make_params(), make_params()
-    our_opt = clipping_subclass(our_cls)(ours, **kwargs, **extra)
-    their_opt = clipping_subclass(their_cls)(theirs, **kwargs)
+    our_opt = clipping_subclass(our_cls, wraps)(ours, **kwargs, **extra)
+    their_opt = clipping_subclass(their_cls, wraps)(theirs, **kwargs)
     assert our_opt._step_supports_amp_scaling is False
     assert our_cls(make_params(), **kwargs, **extra)._step_supports_amp_scaling is True
     scaler, stock = make_scaler(scaler_name), make_scaler("torch")
