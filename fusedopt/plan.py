@@ -8,6 +8,7 @@ handed to kernels is each backend's own business (``fusedopt/backends``).
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,26 +29,56 @@ GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Group = dict[str, Any]
 
 
-@dataclass(eq=False)
 class Row:
     """One parameter in the plan.
 
     ``dense`` is what the kernels update: the parameter itself, or a copy without gaps that is
     written back after the update. ``states`` are in the rule's order.
+
+    State is the optimizer's. A row refers to it weakly, and to no memory of the parameter's, so
+    that what a user drops or moves elsewhere between two steps is freed at once, as with torch.
     """
 
-    param: Tensor
-    label: str
-    group: int
-    dense: Tensor
-    awaits_state: bool
-    states: tuple[Tensor, ...] = ()
-    master: Tensor | None = None
-    step: Tensor | None = None
+    def __init__(self, param: Tensor, label: str, group: int) -> None:
+        self.param, self.label, self.group = param, label, group
+        self.dense = param
+        self.awaits_state = False
+        self.set_state((), None, None)
+
+    def set_state(
+        self, states: Sequence[Tensor], master: Tensor | None, step: Tensor | None
+    ) -> None:
+        self._states = [weakref.ref(t) for t in states]
+        self._master = None if master is None else weakref.ref(master)
+        self._step = None if step is None else weakref.ref(step)
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        return tuple(_alive(ref) for ref in self._states)
+
+    @property
+    def master(self) -> Tensor | None:
+        return None if self._master is None else _alive(self._master)
+
+    @property
+    def step(self) -> Tensor | None:
+        return None if self._step is None else _alive(self._step)
 
     @property
     def staged(self) -> bool:
         return self.dense.data_ptr() != self.param.data_ptr()
+
+    def memory(self) -> list[Tensor]:
+        """Everything a step on this row touches, to be kept by who must."""
+        refs = [ref for ref in (*self._states, self._master, self._step) if ref is not None]
+        own = [tensor for ref in refs if (tensor := ref()) is not None]
+        return [self.param.detach(), self.dense.detach(), *own]
+
+
+def _alive(ref: weakref.ref[Tensor]) -> Tensor:
+    tensor = ref()
+    assert tensor is not None  # a plan that was just refreshed has all its state
+    return tensor
 
 
 @dataclass(slots=True)
@@ -82,8 +113,6 @@ class StepInputs:
 class Plan(ABC):
     """Rows of one parameter set, and the gradient of each (``None``: takes no part in the step)."""
 
-    captured = False  # a CUDA graph holds addresses of this plan's tables
-
     def __init__(self, rule: str, rows: Sequence[Row], layout: object) -> None:
         self.rule = rule
         self.rows = list(rows)
@@ -91,6 +120,16 @@ class Plan(ABC):
         self.fsdp1_sharded = any(is_fsdp1_shard(row.param) for row in self.rows)
         self._staged_grads: dict[int, Tensor] = {}
         self._staged_params = [row for row in self.rows if row.staged]
+        self._captured: list[Tensor] = []
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds addresses of this plan's tables and of what is in them."""
+        return bool(self._captured)
+
+    def capture(self) -> None:
+        """From now on the plan keeps all memory alive that its tables name."""
+        self._captured = [tensor for row in self.rows for tensor in row.memory()]
 
     def refresh(self, groups: list[Group], state: dict[Tensor, Any]) -> bool:
         """Note where the gradients are; ``False`` when the plan has to be rebuilt.
@@ -169,6 +208,12 @@ def check_grad(label: str, param: Tensor, grad: Tensor) -> None:
         raise RuntimeError(
             f"{label}: fusedopt does not support sparse gradients (layout {grad.layout}); "
             "create the module with sparse=False, or densify the gradient before step()"
+        )
+    freed = grad.untyped_storage().nbytes() == 0 and not grad._is_zerotensor()
+    if grad.numel() > 0 and freed and grad.device.type != "meta":
+        raise RuntimeError(
+            f"{label}: the gradient's storage was resized to nothing; set .grad to None, or run "
+            "backward() again"
         )
     if grad.dtype not in GRAD_DTYPES or (
         grad.dtype == torch.float64 and param.dtype != torch.float64

@@ -21,6 +21,7 @@ from .state import (
     complete_all,
     dense_like,
     is_complete,
+    is_readable,
     wants_master,
 )
 
@@ -34,6 +35,11 @@ def check_param(label: str, param: Tensor) -> None:
         raise TypeError(
             f"{label}: {type(wrapper).__name__} is not supported, its memory is not its values; "
             "pass plain tensors (for a DTensor, its local shard with max_grad_norm=None)"
+        )
+    if param.layout != torch.strided:
+        raise TypeError(
+            f"{label}: sparse parameters (layout {param.layout}) are not supported; "
+            "optimize param.to_dense()"
         )
     if param.is_complex():
         raise TypeError(
@@ -74,7 +80,7 @@ def build_rows(
         RuntimeError: some parameter, gradient or state cannot be used; nothing has been changed.
     """
     rows = [
-        Row(param=p, label=label_of(group, g, i), group=g, dense=p, awaits_state=False)
+        Row(p, label_of(group, g, i), g)
         for g, group in enumerate(groups)
         for i, p in enumerate(group["params"])
     ]
@@ -83,15 +89,15 @@ def build_rows(
     _check_disjoint(rows)
     _complete(rows, state, names, master_weights, every_param)
     for row in rows:
-        row.dense = dense_like(row.param)
+        if not is_readable(row.param):
+            row.dense = dense_like(row.param)
         own = state.get(row.param, {})
         master = wants_master(row.param, master_weights)
         if not is_complete(row.param, own, names[row.group], master):
             row.awaits_state = True
             continue
-        row.states = tuple(own[name] for name in names[row.group])
-        row.master = own[MASTER] if master else None
-        row.step = own[STEP] if row.states else None
+        states = [own[name] for name in names[row.group]]
+        row.set_state(states, own[MASTER] if master else None, own[STEP] if states else None)
     return rows
 
 
@@ -108,6 +114,11 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
     if param.device.type == "meta":
         raise RuntimeError(
             f"{row.label} is on the meta device; materialize the model before step()"
+        )
+    if param.numel() > 0 and param.data_ptr() == 0:
+        raise RuntimeError(
+            f"{row.label} has no memory (a zero tensor without storage, or a storage that was "
+            "resized to nothing); give it values before step()"
         )
     if overlaps_itself(param):
         raise RuntimeError(

@@ -27,10 +27,17 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def is_readable(param: Tensor) -> bool:
+    """Whether the kernels can take ``param`` as it lies: no gaps, and not a lazily negated view."""
+    return is_dense(param) and not param.is_neg()
+
+
 def dense_like(param: Tensor) -> Tensor:
-    """``param`` itself when its elements are dense in memory, else a dense tensor of its shape."""
+    """``param`` itself when the kernels can read it, else a dense tensor of its shape."""
     flat = param.detach()
-    return flat if is_dense(flat) else torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
+    if is_readable(flat):
+        return flat
+    return torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
 
 
 def wants_master(param: Tensor, master_weights: bool | None) -> bool:
@@ -62,13 +69,20 @@ def _fits(value: object, like: Tensor) -> bool:
 
 
 def check_shapes(label: str, param: Tensor, state: ParamState, names: Sequence[str]) -> None:
-    """Raise ``RuntimeError`` if a state tensor does not have its parameter's shape."""
-    for name in (*names, MASTER):
+    """Raise ``RuntimeError`` if a state tensor lacks its parameter's shape, or memory."""
+    for name in (*names, MASTER, STEP):
         value = state.get(name)
-        if isinstance(value, Tensor) and value.shape != param.shape:
+        if not isinstance(value, Tensor):
+            continue
+        if name != STEP and value.shape != param.shape:
             raise RuntimeError(
                 f"{label}: state {name!r} has shape {tuple(value.shape)}, the parameter has "
                 f"{tuple(param.shape)}; delete optimizer.state[param] or give it that shape"
+            )
+        if value.numel() > 0 and value.device.type != "meta" and value.data_ptr() == 0:
+            raise RuntimeError(
+                f"{label}: state {name!r} has no memory; delete optimizer.state[param] or give it "
+                "values"
             )
 
 

@@ -12,6 +12,7 @@ from protocol_helpers import (
     every_kind,
     fallback_is_expected,
     give_grads,
+    make_ours,
     make_params,
     on_every_backend,
     step_all,
@@ -170,3 +171,33 @@ def test_gradient_with_the_negative_bit(kind, n):
             assert params[1].grad.is_neg()
             opt.step()
     assert_twins(pairs)
+
+
+@every_kind
+def test_a_parameter_with_the_negative_bit(kind):
+    """From the first step on, and from one step to the next at the same address."""
+    pairs = twins(kind)
+    for params, opt in pairs:
+        params[1].data = torch.complex(torch.ones(1), torch.full((1,), 2.0)).conj().imag
+        give_grads(params, 0)
+        opt.step()
+        params[1].data = params[1].data.resolve_neg()
+        give_grads(params, 1)
+        opt.step()
+        params[1].data = params[1].data._neg_view()
+        assert params[1].is_neg()
+        give_grads(params, 2)
+        opt.step()
+    assert_twins(pairs)
+
+
+def test_a_scale_with_the_negative_bit():
+    params, opt = make_ours("sgd")
+    plain, plain_opt = make_ours("sgd")
+    scale = torch.complex(torch.zeros(()), torch.tensor(-8.0)).conj().imag
+    assert scale == 8.0 and scale.is_neg()
+    for tensors, optimizer, value in ((params, opt, scale), (plain, plain_opt, 8.0)):
+        give_grads(tensors, 0, scale=8.0)
+        optimizer.grad_scale = value
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, plain, strict=True))

@@ -6,6 +6,9 @@ the host shim.
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import cuda_shim
 import pytest
 import torch
@@ -118,12 +121,17 @@ def test_options_kept_in_tensors_on_the_device(shim, monkeypatch, name, dtype):
 def test_a_captured_plan_outlives_its_replacement(shim):
     _, opt, _ = train("adamw", "cuda", max_grad_norm=1.0)
     plan = opt._plan
-    plan.captured = True  # as begin() notes while a graph is being captured
-    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
-    opt.param_groups[-1]["params"][0].grad = torch.ones(3)
+    plan.capture()  # as begin() notes while a graph is being captured
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(20_000))]})
+    opt.param_groups[-1]["params"][0].grad = torch.ones(20_000)
     opt.step()
     assert opt._plan is not plan
     assert plan in opt._captured_plans
+    states = [weakref.ref(value) for own in opt.state.values() for value in own.values()]
+    opt.state.clear()
+    gc.collect()
+    kept = [ref() is not None for ref in states]
+    assert all(kept[:-3]) and kept[-3:].count(True) == 1  # of the param that came after, the count
 
 
 @pytest.mark.parametrize("amsgrad", [(False, True, False), (True, False, True)])

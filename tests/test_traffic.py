@@ -81,7 +81,7 @@ class Verbs:
         self._backend, self._plan = self._optimizer._current_plan()
         (row,) = self._plan.rows
         names = STATES[options.optimizer]
-        self.arrays: dict[str, Tensor] = {"grad": param.grad, "param": row.dense}
+        self.arrays: dict[str, Tensor] = {"grad": param.grad, "param": row.dense.detach()}
         self.arrays |= dict(zip(names, row.states, strict=True))
         if row.master is not None:
             self.arrays[MASTER.name] = row.master

@@ -118,11 +118,11 @@ class Asked(TorchFunctionMode):
 
 
 def test_a_look_goes_past_torch_function_modes(make: Callable[..., Any]) -> None:
-    """But for each param's ``.grad``, and whether the one of a single element is negated."""
+    """But for each param's ``.grad``, and whether what has a single element is negated."""
     look = Look(make, Scene())
     with Asked() as mode:
         assert look.refresh() == KEPT[nothing]
-    assert mode.calls == len(look.scene.params) + 1
+    assert mode.calls == len(look.scene.params) + 2
 
 
 def test_state_that_has_no_place_counts_by_identity(make: Callable[..., Any]) -> None:

@@ -81,6 +81,8 @@ bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
 // misses. So the lines of the tensors to come are asked for this many rows ahead.
 constexpr size_t kAhead = 8;
 
+constexpr int64_t kSmall = 1 << 14;  // elements: see SecondOwner
+
 // The Python object, and torch's record around the sizes that the exchange showed.
 void fetch(const void* object, const void* record) {
   __builtin_prefetch(object);
@@ -159,12 +161,11 @@ bool Watch::same_layout(const Placement& placement, const dlpack::Tensor& t) con
   return true;
 }
 
-bool Watch::single_element(const Placement& placement) const {
+int64_t Watch::numel(const Placement& placement) const {
   const int64_t* shape = layouts_.data() + placement.layout;
-  for (int32_t d = 0; d < placement.ndim; ++d) {
-    if (shape[d] != 1) return false;
-  }
-  return true;
+  int64_t n = 1;
+  for (int32_t d = 0; d < placement.ndim; ++d) n *= shape[d];
+  return n;
 }
 
 bool Watch::in_place(const Placement& placement, PyObject* object) const {
@@ -174,8 +175,7 @@ bool Watch::in_place(const Placement& placement, PyObject* object) const {
          t.device_id == placement.device_id && same_layout(placement, t);
 }
 
-Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds)
-    : state_(PyRef::borrow(state)) {
+Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds) : state_(state) {
   FUSEDOPT_CHECK(torch.exchange, "use_torch() has not been called");
   FUSEDOPT_CHECK(PyList_Check(groups) && PyDict_Check(state),
                  "param_groups must be a list and state a dict");
@@ -192,7 +192,7 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds)
       row.placement = place(row.param.get(), layouts);
       FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
                      " is not a strided tensor");
-      row.single_element = single_element(row.placement);
+      row.single_element = numel(row.placement) == 1;
       rows_.push_back(std::move(row));
     }
   }
@@ -202,13 +202,14 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds)
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
     StateEntry entry;
     entry.key = PyRef::borrow(key);
-    entry.value = PyRef::borrow(value);
+    entry.value = value;
     entry.first_item = items_.size();
     PyObject *name, *item;
     for (Py_ssize_t in = 0; PyDict_Check(value) && PyDict_Next(value, &in, &name, &item);) {
       const Placement placement = place(item, layouts);
-      items_.push_back({PyRef::borrow(name), PyRef::borrow(item), placement,
-                        placement.is_tensor ? SecondOwner(item) : SecondOwner()});
+      const bool small = placement.is_tensor && numel(placement) <= kSmall;
+      items_.push_back(
+          {PyRef::borrow(name), item, placement, small ? SecondOwner(item) : SecondOwner()});
     }
     entry.n_items = items_.size() - entry.first_item;
     entries_.push_back(std::move(entry));
@@ -230,21 +231,21 @@ bool Watch::same_groups(PyObject* groups) const {
 }
 
 bool Watch::same_state(PyObject* state) const {
-  if (state != state_.get()) return false;
+  if (state != state_) return false;
   if (static_cast<size_t>(PyDict_Size(state)) != entries_.size()) return false;
   PyObject *key, *value;
   size_t e = 0;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value); ++e) {
     fetch_entry(e + kAhead);
     const StateEntry& entry = entries_[e];
-    if (key != entry.key.get() || value != entry.value.get()) return false;
+    if (key != entry.key.get() || value != entry.value) return false;
     if (!PyDict_Check(value)) continue;
     if (static_cast<size_t>(PyDict_Size(value)) != entry.n_items) return false;
     PyObject *name, *item;
     size_t i = entry.first_item;
     for (Py_ssize_t in = 0; PyDict_Next(value, &in, &name, &item); ++i) {
       const Item& watched = items_[i];
-      if (name != watched.key.get() || item != watched.value.get()) return false;
+      if (name != watched.key.get() || item != watched.value) return false;
       if (watched.placement.is_tensor && !in_place(watched.placement, item)) return false;
     }
   }
@@ -261,9 +262,9 @@ void Watch::fetch_row(size_t r) const {
 void Watch::fetch_entry(size_t e) const {
   if (e >= entries_.size()) return;
   const StateEntry& entry = entries_[e];
-  __builtin_prefetch(entry.value.get());
+  __builtin_prefetch(entry.value);
   for (size_t i = entry.first_item; i < entry.first_item + entry.n_items; ++i) {
-    fetch(items_[i].value.get(), items_[i].placement.fetch_ahead);
+    fetch(items_[i].value, items_[i].placement.fetch_ahead);
   }
 }
 
@@ -288,6 +289,8 @@ bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) 
     fetch_row(r + kAhead);
     const WatchedRow& row = rows_[r];
     if (!in_place(row.placement, row.param.get())) return false;
+    if (row.single_element && row.kind != RowKind::kStaged && negated(row.param.get()))
+      return false;
     const PyRef grad(grad_of(row.param.get()));
     if (!grad.get()) {
       PyErr_Clear();

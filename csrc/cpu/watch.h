@@ -38,7 +38,8 @@ class PyRef {
 };
 
 // Holds a tensor as a DLPack consumer does. A tensor that only Python owns pays for the exchange
-// with a hand-over of ownership there and back, which one that has another owner is spared.
+// with a hand-over of ownership there and back, which one that has another owner is spared. Only
+// for tensors so small that nobody misses their memory when it is freed later.
 class SecondOwner {
  public:
   SecondOwner() = default;
@@ -92,13 +93,17 @@ class Watch {
     Placement placement;
     bool single_element = false;
   };
+  // State is not kept alive: what the optimizer drops is freed at once. An object that has taken
+  // the place of another's passes for it only if all that is read of a tensor is the same.
   struct Item {  // one entry of a row's state dict
-    PyRef key, value;
+    PyRef key;
+    const PyObject* value;
     Placement placement;
     SecondOwner second_owner;
   };
   struct StateEntry {  // one entry of optimizer.state, and its items_[first_item ...]
-    PyRef key, value;
+    PyRef key;
+    const PyObject* value;
     size_t first_item, n_items;
   };
 
@@ -106,7 +111,7 @@ class Watch {
   bool same_groups(PyObject* groups) const;
   bool same_state(PyObject* state) const;
   bool same_layout(const Placement& placement, const dlpack::Tensor& t) const;
-  bool single_element(const Placement& placement) const;
+  int64_t numel(const Placement& placement) const;
   bool in_place(const Placement& placement, PyObject* object) const;
   bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const;
   void fetch_row(size_t r) const;
@@ -114,7 +119,7 @@ class Watch {
 
   std::vector<Py_ssize_t> group_sizes_;
   std::vector<WatchedRow> rows_;
-  PyRef state_;
+  const PyObject* state_;
   std::vector<StateEntry> entries_;
   std::vector<Item> items_;
   std::vector<int64_t> layouts_;

@@ -155,7 +155,7 @@ class _Part:
     def begin(self, plan: DevicePlan, step: StepInputs, first: bool) -> None:
         stream, capturing = plan.driver.stream(self.device), plan.driver.capturing(self.device)
         if capturing:
-            plan.captured = True
+            plan.capture()
         elif stream not in self._streams:
             self._streams.add(stream)
             for tensor in (*self.tensors.values(), self.scalars, *plan.staged_params(self.device)):

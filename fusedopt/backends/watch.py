@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import weakref
 from collections.abc import Callable, Sequence
-from itertools import chain
-from operator import attrgetter, is_
+from itertools import chain, compress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -82,18 +83,20 @@ def _param_lists(groups: object) -> list[Sequence[Any]]:
 
 def _contents(
     lists: Sequence[Sequence[Any]], state: dict[Tensor, Any]
-) -> tuple[list[int], list[object]]:
-    """How long the lists of params and the dicts of state are, and what is in them."""
+) -> tuple[list[int], list[int], list[Any]]:
+    """How long the lists of params and the dicts of state are, which objects are in them, and the
+    values in the dicts."""
     entries = [entry for entry in state.values() if isinstance(entry, dict)]
     lengths = [len(lists), *map(len, lists), len(state), *map(len, entries)]
-    items = chain.from_iterable(map(dict.values, entries))
-    objects = [state, *chain(*lists), *state, *state.values(), *chain(*entries), *items]
-    return lengths, objects
+    items = list(chain.from_iterable(map(dict.values, entries)))
+    names = chain(*entries)
+    objects = chain([state], *lists, state, state.values(), names, items)
+    return lengths, list(map(id, objects)), items
 
 
 class Snapshot:
     """The optimizer's lists and dicts by identity, in order; tensors by their place as well, since
-    ``t.data = other`` keeps the object and changes the memory.
+    ``t.data = other`` keeps the object and changes the memory. Keeps no state alive.
 
     Raises:
         RuntimeError: these are no optimizer's groups and state, or a param has no address.
@@ -103,15 +106,15 @@ class Snapshot:
         if not isinstance(state, dict):
             raise RuntimeError("state must be a dict")
         lists = _param_lists(groups)
-        self._lengths, self._objects = _contents(lists, state)
+        self._lengths, self._objects, items = _contents(lists, state)
         self.params: list[Tensor] = list(chain(*lists))
-        entries = [entry for entry in state.values() if isinstance(entry, dict)]
         for row, param in enumerate(self.params):
             if not _has_place(param):
                 raise RuntimeError(f"param {row} in all is not a strided tensor")
-        items = [item for entry in entries for item in entry.values() if _has_place(item)]
-        self._tensors = [*self.params, *items]
-        self._places = _placed(self._tensors)
+        self._placed = list(map(_has_place, items))
+        # Another object may come to lie where one was, and have its identity then.
+        self._items = [weakref.ref(item) for item in compress(items, self._placed)]
+        self._places = _placed([*self.params, *compress(items, self._placed)])
 
     def places_of_params(self) -> list[list[Any]]:
         return [column[: len(self.params)] for column in self._places]
@@ -119,10 +122,13 @@ class Snapshot:
     def is_current(self, groups: list[Group], state: dict[Tensor, Any]) -> bool:
         """Whether all is as it was."""
         try:
-            lengths, objects = _contents(_param_lists(groups), state)
-            if lengths != self._lengths or not all(map(is_, objects, self._objects)):
+            lengths, objects, values = _contents(_param_lists(groups), state)
+            if lengths != self._lengths or objects != self._objects:
                 return False
-            return _same_places(_placed(self._tensors), self._places)
+            items = list(compress(values, self._placed))
+            if any(ref() is not item for ref, item in zip(self._items, items, strict=True)):
+                return False
+            return _same_places(_placed([*self.params, *items]), self._places)
         except Exception:  # of any kind: no groups any more, or a tensor without an address
             return False
 
@@ -146,6 +152,7 @@ class PythonWatch:
         self._awaiting = [row for row, kind in enumerate(kinds) if kind == AWAITS_STATE]
         self._staged = {row for row, kind in enumerate(kinds) if kind == STAGED}
         self._single = {row for row, shape in enumerate(self._layouts[1]) if shape.numel() == 1}
+        self._maybe_negated = [self._params[row] for row in self._single - self._staged]
         self._records = struct.Struct("=" + GRAD.format.lstrip("=") * len(kinds))
 
     def refresh(
@@ -164,6 +171,8 @@ class PythonWatch:
         except Exception:  # of any kind: a subclass has its own idea of .grad
             return None
         if any(grads[row] is not None for row in self._awaiting):
+            return None
+        if any(param.is_neg() for param in self._maybe_negated):
             return None
         found = self._read(grads)
         records = self._records.pack(*chain.from_iterable(found))
