@@ -25,12 +25,16 @@ def zeros_like_all(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> l
     Args:
         params: tensors whose elements are dense in memory (no gaps, no overlap).
         dtypes: the dtype of each result.
+
+    Raises:
+        RuntimeError: there is not enough memory.
     """
     out: list[Tensor | None] = [None] * len(params)
     on_cpu = [i for i, p in enumerate(params) if p.device.type == "cpu" and p.numel() > 0]
     sizes = [_aligned(params[i].numel() * dtypes[i].itemsize) for i in on_cpu]
-    if _huge_pages_available() and sum(sizes) >= _HUGE_PAGE:
-        mapping, start = _map_huge_pages(sum(sizes))
+    mapped = _map_huge_pages(sum(sizes)) if sum(sizes) >= _HUGE_PAGE else None
+    if mapped is not None:
+        mapping, start = mapped
         for i, size in zip(on_cpu, sizes, strict=True):
             flat = torch.frombuffer(mapping, dtype=dtypes[i], count=params[i].numel(), offset=start)
             out[i] = flat.as_strided(params[i].size(), params[i].stride()).detach()
@@ -49,12 +53,17 @@ def _huge_pages_available() -> bool:
     return sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE")
 
 
-def _map_huge_pages(n_bytes: int) -> tuple[mmap.mmap, int]:
-    """A private anonymous mapping and the offset of its first huge-page boundary.
+def _map_huge_pages(n_bytes: int) -> tuple[mmap.mmap, int] | None:
+    """A private anonymous mapping and the offset of its first huge-page boundary, if to be had.
 
     Fresh anonymous pages are zero; they become resident when first touched.
     """
-    mapping = mmap.mmap(-1, n_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if not _huge_pages_available():
+        return None
+    try:
+        mapping = mmap.mmap(-1, n_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no memory: torch's allocator may find it piece by piece, or raises its error
+        return None
     with suppress(OSError):  # a kernel without transparent huge pages: smaller pages, same memory
         mapping.madvise(mmap.MADV_HUGEPAGE)
     address = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()

@@ -1,6 +1,7 @@
 """Where memory goes: all of it before the second step, none of it during."""
 
 import collections
+import errno
 import functools
 import gc
 import os
@@ -137,6 +138,47 @@ def test_init_state_moves_nothing(kind, dtype, backend):
         o.init_state()
         o.step()
     assert all(torch.equal(a, b) for a, b in zip(params, twin, strict=True))
+
+
+def large_pair():
+    """A transposed and a plain parameter whose states are 4 MiB each, and their optimizer."""
+    params = [torch.nn.Parameter(torch.ones(1024, 512).t()), torch.nn.Parameter(torch.ones(2**19))]
+    give_grads(params)
+    return params, fusedopt.FusedAdamW(params, lr=0.01)
+
+
+def refuse_mapping(*args, **kwargs):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_state_without_a_mapping(monkeypatch, cpu_backend):
+    """Where the one large mapping cannot be had, torch's allocator serves, with the same bits."""
+    twin, twin_opt = large_pair()
+    twin_opt.step()
+    monkeypatch.setattr("mmap.mmap", refuse_mapping)
+    params, opt = large_pair()
+    opt.init_state()
+    assert [opt.state[p]["exp_avg"].stride() for p in params] == [p.stride() for p in params]
+    opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, twin, strict=True))
+
+
+def test_running_out_of_memory_is_a_runtime_error(monkeypatch, cpu_backend):
+    """As in torch, which is what handlers of it catch; the next attempt finds all as it was."""
+
+    def no_memory(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    params, opt = large_pair()
+    with monkeypatch.context() as patched:
+        patched.setattr("mmap.mmap", refuse_mapping)
+        patched.setattr(torch, "zeros_like", no_memory)
+        for call in (opt.init_state, opt.step):
+            with pytest.raises(RuntimeError, match="not enough memory"):
+                call()
+            assert not opt.state and all(torch.equal(p, torch.ones_like(p)) for p in params)
+    opt.step()
+    assert all(float(opt.state[p]["step"]) == 1 for p in params)
 
 
 STATES = {"adamw": 2, "amsgrad": 3, "sgd": 1, "plain-sgd": 0}
