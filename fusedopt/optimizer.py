@@ -299,6 +299,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
                         f"{name}={param_group[name]!r} in a param group: it holds for all groups "
                         f"together; pass {name} to {type(self).__name__}(...)"
                     )
+            _refuse_differentiable(param_group, f"param group {len(self.param_groups)}")
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
@@ -336,12 +337,15 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
         Raises:
             ValueError: the param groups do not match.
+            RuntimeError: a group of the checkpoint has ``differentiable=True``.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
+        for i, group in enumerate(state_dict["param_groups"]):
+            _refuse_differentiable(group, f"param group {i} of the state_dict")
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         param_of = dict(zip(ids, params, strict=False))  # torch refuses unequal lengths below
@@ -366,6 +370,14 @@ class FusedOptimizer(AmpAttributes, Optimizer):
                 self.state[key] = value.state
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _refuse_differentiable(group: dict[str, Any], label: str) -> None:
+    if group.get("differentiable"):
+        raise RuntimeError(
+            f"{label}: differentiable=True is not supported: the fused step is not recorded by "
+            "autograd; set it to False, or use torch.optim for a differentiable optimizer"
+        )
 
 
 class _Held:

@@ -126,6 +126,34 @@ def test_differentiable(cls):
         cls([param(3)], differentiable=True)
 
 
+@every_class
+def test_differentiable_in_a_group(cls):
+    words = r"param group 1: differentiable=True .*torch\.optim"
+    with pytest.raises(RuntimeError, match=words):
+        cls([{"params": [param(3)]}, {"params": [param(3)], "differentiable": True}])
+    opt = cls([param(3)])
+    with pytest.raises(RuntimeError, match=words):
+        opt.add_param_group({"params": [param(4)], "differentiable": True})
+    assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [param(4)], "differentiable": False})
+
+
+@every_class
+def test_differentiable_in_a_checkpoint(cls):
+    p = param(3)
+    opt = cls([p], lr=0.1)
+    p.grad = torch.ones(3)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0].update(differentiable=True, lr=9.0)
+    for state in saved["state"].values():
+        state["step"] = 7
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(RuntimeError, match=r"state_dict: differentiable=True .*torch\.optim"):
+        opt.load_state_dict(saved)
+    assert str(opt.state_dict()) == str(before)
+
+
 def test_positional_arguments_end_where_torchs_do():
     with pytest.raises(TypeError):
         fusedopt.FusedAdamW([param(3)], 1e-3, (0.9, 0.999), 1e-8, 0.0, False, True)
