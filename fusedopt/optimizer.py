@@ -11,6 +11,7 @@ import struct
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -351,7 +352,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         param_of = dict(zip(ids, params, strict=False))  # torch refuses unequal lengths below
         with torch.no_grad():
             state_dict["state"] = {
-                key: _Held(loaded(param_of[key], value)) if key in param_of else value
+                key: _Held(loaded(param_of[key], value)) if key in param_of else deepcopy(value)
                 for key, value in state_dict["state"].items()
             }
         hooks = (

@@ -174,6 +174,18 @@ def test_changing_the_loaded_dict_later_changes_nothing(kind):
     assert_same_bits((params, opt), (other, other_opt))
 
 
+def test_an_entry_of_no_parameter_is_copied():
+    """torch keeps what some libraries put beside the parameters' states."""
+    _, opt = make("adamw")
+    saved = opt.state_dict()
+    saved["state"]["global"] = {"ema": torch.ones(3), "seen": [1, 2]}
+    opt.load_state_dict(saved)
+    saved["state"]["global"]["ema"].fill_(5.0)
+    saved["state"]["global"]["seen"].append(3)
+    assert torch.equal(opt.state["global"]["ema"], torch.ones(3))
+    assert opt.state["global"]["seen"] == [1, 2]
+
+
 def test_loading_its_own_state_dict_changes_nothing():
     """accelerate does it at construction, trainers do it to move states between devices."""
     (params, opt), (other, other_opt) = make("adamw", torch.float16), make("adamw", torch.float16)
