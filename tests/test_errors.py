@@ -1,7 +1,9 @@
 """Refused arguments, parameters and memory: type, words, and that nothing has moved."""
 
 import copy
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from protocol_helpers import INF, NAN, fallback_is_expected, give_grads, on_every_backend
@@ -34,6 +36,14 @@ BAD_OPTIONS = [
     ("master_weights", 2),
     ("backend", "gpu"),
     ("backend", ""),
+    ("backend", ["cpu"]),
+    # what Python, torch and numpy refuse in words of their own
+    *(("max_grad_norm", value) for value in ("abc", [1], 1j, torch.ones(2), Fraction(10**400))),
+    *(("norm_type", value) for value in ("two", None, torch.ones(2))),
+    *(("max_grad_value", value) for value in ("x", torch.ones(2), np.ones(2))),
+    *(("master_weights", value) for value in (torch.ones(2), np.ones(2))),
+    *(("skip_nonfinite", value) for value in (torch.ones(2), np.ones(2), None)),
+    *(("amp_scaling", value) for value in (torch.ones(2), np.ones(2))),
 ]
 
 
@@ -76,6 +86,24 @@ def test_good_options_at_the_edge(cls):
     opt.param_groups[0]["params"][0].grad = torch.ones(3)
     opt.step()
     assert float(opt.grad_norm) == 1.0
+
+
+@every_class
+@pytest.mark.parametrize("one", [np.float32(1), np.array(1), torch.ones(()), torch.ones(1)])
+def test_options_that_are_equal_to_a_number_or_a_bool(cls, one):
+    opt = cls([param(3)], max_grad_norm=one, norm_type=2 * one, max_grad_value=one)
+    opt.skip_nonfinite, opt.amp_scaling = one, one - 1
+    kept = opt.max_grad_norm, opt.norm_type, opt.max_grad_value, opt.skip_nonfinite, opt.amp_scaling
+    assert repr(kept) == "(1.0, 2.0, 1.0, True, False)"
+
+
+@every_class
+@pytest.mark.parametrize("no", [False, 0, np.False_, torch.tensor(False)], ids=repr)
+def test_every_form_of_no_masters(cls, no):
+    p = param(3, dtype=torch.bfloat16)
+    opt = cls([p], master_weights=no)
+    opt.init_state()
+    assert "master_param" not in opt.state.get(p, {})
 
 
 @every_class
