@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 _BIAS_WORDS = {"bias", "biases"}
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -16,6 +18,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # Layers that only carry "Norm" in their name, such as a NormedLinear with a
 # normalised weight: what they hold is a weight, not a norm's scale.
 _WEIGHT_LAYERS = (*_EMBEDDINGS, nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+_WEIGHT_LAYER_WORDS = ("Embedding", "Linear", "Bilinear", "Conv")
 
 
 def param_groups(
@@ -34,6 +37,9 @@ def param_groups(
       the norm itself owns counts, so a ``PreNorm`` around a linear layer takes nothing from
       that layer; a ``NormedLinear`` that derives from ``nn.Linear`` is a linear layer;
     * ``decay_embeddings=False`` and an ``nn.Embedding`` or ``nn.EmbeddingBag`` owns it.
+
+    The originals of a parametrized weight (``torch.nn.utils.parametrize``) count as that weight.
+    Of a scripted or traced module only the name of its class is known, and that name decides.
 
     Every parameter is in exactly one group, frozen ones too, so that thawing one later needs
     no new group. A parameter with several owners (tied weights) is left out of weight decay if
@@ -90,25 +96,47 @@ def _check(model: nn.Module, weight_decay: float) -> None:
 
 def _owned_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Every (owner, name within the owner, parameter); a tied parameter comes once per owner."""
+    parametrized: dict[nn.Module, tuple[nn.Module, str]] = {}  # by the module of its originals
     for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for weight, originals in module.get_submodule("parametrizations").named_children():
+                if isinstance(originals, parametrize.ParametrizationList):
+                    parametrized[originals] = (module, weight)
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             if is_lazy(param):
                 raise ValueError(
                     f"param_groups: parameter {f'{path}.{name}'.lstrip('.')!r} of a lazy module "
                     "has no shape yet: run the model once before you make the groups"
                 )
-            yield module, name, param
+            yield *parametrized.get(module, (module, name)), param
 
 
 def _decays(module: nn.Module, name: str, param: nn.Parameter, decay_embeddings: bool) -> bool:
     if param.ndim < 2 or not _BIAS_WORDS.isdisjoint(name.split("_")):
         return False
-    if isinstance(module, _EMBEDDINGS):
+    if _is_embedding(module):
         return decay_embeddings
     return not _is_norm(module)
 
 
+def _is_embedding(module: nn.Module) -> bool:
+    scripted = _scripted_class(module)
+    if scripted is not None:
+        return scripted in {cls.__name__ for cls in _EMBEDDINGS}
+    return isinstance(module, _EMBEDDINGS)
+
+
 def _is_norm(module: nn.Module) -> bool:
+    scripted = _scripted_class(module)
+    if scripted is not None:
+        return "Norm" in scripted and not any(word in scripted for word in _WEIGHT_LAYER_WORDS)
     if isinstance(module, _WEIGHT_LAYERS):
         return False
     return any("Norm" in cls.__name__ for cls in type(module).__mro__)
+
+
+def _scripted_class(module: nn.Module) -> str | None:
+    """Name of the class that a scripted or traced module was made from."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return None
+    return getattr(module, "original_name", None)  # PYTORCH_JIT=0: it has none

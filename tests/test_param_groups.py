@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import fusedopt
 
@@ -103,6 +106,57 @@ def test_a_bias_is_a_word_not_a_part_of_one() -> None:
 def test_embeddings_on_request(embedding: nn.Module) -> None:
     assert names_without_decay(embedding, decay_embeddings=True) == set()
     assert names_without_decay(embedding, decay_embeddings=False) == {"weight"}
+
+
+def with_3d_bias() -> nn.Module:
+    model = nn.Module()
+    model.bias = nn.Parameter(torch.ones(2, 1, 1))
+    return parametrize.register_parametrization(model, "bias", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (
+            parametrizations.weight_norm(nn.Embedding(5, 3)),
+            {"weight.original0", "weight.original1"},
+        ),
+        (parametrizations.spectral_norm(nn.EmbeddingBag(5, 3)), {"weight.original"}),
+        (parametrizations.spectral_norm(nn.RMSNorm((3, 4))), {"weight.original"}),
+        (parametrizations.weight_norm(nn.Linear(3, 2, bias=False)), set()),
+        (parametrizations.orthogonal(NormedLinear(3, 2, bias=False)), set()),
+        (with_3d_bias(), {"bias.original"}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_originals_count_as_what_they_parametrize(model: nn.Module, expected: set[str]) -> None:
+    expected = {f"parametrizations.{name}" for name in expected}
+    assert names_without_decay(model, decay_embeddings=False) == expected
+    within = names_without_decay(nn.Sequential(nn.ReLU(), model), decay_embeddings=False)
+    assert within == {f"1.{name}" for name in expected}
+    if isinstance(model, nn.Embedding | nn.EmbeddingBag):
+        assert names_without_decay(model, decay_embeddings=True) == set()
+
+
+def test_modules_that_are_only_called_parametrizations() -> None:
+    model = nn.Module()
+    model.parametrizations = nn.ModuleDict({"bias": nn.Linear(2, 2, bias=False)})
+    assert names_without_decay(model) == set()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("convert", [torch.jit.script, torch.jit.trace])
+@pytest.mark.parametrize("decay_embeddings", [True, False])
+def test_a_scripted_module_is_split_like_its_original(
+    convert: Callable[..., nn.Module], decay_embeddings: bool
+) -> None:
+    layers = [nn.Embedding(5, 4), nn.LayerNorm((3, 4)), nn.RMSNorm((3, 4)), NormedLinear(4, 2)]
+    model = nn.Sequential(*layers)
+    inputs = [torch.zeros(2, 3, dtype=torch.int64)] if convert is torch.jit.trace else []
+    expected = names_without_decay(model, decay_embeddings=decay_embeddings)
+    scripted = convert(model, *inputs)
+    assert names_without_decay(scripted, decay_embeddings=decay_embeddings) == expected
+    assert ("0.weight" in expected) is not decay_embeddings and "3.weight" not in expected
 
 
 @pytest.mark.parametrize("embedding_first", [True, False])
