@@ -87,12 +87,14 @@ class AmpAttributes:
     def found_inf(self) -> Any:
         """0-dim fp32 tensor: 1 if the last step met an inf or NaN gradient element, else 0.
 
-        Between a GradScaler's call and the update it is the flag that the scaler set; step
-        post-hooks see the answer.
+        Between a GradScaler's call and the update it is the flag that the scaler set, or 0 if it
+        left the question to the step; step post-hooks see the answer.
         """
         values = self._amp_values()
         if "found_inf" in values and not self.__dict__.get("_amp_answered"):
-            return values["found_inf"]
+            found_inf = values["found_inf"]
+            asked = self.__dict__.get("_inf_flag_due") and found_inf is self.__dict__["_inf_flag"]
+            return torch.zeros_like(found_inf) if asked else found_inf
         return self._scalars[FOUND_INF].clone()
 
     @found_inf.setter
@@ -144,7 +146,8 @@ class AmpAttributes:
         flags: dict[int, Tensor] = self.__dict__.setdefault("_inf_flags", {})
         flag = flags.get(id(scaler))  # of one that is gone, maybe: then nobody else has it
         if flag is None or flag.device != device:
-            flag = flags[id(scaler)] = torch.zeros((), dtype=torch.float32, device=device)
+            with torch.inference_mode(False):  # for a step outside of it, too
+                flag = flags[id(scaler)] = torch.zeros((), dtype=torch.float32, device=device)
         elif clear or self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
             flag.zero_()
         self.__dict__["_inf_flag"] = flag
@@ -223,12 +226,9 @@ def _is_our_step(step: Callable[..., Any]) -> bool:
     """Whether ``step``, with hooks or without, is FusedOptimizer's and not a subclass's own."""
     from .optimizer import FusedOptimizer
 
-    ours = FusedOptimizer.step
     while step in _HOOKED:
         step = _HOOKED[step]
-    while ours in _HOOKED:
-        ours = _HOOKED[ours]
-    return step is ours
+    return step is FusedOptimizer._own_step
 
 
 def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:

@@ -36,8 +36,10 @@ class _AsksTheOptimizer:
             assert self._scale is not None  # or nobody could have asked
             optimizer._amp_offer(self._scale if preset is None else self._scale * preset, flag)
             result = optimizer.step(*args)
-        finally:
-            optimizer._amp_undecided()
+        except BaseException:  # of a step in place of ours, maybe, which restores nothing
+            optimizer._amp_restore()
+            raise
+        optimizer._amp_undecided()
         own["stage"] = OptState.STEPPED
         optimizer._amp_withdraw()
         return result

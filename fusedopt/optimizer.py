@@ -58,7 +58,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             )
         self._options = options
         requested_backend(options.backend)  # refuses a bad FUSEDOPT_BACKEND here, not in the step
-        self._scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
+        with torch.inference_mode(False):  # for a step outside of it, too
+            self._scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
         self._measured = False
         self._options_table = bytearray()
         self._device_numbers: list[tuple[int, Tensor]] = []
@@ -114,6 +115,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             increment_version(updated)
         return loss
 
+    _own_step = step  # whatever becomes of `step`, in a subclass or here
+
     def _step_inputs(self) -> StepInputs:
         options = self._options
         clips = options.max_grad_norm is not None
@@ -125,7 +128,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             )
         device = self._flag_device(self._scalars.device)
         if self._scalars.device != device:
-            self._scalars = self._scalars.to(device)
+            with torch.inference_mode(False):
+                self._scalars = self._scalars.to(device)
         if len(self._options_table) != OPTIONS_BYTES * len(self.param_groups):
             self._options_table = bytearray(OPTIONS_BYTES * len(self.param_groups))
         self._device_numbers.clear()
@@ -350,7 +354,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         param_of = dict(zip(ids, params, strict=False))  # torch refuses unequal lengths below
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             state_dict["state"] = {
                 key: _Held(loaded(param_of[key], value)) if key in param_of else deepcopy(value)
                 for key, value in state_dict["state"].items()

@@ -183,7 +183,8 @@ class Plan(ABC):
         dense = self.rows[index].dense
         staged = self._staged_grads.get(index)
         if staged is None or staged.dtype != grad.dtype:
-            staged = torch.empty_like(dense, dtype=grad.dtype)
+            with torch.inference_mode(False):  # for a step outside of it, too
+                staged = torch.empty_like(dense, dtype=grad.dtype)
             self._staged_grads[index] = staged
         return staged.copy_(grad.detach())
 

@@ -85,7 +85,9 @@ def build_rows(
         for i, p in enumerate(group["params"])
     ]
     for row in rows:
-        _check_row(row, state.get(row.param, {}), names[row.group])
+        own = state.get(row.param, {})
+        _check_dict(row.label, own)
+        _check_row(row, own, names[row.group])
     _check_disjoint(rows)
     _complete(rows, state, names, master_weights, every_param)
     for row in rows:
@@ -99,6 +101,15 @@ def build_rows(
         states = [own[name] for name in names[row.group]]
         row.set_state(states, own[MASTER] if master else None, own[STEP] if states else None)
     return rows
+
+
+def _check_dict(label: str, own: ParamState) -> None:
+    """The plan looks into it without asking its class; see Watch in csrc/cpu/watch.h."""
+    if not isinstance(own, dict) or type(own).__getitem__ is not dict.__getitem__:
+        raise RuntimeError(
+            f"{label}: its state is a {type(own).__name__}, not a dict with a dict's own access; "
+            "use optimizer.state[param] = dict(...)"
+        )
 
 
 def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:

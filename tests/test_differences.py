@@ -70,6 +70,7 @@ REFUSALS = {
     "in a param group: it holds for all groups": "an option of the whole optimizer in a param",
     "complex parameters": "complex or sparse parameters",
     "sparse parameters": "complex or sparse parameters",
+    "not a dict with a dict's own access": "a parameter's state that is no `dict`",
     "has no memory": "a parameter, state or gradient without memory",
     "storage was resized to nothing": "a parameter, state or gradient without memory",
     "parameter dtype … is not supported": "parameters of an integer or 8-bit dtype",

@@ -266,3 +266,44 @@ def test_two_scalers_of_one_optimizer(bad):
             scaler.update()
         scales.append([scaler.get_scale() for scaler in scalers])
     assert scales[0] == scales[1] and scales[1] != [8.0, 4.0]
+
+
+# A step that somebody put in place of ours
+
+
+def test_no_answer_before_the_step():
+    """A wrapper that looks at found_inf sees that nothing is known, not the last step's answer."""
+    params, opt = make_ours("sgd")
+    scaler, inner, seen = make_scaler("ours"), opt.step, []
+
+    def step(*args):
+        seen.append(float(opt.found_inf))
+        return inner(*args)
+
+    opt.step = step
+    answers = []
+    for i, bad in enumerate((INF, None, None)):
+        scale_after(scaler, opt, params, i, bad)
+        answers.append(float(opt.found_inf))
+    assert seen == [0.0, 0.0, 0.0] and answers == [1.0, 0.0, 0.0]
+
+
+def test_an_error_in_place_of_the_step():
+    """The scale is not left behind for the next step to multiply by."""
+    (params, opt), (plain, plain_opt) = make_ours("sgd"), make_ours("sgd")
+    inner = opt.step
+
+    def fails(*_):
+        opt.step = inner
+        raise KeyError("not this time")
+
+    opt.step = fails
+    for tensors, optimizer in ((params, opt), (plain, plain_opt)):
+        scaler = make_scaler("ours")
+        give_grads(tensors, 0, scaler.get_scale())
+        if optimizer is opt:
+            with pytest.raises(KeyError, match="not this time"):
+                scaler.step(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(params, plain, strict=True))

@@ -237,18 +237,43 @@ def test_what_a_compiled_function_sets(kind):
 # Inference mode
 
 
+def construct(opt, kind, params):
+    return build(True, kind, params, max_grad_norm=1.0)
+
+
+def init_state(opt, kind, params):
+    opt.init_state()
+
+
+def step(opt, kind, params):
+    opt.step()
+
+
+def scaled_step(opt, kind, params):
+    scaler = make_scaler("ours", init_scale=1.0)
+    scaler.step(opt)
+    scaler.update()
+
+
+def load(opt, kind, params):
+    opt.load_state_dict(opt.state_dict())
+
+
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("how", ["init_state", "step"])
-def test_state_made_in_inference_mode(kind, dtype, how):
+@pytest.mark.parametrize("how", [construct, init_state, step, scaled_step, load])
+def test_what_is_made_in_inference_mode(kind, dtype, how):
     def train(mode):
         params = make_params(dtype)
-        opt = build(True, kind, params)
+        params[0].data = params[0].data[:, ::2]  # staged
+        opt = build(True, kind, params, max_grad_norm=1.0)
         give_grads(params, 0)
-        with torch.inference_mode(mode):
-            getattr(opt, how)()
-        give_grads(params, 1)
         opt.step()
+        with torch.inference_mode(mode):
+            opt = how(opt, kind, params) or opt
+        opt.register_step_pre_hook(lambda *_: None)
+        give_grads(params, 1)
+        scaled_step(opt, kind, params)
         return [*params, *(v for p in params for v in opt.state[p].values())]
 
     assert all(torch.equal(a, b) for a, b in zip(train(False), train(True), strict=True))

@@ -24,6 +24,7 @@ from protocol_helpers import (
 from torch.nn.utils import clip_grad_norm_
 
 import fusedopt
+from fusedopt.optimizer import FusedOptimizer
 
 _every_backend = pytest.fixture(autouse=True)(on_every_backend)
 
@@ -54,6 +55,17 @@ def test_flag_survives_wrappers_that_do_not_change_the_step():
     assert Renamed(make_params())._step_supports_amp_scaling is True
     assert copy.deepcopy(opt)._step_supports_amp_scaling is True
     assert copy.deepcopy(make_ours(amp_scaling=False)[1])._step_supports_amp_scaling is False
+
+
+def test_flag_is_off_where_the_base_class_has_been_patched(monkeypatch):
+    inner = FusedOptimizer.step
+    monkeypatch.setattr(FusedOptimizer, "step", lambda self, closure=None: inner(self, closure))
+
+    class Patched(fusedopt.FusedAdamW):
+        pass
+
+    Patched.step = FusedOptimizer.step
+    assert Patched(make_params())._step_supports_amp_scaling is False
 
 
 @every_scaler

@@ -385,3 +385,28 @@ def test_memory_that_is_gone_is_refused(what, gone):
     target.data = saved
     opt.step()
     assert not torch.equal(params[0], first) and opt.state[params[0]]["step"] == 2
+
+
+# State that is no plain dict
+
+
+class Detaching(dict):
+    def __getitem__(self, name):
+        return super().__getitem__(name).detach()
+
+
+@pytest.mark.parametrize("mapping", [collections.UserDict, Detaching])
+def test_state_that_is_no_dict_is_refused(mapping):
+    """The plan compares what is in a dict; it would go on writing to memory that is not there."""
+    params, opt = make_ours("adamw")
+    step_all([(params, opt)], 0)
+    own = opt.state[params[0]]
+    opt.state[params[0]] = mapping(own)
+    before = [p.detach().clone() for p in params]
+    give_grads(params, 1)
+    with pytest.raises(RuntimeError, match="not a dict with a dict's own access"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    opt.state[params[0]] = collections.OrderedDict(own)
+    opt.step()
+    assert opt.state[params[0]]["step"] == 2
