@@ -156,7 +156,7 @@ def test_a_captured_plan_outlives_its_replacement() -> None:
     twins = TritonTwins.of_lengths(FULL_CASES[0], [30])
     twins.run(steps=1)
     plan = twins.opt._plan
-    plan.captured = True  # as begin() notes while a graph is being captured
+    plan.capture()  # as begin() notes while a graph is being captured
     twins.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
     twins.opt.param_groups[-1]["params"][0].grad = torch.ones(3)
     twins.opt.step()
