@@ -19,6 +19,8 @@ Env = Mapping[str, str]
 # compiler gives the same bits. After CXXFLAGS, so that no -ffast-math from there survives.
 # errno and traps are about side effects of the maths, not its values.
 NUMERIC_FLAGS = ("-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# At the link they would add code that switches denormals off for the whole process at import.
+LINKED_FAST_MATH = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"}
 CUDA_NUMERIC_FLAGS = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
 
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
@@ -78,10 +80,14 @@ def _chosen(env: Env, name: str, kind: str) -> list[str]:
 # ---- C++ ----------------------------------------------------------------------------------------
 
 
+def _without_fast_math(words: list[str]) -> list[str]:
+    return [word for word in words if word not in LINKED_FAST_MATH]
+
+
 def _find_cxx_command(env: Env) -> list[str]:
     chosen = _chosen(env, "CXX", "C++")
     if chosen:
-        return chosen
+        return _without_fast_math(chosen)
     names = ("c++", "g++", "clang++")
     for name in names:
         if shutil.which(name, path=env.get("PATH", "")):
@@ -115,7 +121,7 @@ def find_cxx(env: Env) -> Tool:
         "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc",
         *optimize, *_split(env, "CXXFLAGS"), *NUMERIC_FLAGS, *sanitize,
     ]  # fmt: skip
-    link_flags = ["-shared", *_split(env, "LDFLAGS"), *sanitize]
+    link_flags = ["-shared", *_without_fast_math(_split(env, "LDFLAGS")), *sanitize]
     if sys.platform == "darwin":
         link_flags[:1] = ["-bundle", "-undefined", "dynamic_lookup"]
     return Tool(tuple(command), version, machine, tuple(compile_flags), tuple(link_flags))

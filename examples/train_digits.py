@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args.seed += 1  # other weights at the start: what the checkpoint does not restore will show
     resumed = fused_training(args, digits)
-    resumed.load_state_dict(torch.load(checkpoint, weights_only=True, map_location=args.device))
+    resumed.load_state_dict(torch.load(checkpoint, weights_only=True, map_location="cpu"))
     while resumed.steps < args.steps:
         resumed.step()
     found = list(differences(runs[-1].state_dict(), resumed.state_dict()))

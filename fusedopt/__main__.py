@@ -102,8 +102,9 @@ def warnings_in(report: dict[str, Any]) -> list[str]:
         )
     if len(report["openmp_libraries"] or []) > 1:
         found.append(
-            "two OpenMP runtimes are loaded, so two thread pools compete and steps may be several "
-            "times slower: import torch before anything else that brings one"
+            "several OpenMP runtimes are loaded; where the threads of two are at work, both are "
+            "several times slower: leave out what brings another than torch's, or give it one "
+            "thread (scikit-learn: threadpoolctl)"
         )
     for device, facts in report["devices"].items():
         if facts["self_test"] != "ok":

@@ -118,6 +118,33 @@ def test_thread_counts_on_large_plans(
     assert_agree(results[0], results[2], "1 and 5 threads")
 
 
+@pytest.fixture
+def flushing() -> Iterator[None]:
+    """Denormals are flushed in this thread, and not in those that torch's pool has already."""
+    (torch.randn(1_000_000) * 2.0).sum()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot flush denormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@parametrize("case", FULL_CASES)
+def test_flushing_denormals_changes_nothing(
+    case: OptimizerCase, cpu_backend: str, restore_threads: None, flushing: None
+) -> None:
+    """It is a thread's own flag: half of the elements would be computed otherwise."""
+    values, grads = randn(200_000, 1), [randn(200_000, 2 + k) * 1e-20 for k in range(2)]
+    assert not torch.any(torch.tensor([1e-40]) * 0.5 != 0.0), "denormals are flushed"
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(run(case, [make_param(values.clone())], [[g] for g in grads]))
+    torch.set_flush_denormal(False)
+    results.append(run(case, [make_param(values.clone())], [[g] for g in grads]))
+    assert_agree(results[0], results[1], "1 and 2 threads")
+    assert_agree(results[0], results[2], "flushed and not")
+
+
 @parametrize("case", CASES)
 @pytest.mark.parametrize("level", SIMD_LEVELS[1:])
 def test_simd_levels(case: OptimizerCase, level: str, simd_levels: list[str]) -> None:

@@ -6,6 +6,8 @@ import fcntl
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -64,6 +66,18 @@ def test_two_builds_take_turns(stand_in):
 def test_fast_math_does_not_come_in_through_the_environment(stand_in, flag):
     record = stand_in.build(CXXFLAGS=flag)
     assert record.built, record.reason
+
+
+@needs_compiler
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations"])
+@pytest.mark.parametrize("variable", ["LDFLAGS", "CXX"])
+def test_loading_a_module_leaves_denormals_alone(stand_in, tmp_path, variable, flag):
+    """gcc links code that flushes them in the whole process into whatever is linked with these."""
+    target = tmp_path / "module.so"
+    assert stand_in.build(target, **{variable: f"g++ {flag}" if variable == "CXX" else flag}).built
+    program = f"import ctypes; ctypes.CDLL({str(target)!r}); print(5e-324 * 1.0 > 0.0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 @needs_compiler

@@ -68,7 +68,7 @@ ALLOWED: dict[str, dict[str, str]] = {
     "docs/performance.md": {
         "1 GB of arrays": "64M parameters of 16 bytes",
         "It fetches 2 KB ahead": "a constant of the stream",
-        "fp32 is fetched 8 KB ahead": "a constant of the kernels",
+        "whole chunks are fetched 8 KB ahead": "a constant of the kernels",
         "torch's copy of 4 GiB": "the size of what is copied",
         "fixed 5 us for both kernels": "assumed, in the model",
         "85 % of the peak": "assumed, in the model",

@@ -1,5 +1,10 @@
 """What is set for a whole process or thread: default dtype and device, modes, torch.compile."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from protocol_helpers import (
@@ -277,3 +282,26 @@ def test_what_is_made_in_inference_mode(kind, dtype, how):
         return [*params, *(v for p in params for v in opt.state[p].values())]
 
     assert all(torch.equal(a, b) for a, b in zip(train(False), train(True), strict=True))
+
+
+# Threads
+
+THREADS = """
+    import os, sys, numpy, torch, fusedopt
+    torch.set_num_threads(int(sys.argv[1]))
+    param = torch.nn.Parameter(torch.from_numpy(numpy.ones(200_000, numpy.float32)))
+    param.grad = torch.from_numpy(numpy.ones(200_000, numpy.float32))  # torch has no pool yet
+    opt = fusedopt.FusedSGD([param], max_grad_norm=1.0, backend="cpu")
+    before = len(os.listdir("/proc/self/task"))
+    opt.step()
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_as_many_threads_work_as_torch_uses(threads, cpu_backend, tmp_path):
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "FUSED"))}
+    command = [sys.executable, "-c", textwrap.dedent(THREADS), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environ)
+    assert done.stdout == f"{threads - 1}\n", done.stderr

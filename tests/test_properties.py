@@ -150,7 +150,8 @@ ACTIONS = ["step", "step", "step", "skipped_step", "freeze_or_thaw", "add_param_
            "change_lr", "reload"]  # fmt: skip
 
 
-@settings(max_examples=60)
+# Named, since torch.testing loads a profile of its own.
+@settings(settings.get_profile("fusedopt"), max_examples=60)
 @given(data=st.data())
 def test_any_session(backend: str, data: Draw) -> None:
     session = Session(data, backend)

@@ -87,10 +87,10 @@ def test_two_thread_pools_are_a_warning(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(report, "MAPS", maps)
     maps.write_text(MAPS)
     assert report.main([]) == 0
-    assert "two OpenMP runtimes" not in capsys.readouterr().err
+    assert "several OpenMP runtimes" not in capsys.readouterr().err
     maps.write_text(TWO_POOLS)
     assert report.main([]) == 0
-    assert "warning: two OpenMP runtimes" in capsys.readouterr().err
+    assert "warning: several OpenMP runtimes" in capsys.readouterr().err
 
 
 def test_no_build_record(monkeypatch, capsys):
@@ -119,3 +119,29 @@ def test_a_wrong_step_is_told(monkeypatch, capsys, step, message):
     told = json.loads(capsys.readouterr().out)
     assert message in told["devices"]["cpu"]["self_test"]
     assert any("self-test failed on cpu" in warning for warning in told["warnings"])
+
+
+def told_with(tmp_path, **variables):
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDOPT_")} | variables
+    command = [sys.executable, "-m", "fusedopt", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environ)
+    return json.loads(done.stdout)["backends"]["cpu"]
+
+
+def test_the_simd_level_is_the_one_in_use(tmp_path, cpu_backend):
+    levels = told_with(tmp_path)["compiled_simd"]
+    for level in levels:
+        assert told_with(tmp_path, FUSEDOPT_SIMD=level)["simd"] == level
+
+
+def test_a_simd_level_that_is_not_there(tmp_path, cpu_backend):
+    """The report comes all the same: the message sends people to it."""
+    reason = told_with(tmp_path, FUSEDOPT_SIMD="avx9")["reason"]
+    assert "FUSEDOPT_SIMD='avx9' is not in this build or not on this CPU; use " in reason
+    assert "generic" in reason
+
+
+def test_a_module_of_other_sources(monkeypatch):
+    native = pytest.importorskip("fusedopt._cpu")
+    monkeypatch.setattr(native, "CHUNK_ELEMENTS", 1)
+    assert "was built from other sources than this package" in backends.native._set_up()

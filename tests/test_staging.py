@@ -199,3 +199,40 @@ def test_only_empty_tensors(backend):
     p.grad = torch.empty(0, 4)
     opt.step()
     assert (float(opt.grad_norm), float(opt.clip_coef)) == (0.0, 1.0)
+
+
+# What must come through the copies
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, 4643, 37 * 251 - 1])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("layout", ["gaps", "transposed", "transposed-gaps"])
+def test_a_nonfinite_element_of_a_staged_gradient(layout, dtype, place, bad, backend):
+    param = torch.nn.Parameter(randn(SHAPE, 1).to(dtype))
+    before = param.detach().clone()
+    opt = build("adamw", [param], backend=backend, skip_nonfinite=True)
+    grad = randn(SHAPE, 2).to(dtype)
+    grad.view(-1)[place] = bad
+    param.grad = LAYOUTS[layout](grad)
+    opt.step()
+    assert opt.found_inf == 1 and opt.skipped_steps == 1
+    assert torch.equal(param, before) and opt.state[param]["step"] == 0
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_write_to_a_parameter_between_steps(kind, dtype, layout, backend):
+    """Wherever the kernels keep a copy of it."""
+    plain = torch.nn.Parameter(randn(SHAPE, 1).to(dtype))
+    laid_out = torch.nn.Parameter(LAYOUTS[layout](plain.detach()))
+    for param in (plain, laid_out):
+        opt = build(kind, [param], backend=backend)
+        for step in range(3):
+            with torch.no_grad():
+                param[3:, 5:] += step
+            param.grad = randn(SHAPE, 10 + step).to(dtype)
+            opt.step()
+    assert torch.equal(plain, laid_out)
+    assert laid_out.detach()[3:, 5:].mean() > 1.0

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../rules.h"
+#include "denormals.h"
 
 namespace fusedopt {
 namespace {
@@ -107,6 +108,7 @@ bool built_with_openmp() {
 void finalize(const PlanView& plan, Rule rule, const void* options, const StepOptions& step_options,
               const float* grad_scale, const float* found_inf, float* inf_flag,
               StepScalars& scalars) {
+  const DenormalsKept denormals_kept;
   const double sum = step_options.measured ? total(plan, step_options.norm_type) : 0.0;
   decide(step_options, sum, grad_scale, found_inf, scalars);
   scalars.skipped_steps += scalars.skip;

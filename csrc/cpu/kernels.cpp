@@ -4,6 +4,7 @@
 // the linker would share them between instruction sets.
 #include "kernels.h"
 
+#include "denormals.h"
 #include "reduce.h"
 #include "update.h"
 
@@ -45,6 +46,7 @@ void for_chunk_ranges(const PlanView& plan, int num_threads, const Body& body) {
   if (num_threads > 1 && plan.n_elements >= kSerialElements) {
 #pragma omp parallel num_threads(num_threads)
     {
+      const DenormalsKept denormals_kept;
       const int64_t threads = omp_get_num_threads();
       const int64_t thread = omp_get_thread_num();
       const int64_t first = chunk_at(plan, plan.n_elements / threads * thread);
@@ -55,6 +57,7 @@ void for_chunk_ranges(const PlanView& plan, int num_threads, const Body& body) {
     return;
   }
 #endif
+  const DenormalsKept denormals_kept;
   body(static_cast<int64_t>(0), plan.n_chunks);
 }
 

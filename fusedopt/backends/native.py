@@ -58,26 +58,32 @@ def details() -> dict[str, Any]:
     }
 
 
-def _check_mirrors() -> None:
+def _set_up() -> str | None:
+    """Make the module ready; what is in the way, or ``None``."""
     mine = (ROW.size, GRAD.size, CHUNK_BYTES, CHUNK_ELEMENTS)
     native = (_cpu.ROW_BYTES, _cpu.GRAD_BYTES, _cpu.CHUNK_BYTES, _cpu.CHUNK_ELEMENTS)
     if mine != native:
-        raise ImportError(
+        return (
             f"fusedopt._cpu was built from other sources than this package (tables {native}, "
             f"expected {mine}); reinstall fusedopt"
         )
-
-
-if _import_error is None:
-    _check_mirrors()
     _cpu.use_torch(
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         is_neg=torch.Tensor.is_neg,
         exchange=torch.Tensor.__dlpack_c_exchange_api__,
     )
-    if os.environ.get(SIMD_VARIABLE):
-        _cpu.set_simd(os.environ[SIMD_VARIABLE])
+    level = os.environ.get(SIMD_VARIABLE)
+    if level and level not in _cpu.simd_levels():
+        levels = ", ".join(_cpu.simd_levels())
+        return f"{SIMD_VARIABLE}={level!r} is not in this build or not on this CPU; use {levels}"
+    if level:
+        _cpu.set_simd(level)
+    return None
+
+
+if _import_error is None:
+    _import_error = _set_up()
 
 
 def watch(groups: list[Group], state: dict[Tensor, Any], kinds: list[int]) -> Any:
