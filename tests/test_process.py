@@ -214,6 +214,10 @@ def test_compiled_function_with_a_scaler(kind, scaler_name, options):
     assert all(torch.equal(a, b) for a, b in zip(params, params_compiled, strict=True))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12",
+    reason="2.11's Dynamo raises where any attribute of an optimizer is set, torch's own, too",
+)
 @every_kind
 def test_what_a_compiled_function_sets(kind):
     """The optimizer itself, its options and the scaler's attributes: all written, not traced."""
