@@ -51,11 +51,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     @_disable_dynamo
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
-        if defaults.get("differentiable"):
-            raise RuntimeError(
-                "differentiable=True is not supported: the fused step is not recorded by autograd; "
-                "use torch.optim for a differentiable optimizer"
-            )
+        _refuse_differentiable(defaults, type(self).__name__)
         self._options = options
         requested_backend(options.backend)  # refuses a bad FUSEDOPT_BACKEND here, not in the step
         with torch.inference_mode(False):  # for a step outside of it, too

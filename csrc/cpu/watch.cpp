@@ -239,7 +239,10 @@ bool Watch::same_state(PyObject* state) const {
     fetch_entry(e + kAhead);
     const StateEntry& entry = entries_[e];
     if (key != entry.key.get() || value != entry.value) return false;
-    if (!PyDict_Check(value)) continue;
+    if (!PyDict_Check(value)) {
+      if (entry.n_items > 0) return false;  // where a dict was, something else has come to lie
+      continue;
+    }
     if (static_cast<size_t>(PyDict_Size(value)) != entry.n_items) return false;
     PyObject *name, *item;
     size_t i = entry.first_item;
