@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,21 @@ GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Group = dict[str, Any]
 
 
+def is_served(param: Tensor) -> bool:
+    """Whether a step may have to do with ``param``: frozen parameters without gradient are left
+    alone, whatever they are."""
+    return param.requires_grad or param.grad is not None
+
+
+def served_params(groups: list[Group]) -> Iterator[Tensor]:
+    return (param for group in groups for param in group["params"] if is_served(param))
+
+
 class Row:
     """One parameter in the plan.
+
+    ``served`` is False of a frozen parameter without gradient: nothing but its ``.grad`` is looked
+    at until it has one, and the other attributes have no meaning.
 
     ``dense`` is what the kernels update: the parameter itself, or a copy without gaps that is
     written back after the update. ``states`` are in the rule's order.
@@ -41,7 +54,8 @@ class Row:
 
     def __init__(self, param: Tensor, label: str, group: int) -> None:
         self.param, self.label, self.group = param, label, group
-        self.dense = param
+        self.served = is_served(param)
+        self.dense = param if self.served else torch.empty(0, device="cpu")
         self.awaits_state = False
         self.set_state((), None, None)
 
@@ -66,7 +80,7 @@ class Row:
 
     @property
     def staged(self) -> bool:
-        return self.dense.data_ptr() != self.param.data_ptr()
+        return self.served and self.dense.data_ptr() != self.param.data_ptr()
 
     def memory(self) -> list[Tensor]:
         """Everything a step on this row touches, to be kept by who must."""
@@ -117,7 +131,8 @@ class Plan(ABC):
         self.rule = rule
         self.rows = list(rows)
         self.layout = layout
-        self.fsdp1_sharded = any(is_fsdp1_shard(row.param) for row in self.rows)
+        self.first = next((row for row in self.rows if row.served), None)
+        self.fsdp1_sharded = any(is_fsdp1_shard(row.param) for row in self.rows if row.served)
         self._staged_grads: dict[int, Tensor] = {}
         self._staged_params = [row for row in self.rows if row.staged]
         self._captured: list[Tensor] = []
@@ -203,28 +218,29 @@ def check_grad(label: str, param: Tensor, grad: Tensor) -> None:
     if is_traceable_wrapper_subclass(wrapper):
         raise RuntimeError(
             f"{label}: gradients of type {type(wrapper).__name__} are not supported, their memory "
-            "is not their values; assign a plain tensor"
+            "is not their values; assign a plain tensor, or none: `param.grad = None`"
         )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{label}: fusedopt does not support sparse gradients (layout {grad.layout}); "
-            "create the module with sparse=False, or densify the gradient before step()"
+            "create the module with sparse=False, or `param.grad = param.grad.to_dense()`"
         )
     freed = grad.untyped_storage().nbytes() == 0 and not grad._is_zerotensor()
     if grad.numel() > 0 and freed and grad.device.type != "meta":
         raise RuntimeError(
-            f"{label}: the gradient's storage was resized to nothing; set .grad to None, or run "
-            "backward() again"
+            f"{label}: the gradient's storage was resized to nothing; set `param.grad = None`, or "
+            "run backward() again"
         )
     if grad.dtype not in GRAD_DTYPES or (
         grad.dtype == torch.float64 and param.dtype != torch.float64
     ):
         raise RuntimeError(
             f"{label}: gradient dtype {grad.dtype} does not go with parameter dtype {param.dtype}; "
-            "use float32, float16 or bfloat16 gradients"
+            "convert it: `param.grad = param.grad.to(param.dtype)`"
         )
     if grad.shape != param.shape or grad.device != param.device:
         raise RuntimeError(
             f"{label}: gradient has shape {tuple(grad.shape)} on {grad.device}, parameter has "
-            f"{tuple(param.shape)} on {param.device}; clear .grad after replacing p.data"
+            f"{tuple(param.shape)} on {param.device}; clear it after replacing the parameter's "
+            "data: `param.grad = None`"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -34,22 +35,24 @@ def check_param(label: str, param: Tensor) -> None:
     if is_traceable_wrapper_subclass(wrapper):
         raise TypeError(
             f"{label}: {type(wrapper).__name__} is not supported, its memory is not its values; "
-            "pass plain tensors (for a DTensor, its local shard with max_grad_norm=None)"
+            "freeze it (`param.requires_grad_(False)`), or give it to another optimizer "
+            "(`torch.optim.AdamW([param])`)"
         )
     if param.layout != torch.strided:
         raise TypeError(
             f"{label}: sparse parameters (layout {param.layout}) are not supported; "
-            "optimize param.to_dense()"
+            "use a dense one: `param = torch.nn.Parameter(param.detach().to_dense())`"
         )
     if param.is_complex():
         raise TypeError(
             f"{label}: complex parameters ({param.dtype}) are not supported; "
-            "optimize torch.view_as_real(param)"
+            "keep it as real numbers, `param = torch.nn.Parameter(torch.view_as_real("
+            "param.detach()))`, and use torch.view_as_complex(param) in forward()"
         )
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(
-            f"{label}: parameter dtype {param.dtype} is not supported; "
-            "use float32, float16, bfloat16 or float64"
+            f"{label}: parameter dtype {param.dtype} is not supported; use float32, float16, "
+            "bfloat16 or float64: `param.data = param.data.float()`"
         )
 
 
@@ -59,17 +62,44 @@ def label_of(group: Group, group_index: int, param_index: int) -> str:
     return f"param {param_index} of group {group_index}{name}"
 
 
-def build_rows(
-    groups: Sequence[Group],
+def checked_rows(
+    groups: Sequence[Group], state: dict[Tensor, ParamState], names: Sequence[tuple[str, ...]]
+) -> list[Row]:
+    """Rows of all params in order, as far as they can be used; nothing is created yet.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        state: ``optimizer.state``.
+        names: state names the rule wants, for each group.
+
+    Raises:
+        RuntimeError: some parameter, gradient or state cannot be used.
+    """
+    rows = [
+        Row(p, label_of(group, g, i), g)
+        for g, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+    ]
+    served = [row for row in rows if row.served]
+    for row in served:
+        own = state.get(row.param, {})
+        _check_dict(row.label, own)
+        _check_row(row, own, names[row.group])
+    _check_disjoint(served)
+    return rows
+
+
+def complete_rows(
+    rows: Sequence[Row],
     state: dict[Tensor, ParamState],
     names: Sequence[tuple[str, ...]],
     master_weights: bool | None,
     every_param: bool,
-) -> list[Row]:
-    """Rows of all params in order. Validates first; only then creates the state that is missing.
+) -> None:
+    """Create the state that is missing, and refer to it.
 
     Args:
-        groups: ``optimizer.param_groups``.
+        rows: of ``checked_rows``.
         state: ``optimizer.state``.
         names: state names the rule wants, for each group.
         master_weights: as given by the user.
@@ -77,20 +107,11 @@ def build_rows(
             have a gradient now.
 
     Raises:
-        RuntimeError: some parameter, gradient or state cannot be used; nothing has been changed.
+        RuntimeError: there is not enough memory; nothing has been changed.
     """
-    rows = [
-        Row(p, label_of(group, g, i), g)
-        for g, group in enumerate(groups)
-        for i, p in enumerate(group["params"])
-    ]
-    for row in rows:
-        own = state.get(row.param, {})
-        _check_dict(row.label, own)
-        _check_row(row, own, names[row.group])
-    _check_disjoint(rows)
-    _complete(rows, state, names, master_weights, every_param)
-    for row in rows:
+    served = [row for row in rows if row.served]
+    _complete(served, state, names, master_weights, every_param)
+    for row in served:
         if not is_readable(row.param):
             row.dense = dense_like(row.param)
         own = state.get(row.param, {})
@@ -100,7 +121,6 @@ def build_rows(
             continue
         states = [own[name] for name in names[row.group]]
         row.set_state(states, own[MASTER] if master else None, own[STEP] if states else None)
-    return rows
 
 
 def _check_dict(label: str, own: ParamState) -> None:
@@ -108,7 +128,7 @@ def _check_dict(label: str, own: ParamState) -> None:
     if not isinstance(own, dict) or type(own).__getitem__ is not dict.__getitem__:
         raise RuntimeError(
             f"{label}: its state is a {type(own).__name__}, not a dict with a dict's own access; "
-            "use optimizer.state[param] = dict(...)"
+            "use `optimizer.state[param] = dict(optimizer.state[param])`"
         )
 
 
@@ -120,21 +140,28 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
         raise RuntimeError(str(error)) from error
     if is_lazy(param):
         raise RuntimeError(
-            f"{row.label} is not initialized; run a forward pass through the lazy module first"
+            f"{row.label} is not initialized; run a forward pass through the lazy module first: "
+            "`model(inputs)`"
+        )
+    if isinstance(param, FakeTensor):
+        raise RuntimeError(
+            f"{row.label} is a FakeTensor, which has no memory; make model and optimizer outside "
+            "of the FakeTensorMode"
         )
     if param.device.type == "meta":
         raise RuntimeError(
-            f"{row.label} is on the meta device; materialize the model before step()"
+            f"{row.label} is on the meta device; materialize the model before you make the "
+            "optimizer: `model.to_empty(device='cpu')`, and load its weights"
         )
     if param.numel() > 0 and param.data_ptr() == 0:
         raise RuntimeError(
             f"{row.label} has no memory (a zero tensor without storage, or a storage that was "
-            "resized to nothing); give it values before step()"
+            "resized to nothing); give it values before step(): `param.data = values`"
         )
     if overlaps_itself(param):
         raise RuntimeError(
             f"{row.label}: elements share memory (shape {tuple(param.shape)}, strides "
-            f"{param.stride()}); use param.detach().clone() as the parameter"
+            f"{param.stride()}); give it memory of its own: `param.data = param.detach().clone()`"
         )
     if param.grad is not None:
         check_grad(row.label, param, param.grad)
@@ -196,7 +223,7 @@ def _check_cluster(cluster: Sequence[_Span]) -> None:
 def _shared(first: Row, second: Row) -> RuntimeError:
     return RuntimeError(
         f"{first.label} and {second.label} share memory; list each parameter once, and tie weights "
-        "by using one Parameter object in both places"
+        "by one Parameter object in both places: `second.weight = first.weight`"
     )
 
 

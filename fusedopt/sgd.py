@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.optim.sgd import SGD
 
-from .optimizer import FusedOptimizer
-from .options import Options
+from .optimizer import FusedOptimizer, torch_defaults
+from .options import Options, flag, number
 from .plan import Group
 
 _OPTIONS = struct.Struct("=4d4q")  # SGD::Options in csrc/rules.h
@@ -47,6 +47,7 @@ class FusedSGD(FusedOptimizer):
     """
 
     rule = "sgd"
+    numbers = ("lr", "momentum", "dampening", "weight_decay")
 
     def __init__(
         self,
@@ -70,14 +71,14 @@ class FusedSGD(FusedOptimizer):
         amp_scaling: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        # torch's own class checks its arguments and names the group keys: same errors, any version.
-        torch_twin = torch.optim.SGD(
-            [torch.zeros(0)],
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
+        defaults = torch_defaults(
+            SGD,
+            self.numbers,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
             maximize=maximize,
             foreach=foreach,
             differentiable=differentiable,
@@ -92,7 +93,7 @@ class FusedSGD(FusedOptimizer):
             amp_scaling,
             backend,
         )
-        defaults = {**torch_twin.defaults, "decoupled_weight_decay": decoupled_weight_decay}
+        defaults["decoupled_weight_decay"] = decoupled_weight_decay
         super().__init__(params, defaults, options)
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
@@ -104,10 +105,10 @@ class FusedSGD(FusedOptimizer):
             offset,
             self._number(group["lr"], offset),
             self._number(group["weight_decay"], offset + 8),
-            float(group["momentum"]),
-            float(group["dampening"]),
-            bool(group["decoupled_weight_decay"]),
-            bool(group["maximize"]),
-            bool(group["nesterov"]),
+            number(group["momentum"]),
+            number(group["dampening"]),
+            flag(group["decoupled_weight_decay"]),
+            flag(group["maximize"]),
+            flag(group["nesterov"]),
             0,
         )

@@ -83,11 +83,11 @@ KEEP += [in_place_writes, save, skipped_step, scheduler]
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_plan_is_kept(change, backend):
     params, opt = fresh(backend)
-    plan = opt._plan
+    plan = opt._shared.plan
     for _ in range(3):
         change(params, opt)
         opt.step()
-    assert opt._plan is plan
+    assert opt._shared.plan is plan
 
 
 def new_data(params, opt):
@@ -151,13 +151,13 @@ REBUILD += [new_state_tensor, new_state_data, new_step, no_state, loaded, no_mom
 @pytest.mark.parametrize("change", REBUILD, ids=lambda f: f.__name__)
 def test_plan_is_rebuilt_once(change, backend):
     params, opt = fresh(backend)
-    plan = opt._plan
+    plan = opt._shared.plan
     change(params, opt)
     opt.step()
-    rebuilt = opt._plan
+    rebuilt = opt._shared.plan
     assert rebuilt is not plan
     opt.step()
-    assert opt._plan is rebuilt
+    assert opt._shared.plan is rebuilt
 
 
 def test_first_gradient_of_a_param_rebuilds_the_plan_once(backend):
@@ -169,7 +169,7 @@ def test_first_gradient_of_a_param_rebuilds_the_plan_once(backend):
         if step < 2:
             params[1].grad = None
         opt.step()
-        plans.append(opt._plan)
+        plans.append(opt._shared.plan)
     assert plans[0] is plans[1] is not plans[2]
     assert all(plan is plans[2] for plan in plans[2:])
 
@@ -196,7 +196,7 @@ def test_dropped_optimizer_frees_everything(backend):
     gc.collect()
     params, opt = fresh(backend)
     alive = [weakref.ref(opt.state[p]["momentum_buffer"]) for p in params]
-    plan = weakref.ref(opt._plan)
+    plan = weakref.ref(opt._shared.plan)
     del opt
     gc.collect()
     assert plan() is None and all(ref() is None for ref in alive)
@@ -248,7 +248,7 @@ def test_rows_hold_the_addresses_of_the_tensors(cpu_backend):
     opt.step()
     params[3].grad = None
     opt.step()
-    plan = opt._plan
+    plan = opt._shared.plan
     rows = list(ROW.iter_unpack(bytes(plan._rows.tolist())))
     grads = list(GRAD.iter_unpack(bytes(plan._inputs)))
     codes = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -272,4 +272,4 @@ def test_options_table_fits_the_rules(cpu_backend):
         opt = build(kind, [{"params": [p]} for p in params], backend="cpu")
         give_grads(params, 0)
         opt.step()
-        assert len(opt._options_table) == 3 * 64
+        assert len(opt._packed_options()) == 3 * 64

@@ -189,10 +189,12 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds) :
       WatchedRow row;
       row.param = PyRef::borrow(PySequence_Fast_GET_ITEM(params, i));
       row.kind = static_cast<RowKind>(kinds[rows_.size()]);
-      row.placement = place(row.param.get(), layouts);
-      FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
-                     " is not a strided tensor");
-      row.single_element = numel(row.placement) == 1;
+      if (row.kind != RowKind::kFrozen) {
+        row.placement = place(row.param.get(), layouts);
+        FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
+                       " is not a strided tensor");
+        row.single_element = numel(row.placement) == 1;
+      }
       rows_.push_back(std::move(row));
     }
   }
@@ -291,7 +293,8 @@ bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) 
   for (size_t r = 0; r < rows_.size(); ++r) {
     fetch_row(r + kAhead);
     const WatchedRow& row = rows_[r];
-    if (!in_place(row.placement, row.param.get())) return false;
+    const bool frozen = row.kind == RowKind::kFrozen;
+    if (!frozen && !in_place(row.placement, row.param.get())) return false;
     if (row.single_element && row.kind != RowKind::kStaged && negated(row.param.get()))
       return false;
     const PyRef grad(grad_of(row.param.get()));
@@ -304,7 +307,7 @@ bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) 
       ++look.absent;
       continue;
     }
-    if (row.kind == RowKind::kAwaitsState) return false;
+    if (frozen || row.kind == RowKind::kAwaitsState) return false;
     if (!read_grad(row, grad.get(), &grads[r])) look.odd.push_back(static_cast<int64_t>(r));
   }
   return true;

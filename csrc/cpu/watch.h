@@ -57,7 +57,8 @@ class SecondOwner {
 // object and changes the memory.
 class Watch {
  public:
-  enum class RowKind { kReady = 0, kAwaitsState = 1, kStaged = 2 };
+  // kFrozen: nothing is looked at but whether there is a gradient; it need not be a strided tensor.
+  enum class RowKind { kReady = 0, kAwaitsState = 1, kStaged = 2, kFrozen = 3 };
 
   // groups: optimizer.param_groups; state: optimizer.state; kinds: one RowKind a row, rows being
   // the params of all groups in order. Throws std::runtime_error.

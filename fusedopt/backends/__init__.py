@@ -68,6 +68,22 @@ def requested_backend(argument: str | None) -> str:
     return name
 
 
+def prepare(argument: str | None, params: Sequence[Tensor]) -> None:
+    """Import what will serve ``params``, so that the first step need not.
+
+    Raises:
+        ValueError: ``FUSEDOPT_BACKEND`` names no backend.
+    """
+    name = requested_backend(argument)
+    on_gpu = any(p.device.type == "cuda" for p in params)
+    candidates = _by_speed(on_gpu) if name == "auto" else [name]
+    usable = (each for each in candidates if each == REFERENCE or _missing(each) is None)
+    chosen = next(usable, REFERENCE)
+    fits = chosen == REFERENCE or _unfit(chosen, "cuda" if on_gpu else "cpu", params) is None
+    _module("watch")
+    _module(chosen if fits else REFERENCE)
+
+
 def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
     """The backend for ``params``.
 

@@ -102,7 +102,7 @@ class _Part:
 
     def __init__(self, plan: DevicePlan, device: torch.device, number: int, count: int) -> None:
         self.device = device
-        rows = [row if plan.device_of(row) == device else None for row in plan.rows]
+        rows = [row if row.served and plan.device_of(row) == device else None for row in plan.rows]
         numels = [0 if row is None else row.dense.numel() for row in rows]
         packed = b"".join(EMPTY_ROW if row is None else pack_row(row) for row in rows)
         chunks = chunk_table(numels)
@@ -204,7 +204,7 @@ class DevicePlan(TablePlan):
         numbers_bytes = self.n_groups * DEVICE_NUMBERS * DEVICE_NUMBER.size
         before = self.numbers_at + numbers_bytes
         super().__init__(rule, rows, layout, groups, state, before, driver.step_bytes)
-        devices = list(dict.fromkeys(self.device_of(row) for row in self.rows))
+        devices = list(dict.fromkeys(self.device_of(row) for row in self.rows if row.served))
         self.parts = [_Part(self, d, number, len(devices)) for number, d in enumerate(devices)]
 
     def device_of(self, row: Row) -> torch.device:

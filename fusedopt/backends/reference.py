@@ -49,14 +49,15 @@ class ReferencePlan(Plan):
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
         self.grad_mult = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._snapshot = Snapshot(groups, state)
+        self._snapshot = Snapshot(groups, state, [row.served for row in self.rows])
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
         if not self._snapshot.is_current(groups, state):
             return None
         self.grads = [None] * len(self.rows)
         odd = [i for i, row in enumerate(self.rows) if row.param.grad is not None]
-        return None if any(self.rows[i].awaits_state for i in odd) else odd
+        rows = [self.rows[i] for i in odd]
+        return odd if all(row.served and not row.awaits_state for row in rows) else None
 
     def _dense_grad(self, index: int, grad: Tensor) -> Tensor:
         return grad  # torch's operations take any layout

@@ -21,7 +21,7 @@ CHUNK_BYTES = 16
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATES = 3
 
-READY, AWAITS_STATE, STAGED = range(3)  # RowKind in csrc/cpu/watch.h
+READY, AWAITS_STATE, STAGED, FROZEN = range(4)  # RowKind in csrc/cpu/watch.h
 
 
 def address(tensor: Tensor | None) -> int:
@@ -95,6 +95,8 @@ class TablePlan(Plan):
 
     @staticmethod
     def _kind(row: Row) -> int:
+        if not row.served:
+            return FROZEN
         if row.awaits_state:
             return AWAITS_STATE
         return STAGED if row.staged else READY

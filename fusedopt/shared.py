@@ -1,0 +1,44 @@
+"""What an optimizer shares with the wrappers and copies that take over its ``__dict__``.
+
+Lightning, Fabric and others make an object of a derived class and give it the optimizer's
+attributes. An attribute that one of the two binds anew is then lost to the other. So everything
+that changes in the life of an optimizer, and is not torch's, lies in one object that both have.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .options import Options
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .backends import Backend
+
+
+@dataclass
+class ScalerExchange:
+    """What passes between a GradScaler and the optimizer that it steps."""
+
+    # `grad_scale` and `found_inf`, each if it is set; and both as they were before a scaler came.
+    values: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
+    answered: bool = False  # the step is over, so `found_inf` is its answer and not the scaler's
+    # One flag for each scaler of ours, and the flag that the next step fills in.
+    flags: weakref.WeakKeyDictionary[Any, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
+    due: Tensor | None = None
+
+
+@dataclass
+class Shared:
+    options: Options
+    scalars: Tensor  # StepScalars (csrc/scalars.h)
+    measured: bool = False  # the last step computed the norm
+    plan: Plan | None = None
+    backend: Backend | None = None
+    captured_plans: list[Plan] = field(default_factory=list)  # a CUDA graph may still replay them
+    amp: ScalerExchange = field(default_factory=ScalerExchange)
