@@ -119,6 +119,13 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def _step_inputs(self) -> StepInputs:
         refuse_tracing()
+        try:
+            return self._step_inputs_now()
+        except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
+            self._check_containers()
+            raise
+
+    def _step_inputs_now(self) -> StepInputs:
         shared = self._shared
         options = shared.options
         clips = options.max_grad_norm is not None
@@ -272,8 +279,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         Raises:
             RuntimeError: a parameter cannot be optimized, or there is not enough memory.
         """
-        refuse_tracing()
-        self._packed_options()  # refuses what the step would refuse
+        self._step_inputs()  # refuses what the step would refuse
         self._build_plan(every_param=True)
 
     # ---- what the last step found ---------------------------------------------------------------

@@ -115,7 +115,9 @@ def test_fullgraph_is_refused_in_our_words():
     scaler.scale(torch.zeros(()))
     for call in (opt.step, lambda: scaler.step(opt)):
         torch._dynamo.reset()
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="the fused step is not traced") as e:
+        with pytest.raises(
+            torch._dynamo.exc.Unsupported, match="the fused step is not traced"
+        ) as e:
             torch.compile(lambda call=call: call(), fullgraph=True, backend="eager")()
         assert "issue to PyTorch" not in str(e.value)
     assert torch.equal(params[0], make_params()[0])
