@@ -317,4 +317,7 @@ def test_script_is_well_formed_bash():
     script = ROOT / "benchmarks" / "gpu.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
     done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--dry-run" in done.stdout
+    assert done.returncode == 2 and "--dry-run" in done.stdout and "--record" in done.stdout
+    command = ["bash", str(script), "--record", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "measures nothing" in done.stderr

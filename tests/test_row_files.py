@@ -106,6 +106,23 @@ def test_a_dry_run_is_not_recorded(
     assert "measures nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_goals_of_a_gpu_are_for_those_who_ask_and_explained(
+    asked: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = module("gpu")
+    dry = importlib.import_module("benchmarks.gpu.machine").DryRun
+    machine = dry.__new__(dry)  # without what stands in for a GPU
+    machine.backends = {"cuda": "cpu", "triton": "cpu"}
+    monkeypatch.setattr(step, "find_machine", lambda dry: machine)
+    monkeypatch.setattr(step.Run, "all", lambda self: None)
+    monkeypatch.setattr(step.signal, "signal", lambda *_: None)
+    assert step.main(["--dry-run", *(["--goals"] if asked else [])]) == 0
+    told = capsys.readouterr().out
+    say = importlib.import_module("benchmarks.gpu.report").GOALS_SAY
+    assert (say in told, "| wanted |" in told, "H200" in told) == (asked,) * 3
+
+
 def write(path: Path, **changes: str) -> None:
     row = dict.fromkeys(compare.NEEDED, "1") | {"dirty": "0", "timestamp": "2026"} | changes
     path.parent.mkdir(exist_ok=True)
