@@ -69,7 +69,7 @@ Build = Callable[[list[Tensor], Gradients], Pipeline]
 
 
 def ours(name: str, backend: str | None, **options: Any) -> Build:
-    """Under our scaler; with ``amp_scaling=True`` under torch's, which then lets it unscale."""
+    """Under our scaler; with ``amp_scaling=True`` under torch's, and the step unscales."""
 
     def build(params: list[Tensor], grads: Gradients) -> Pipeline:
         try:
