@@ -68,6 +68,8 @@ ELSEWHERE = {
     "bash benchmarks/gpu.sh --quick": (*GPU, "the programs it starts, as dry runs"),
     "bash benchmarks/gpu.sh --dry-run": (*GPU, "the programs it starts"),
     "bash benchmarks/gpu.sh --logs DIR": (*GPU, "the programs it starts, as dry runs"),
+    "bash benchmarks/gpu.sh --goals": (*GPU, "the programs it starts, as dry runs"),
+    "bash benchmarks/gpu.sh --record": (*GPU, "the programs it starts, as dry runs"),
     "python -m benchmarks kernels --backends cuda triton": (*SWEEP, "a dry run"),
     "python -m benchmarks kernels --backends cuda triton --quick": (*SWEEP, "a dry run"),
     "python -m benchmarks kernels --backends cuda --rules adamw sgd --dtypes all --sizes 20:30:1": (
