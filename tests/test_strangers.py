@@ -1,4 +1,4 @@
-"""How strangers come by an optimizer: by torch's own names, by its lists and dicts, by a profiler."""
+"""How strangers come by an optimizer: torch's names, its lists and dicts, its profilers."""
 
 import json
 import subprocess
