@@ -36,7 +36,7 @@ def check_param(label: str, param: Tensor) -> None:
         raise TypeError(
             f"{label}: {type(wrapper).__name__} is not supported, its memory is not its values; "
             "freeze it (`param.requires_grad_(False)`), or give it to another optimizer "
-            "(`torch.optim.AdamW([param])`)"
+            "(`optimizer = torch.optim.AdamW([param])`)"
         )
     if param.layout != torch.strided:
         raise TypeError(

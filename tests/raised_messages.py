@@ -9,7 +9,15 @@ from pathlib import Path
 import fusedopt
 
 PACKAGE = Path(fusedopt.__file__).parent
-CALLS = ("ValueError", "TypeError", "RuntimeError", "ImportError", "warnings.warn")
+CALLS = (
+    "ValueError",
+    "TypeError",
+    "RuntimeError",
+    "KeyError",
+    "ImportError",
+    "error",
+    "warnings.warn",
+)
 
 
 def words_of(node: ast.expr) -> str:
