@@ -1,8 +1,8 @@
 """Every line of code in an error message is run here, and helps.
 
 A scene sets up what a message is about, in a namespace with the names that messages use (`param`,
-`model`, `optimizer` ...). `fails` raises the message. Each line of code in it is then run in a fresh
-scene, and `helps` has to work.
+`model`, `optimizer` ...). `fails` raises the message. Each line of code in it is then run in a
+fresh scene, and `helps` has to work.
 """
 
 from __future__ import annotations
@@ -218,6 +218,10 @@ def tuple_of_groups(opt: Any) -> None:
     opt.param_groups = tuple(opt.param_groups)
 
 
+def number_as_param(opt: Any) -> None:
+    opt.param_groups[0]["params"].append(3)
+
+
 def no_state(opt: Any) -> None:
     opt.state = None
 
@@ -231,7 +235,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "not a dict with a dict's own access": mapping_state,
     "is not initialized": lazy,
     "is on the meta device": meta,
-    "has no memory (a zero tensor": without_memory,
+    r"has no memory \(a zero tensor": without_memory,
     "elements share memory": lambda: stepping(
         Parameter(torch.ones(1).expand(3)),
     ),
@@ -246,9 +250,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "has no option": lambda: without("eps"),
     "is a tuple, not a list": lambda: edited(tuple_of_groups),
     "is no dict with a list of params": lambda: edited(lambda opt: opt.param_groups.append(3)),
-    "not a tensor; take it out": lambda: edited(
-        lambda opt: opt.param_groups[0]["params"].append(3)
-    ),
+    "not a tensor; take it out": lambda: edited(number_as_param),
     "starts all state anew": lambda: edited(no_state),
     "cannot be honoured for FSDP1 shards": fsdp1,
     "cannot be traced or faked": traced,
