@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from param_group_helpers import names_without_decay
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -47,15 +48,6 @@ class Tied(nn.Module):
         for name in owners if embedding_first else reversed(owners):
             self.add_module(name, owners[name])
         self.head.weight = self.embedding.weight
-
-
-def names_without_decay(model: nn.Module, **options: bool) -> set[str]:
-    """Names the decision for each parameter, and checks that every parameter has just one."""
-    groups = fusedopt.param_groups(model, 0.1, **options)
-    listed = [id(param) for group in groups for param in group["params"]]
-    assert sorted(listed) == sorted(id(param) for param in model.parameters())
-    without = {id(p) for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
-    return {name for name, param in model.named_parameters() if id(param) in without}
 
 
 @pytest.mark.parametrize(
