@@ -8,6 +8,7 @@ anything moves.
 from __future__ import annotations
 
 import struct
+import threading
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
@@ -41,6 +42,10 @@ from .state import loaded
 ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))[0]
 
 
+# Another thread may change gradients and states while a plan is being built.
+BUILDS = 8
+
+
 class FusedOptimizer(AmpAttributes, Optimizer):
     """Base class of the optimizers; see ``FusedAdamW`` and ``FusedSGD``.
 
@@ -60,6 +65,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         self._options_table = bytearray()
         self._device_numbers: list[tuple[int, Tensor]] = []
         self._captured_plans: list[Plan] = []
+        self._turn = threading.RLock()  # of the threads that step this optimizer
         self._drop_plan()
         super().__init__(params, defaults)
 
@@ -95,23 +101,38 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        inputs = self._step_inputs()
-        backend, plan = self._current_plan()
+        with self._turn:
+            inputs = self._step_inputs()
+            try:
+                self._take(*self._current_plan(inputs), inputs)
+            finally:
+                inputs.release()
+        return loss
+
+    _own_step = step  # whatever becomes of `step`, in a subclass or here
+
+    def _take(self, backend: Backend, plan: Plan, inputs: StepInputs) -> None:
+        """All or nothing: a signal's handler may raise anywhere, but inside of a native call."""
         plan.stage_params()
         if inputs.measured:
             backend.reduce(plan, inputs)
         backend.finalize(plan, inputs)
         self._amp_decided()
-        backend.update(plan, inputs)
+        try:
+            backend.update(plan, inputs)
+            self._settle(plan, inputs)
+        except BaseException:
+            self._settle(plan, inputs)  # whether there was an update or not
+            raise
+
+    def _settle(self, plan: Plan, inputs: StepInputs) -> None:
+        """What is left to do after the update. Done twice, it changes no more."""
         plan.write_back()
         self._measured = inputs.measured
         self._amp_done()
         updated = plan.updated_params()
         if updated:
             increment_version(updated)
-        return loss
-
-    _own_step = step  # whatever becomes of `step`, in a subclass or here
 
     def _step_inputs(self) -> StepInputs:
         options = self._options
@@ -179,17 +200,18 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _layout(self) -> list[tuple[str, ...]]:
         return [self._state_names(group) for group in self.param_groups]
 
-    def _current_plan(self) -> tuple[Backend, Plan]:
+    def _current_plan(self, inputs: StepInputs) -> tuple[Backend, Plan]:
         plan, backend = self._plan, self._backend
-        if plan is None or backend is None or plan.layout != self._layout():
+        if plan is not None and backend is not None and plan.layout == self._layout():
+            inputs.held = plan.refresh(self.param_groups, self.state)
+            if inputs.held is not None:
+                return backend, plan
+        for _ in range(BUILDS):
             backend, plan = self._build_plan(every_param=False)
-        elif plan.refresh(self.param_groups, self.state):
-            return backend, plan
-        else:
-            backend, plan = self._build_plan(every_param=False)
-        if not plan.refresh(self.param_groups, self.state):
-            raise RuntimeError("parameters or gradients changed while step() was preparing")
-        return backend, plan
+            inputs.held = plan.refresh(self.param_groups, self.state)
+            if inputs.held is not None:
+                return backend, plan
+        raise RuntimeError("parameters or gradients changed while step() was preparing")
 
     def _build_plan(self, every_param: bool) -> tuple[Backend, Plan]:
         """A plan for the optimizer as it is now; creates what state is missing."""
@@ -206,7 +228,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         self._scalars = self._scalars.to(self._flag_device(self._scalars.device))
         layout = self._layout()
         rows = build_rows(groups, self.state, layout, options.master_weights, every_param)
+        kept = [row.own() for row in rows]  # another thread may drop some of it meanwhile
         plan = backend.plan(self.rule, rows, layout, groups, self.state)
+        del kept
         self._backend, self._plan = backend, plan
         return backend, plan
 
@@ -327,6 +351,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         self._options_table = bytearray()
         self._device_numbers = []
         self.__dict__.setdefault("_captured_plans", [])  # load_state_dict comes here, too
+        self.__dict__.setdefault("_turn", threading.RLock())
         self._drop_plan()
 
     @_disable_dynamo
