@@ -216,10 +216,11 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _build_plan(self, every_param: bool) -> tuple[Backend, Plan]:
         """A plan for the optimizer as it is now; creates what state is missing."""
         # What is made in inference mode could not be written to outside of it.
+        inference = torch.is_inference_mode_enabled()
         with torch.inference_mode(False), torch.no_grad():
-            return self._build_plan_now(every_param)
+            return self._build_plan_now(every_param, inference)
 
-    def _build_plan_now(self, every_param: bool) -> tuple[Backend, Plan]:
+    def _build_plan_now(self, every_param: bool, inference: bool) -> tuple[Backend, Plan]:
         self._drop_plan()
         groups, options = self.param_groups, self._options
         params = [p for group in groups for p in group["params"]]
@@ -227,7 +228,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         # Here and not in the step, which may be the first and captured.
         self._scalars = self._scalars.to(self._flag_device(self._scalars.device))
         layout = self._layout()
-        rows = build_rows(groups, self.state, layout, options.master_weights, every_param)
+        rows = build_rows(
+            groups, self.state, layout, options.master_weights, every_param, inference
+        )
         kept = [row.own() for row in rows]  # another thread may drop some of it meanwhile
         plan = backend.plan(self.rule, rows, layout, groups, self.state)
         del kept

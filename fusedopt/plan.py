@@ -162,8 +162,11 @@ class Plan(ABC):
         self._captured: list[Tensor] = []
         self._absent: Sequence[int] = ()  # rows without a gradient in this step
         self._confirmed = False
-        tensors = (t for row in self.rows for t in (row.param, *row.own()))
-        self._inference = any(t.is_inference() for t in tensors)
+        self._of_inference = [
+            i
+            for i, row in enumerate(self.rows)
+            if any(map(is_of_inference, (row.param, *row.own())))
+        ]
 
     @property
     def captured(self) -> bool:
@@ -183,8 +186,6 @@ class Plan(ABC):
         Raises:
             RuntimeError: a gradient cannot be used (sparse, complex, of another shape or device).
         """
-        if self._inference and not torch.is_inference_mode_enabled():
-            return None  # which refuses them by name
         # Another thread may have replaced states between the making of the rows and of the look.
         self._confirmed = self._confirmed or all(row.is_in(state) for row in self.rows)
         if not self._confirmed:
@@ -193,6 +194,8 @@ class Plan(ABC):
         if look is None:
             return None
         odd, self._absent, held = look
+        if self._of_inference and self._forbids(held):
+            return None
         try:
             for index in odd:
                 self._accept(index, held.grad(index))
@@ -200,6 +203,12 @@ class Plan(ABC):
             held.release()
             raise
         return held
+
+    def _forbids(self, held: Held) -> bool:
+        """Whether the step is not allowed to write; a new plan then refuses by name."""
+        if torch.is_inference_mode_enabled():
+            return False
+        return any(held.grad(index) is not None for index in self._of_inference)
 
     @abstractmethod
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
@@ -248,6 +257,17 @@ class Plan(ABC):
     def staging_nbytes(self) -> int:
         staged = list(self._staged_grads.values()) + [row.dense for row in self._staged_params]
         return sum(t.numel() * t.element_size() for t in staged)
+
+
+def is_of_inference(tensor: Tensor) -> bool:
+    """Whether it may be written to in inference mode alone.
+
+    ``is_inference()`` says something else once ``tensor.data`` has been assigned.
+    """
+    try:
+        return tensor._version < 0
+    except RuntimeError:
+        return True
 
 
 def is_fsdp1_shard(param: Tensor) -> bool:

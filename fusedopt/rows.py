@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .memory import is_dense, overlaps_itself
-from .plan import Group, Row, check_grad
+from .plan import Group, Row, check_grad, is_of_inference
 from .state import (
     MASTER,
     STEP,
@@ -65,6 +65,7 @@ def build_rows(
     names: Sequence[tuple[str, ...]],
     master_weights: bool | None,
     every_param: bool,
+    inference: bool,
 ) -> list[Row]:
     """Rows of all params in order. Validates first; only then creates the state that is missing.
 
@@ -75,6 +76,7 @@ def build_rows(
         master_weights: as given by the user.
         every_param: create state for every parameter that requires grad, not only for those that
             have a gradient now.
+        inference: the step runs in inference mode.
 
     Raises:
         RuntimeError: some parameter, gradient or state cannot be used; nothing has been changed.
@@ -88,6 +90,8 @@ def build_rows(
         own = state.get(row.param, {})
         _check_dict(row.label, own)
         _check_row(row, own, names[row.group])
+        if row.param.grad is not None and not inference:
+            _check_writable(row, own, names[row.group])
     _check_disjoint(rows)
     _complete(rows, state, names, master_weights, every_param)
     for row in rows:
@@ -139,6 +143,22 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
     if param.grad is not None:
         check_grad(row.label, param, param.grad)
     check_shapes(row.label, param, own, names)
+
+
+def _check_writable(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
+    if is_of_inference(row.param):
+        raise RuntimeError(
+            f"{row.label} was made in inference mode and cannot be updated outside of it; use "
+            "torch.nn.Parameter(param.clone()) in its place, or call step() in inference mode"
+        )
+    for name in (*names, MASTER, STEP):
+        value = own.get(name)
+        if isinstance(value, Tensor) and is_of_inference(value):
+            raise RuntimeError(
+                f"{row.label}: state {name!r} was made in inference mode and cannot be updated "
+                f"outside of it; use optimizer.state[param][{name!r}] = "
+                f"optimizer.state[param][{name!r}].clone()"
+            )
 
 
 def _check_disjoint(rows: Sequence[Row]) -> None:
