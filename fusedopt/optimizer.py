@@ -32,6 +32,7 @@ from .plan import (
     SKIPPED_STEPS,
     Group,
     Plan,
+    Row,
     StepInputs,
     is_served,
     served_params,
@@ -45,6 +46,10 @@ from .state import loaded
 ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))[0]
 
 _DOUBLES = struct.Struct(f"={OPTIONS_BYTES // 8}d")  # of one group; the flags in it read as tiny
+
+
+# Another thread may change gradients and states while a plan is being built.
+BUILDS = 8
 
 
 class FusedOptimizer(AmpAttributes, Optimizer):
@@ -99,23 +104,38 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        inputs = self._step_inputs()
-        backend, plan = self._current_plan()
+        with self._shared.turn:
+            inputs = self._step_inputs()
+            try:
+                self._take(*self._current_plan(inputs), inputs)
+            finally:
+                inputs.release()
+        return loss
+
+    _own_step = step  # whatever becomes of `step`, in a subclass or here
+
+    def _take(self, backend: Backend, plan: Plan, inputs: StepInputs) -> None:
+        """All or nothing: a signal's handler may raise anywhere, but inside of a native call."""
         plan.stage_params()
         if inputs.measured:
             backend.reduce(plan, inputs)
         backend.finalize(plan, inputs)
         self._amp_decided()
-        backend.update(plan, inputs)
+        try:
+            backend.update(plan, inputs)
+            self._settle(plan, inputs)
+        except BaseException:
+            self._settle(plan, inputs)  # whether there was an update or not
+            raise
+
+    def _settle(self, plan: Plan, inputs: StepInputs) -> None:
+        """What is left to do after the update. Done twice, it changes no more."""
         plan.write_back()
         self._shared.measured = inputs.measured
         self._amp_done()
         updated = plan.updated_params()
         if updated:
             increment_version(updated)
-        return loss
-
-    _own_step = step  # whatever becomes of `step`, in a subclass or here
 
     def _step_inputs(self) -> StepInputs:
         refuse_tracing()
@@ -239,34 +259,39 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _layout(self) -> list[tuple[str, ...]]:
         return [self._state_names(group) for group in self.param_groups]
 
-    def _current_plan(self) -> tuple[Backend, Plan]:
+    def _current_plan(self, inputs: StepInputs) -> tuple[Backend, Plan]:
         plan, backend = self._shared.plan, self._shared.backend
-        if plan is None or backend is None or plan.layout != self._layout():
+        if plan is not None and backend is not None and plan.layout == self._layout():
+            inputs.held = plan.refresh(self.param_groups, self.state)
+            if inputs.held is not None:
+                return backend, plan
+        for _ in range(BUILDS):
             backend, plan = self._build_plan(every_param=False)
-        elif plan.refresh(self.param_groups, self.state):
-            return backend, plan
-        else:
-            backend, plan = self._build_plan(every_param=False)
-        if not plan.refresh(self.param_groups, self.state):
-            raise RuntimeError("parameters or gradients changed while step() was preparing")
-        return backend, plan
+            inputs.held = plan.refresh(self.param_groups, self.state)
+            if inputs.held is not None:
+                return backend, plan
+        raise RuntimeError("parameters or gradients changed while step() was preparing")
 
     def _build_plan(self, every_param: bool) -> tuple[Backend, Plan]:
         """A plan for the optimizer as it is now; creates what state is missing."""
-        with durable(), torch.no_grad():
-            return self._build_plan_now(every_param)
-
-    def _build_plan_now(self, every_param: bool) -> tuple[Backend, Plan]:
         self._check_containers()
+        layout = self._layout()
+        rows = checked_rows(self.param_groups, self.state, layout)
+        with durable(), torch.no_grad():
+            return self._build_plan_now(rows, layout, every_param)
+
+    def _build_plan_now(
+        self, rows: list[Row], layout: list[tuple[str, ...]], every_param: bool
+    ) -> tuple[Backend, Plan]:
         self._drop_plan()
         groups, shared = self.param_groups, self._shared
-        layout = self._layout()
-        rows = checked_rows(groups, self.state, layout)
-        backend = choose(shared.options.backend, list(served_params(groups)))
+        backend = choose(shared.options.backend, [row.param for row in rows if row.served])
         # Here and not in the step, which may be the first and captured.
         shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
         complete_rows(rows, self.state, layout, shared.options.master_weights, every_param)
+        kept = [row.own() for row in rows]  # another thread may drop some of it meanwhile
         plan = backend.plan(self.rule, rows, layout, groups, self.state)
+        del kept
         shared.backend, shared.plan = backend, plan
         return backend, plan
 

@@ -12,7 +12,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -84,15 +84,40 @@ class Row:
 
     def memory(self) -> list[Tensor]:
         """Everything a step on this row touches, to be kept by who must."""
-        refs = [ref for ref in (*self._states, self._master, self._step) if ref is not None]
-        own = [tensor for ref in refs if (tensor := ref()) is not None]
-        return [self.param.detach(), self.dense.detach(), *own]
+        return [self.param.detach(), self.dense.detach(), *self.own()]
+
+    def own(self) -> list[Tensor]:
+        """Its state, as far as it is alive."""
+        return [tensor for ref in self._refs() if (tensor := ref()) is not None]
+
+    def is_in(self, state: dict[Tensor, Any]) -> bool:
+        """Whether its state is what ``state`` holds for it."""
+        values = [id(value) for value in state.get(self.param, {}).values()]
+        return all(ref() is not None and id(ref()) in values for ref in self._refs())
+
+    def _refs(self) -> list[weakref.ref[Tensor]]:
+        refs = (*self._states, self._master, self._step)
+        return [ref for ref in refs if ref is not None]
 
 
 def _alive(ref: weakref.ref[Tensor]) -> Tensor:
     tensor = ref()
-    assert tensor is not None  # a plan that was just refreshed has all its state
+    if tensor is None:  # never of a plan that was just refreshed: its step holds all state
+        raise RuntimeError("parameters or gradients changed while step() was preparing")
     return tensor
+
+
+class Held(Protocol):
+    """What a step owns while it runs: the gradients that it began with, and the state's tensors.
+
+    Another thread may drop any of them meanwhile.
+    """
+
+    def grad(self, row: int) -> Tensor | None:
+        """The row's gradient; ``None`` where there is none."""
+
+    def release(self) -> None:
+        """The step is over."""
 
 
 @dataclass(slots=True)
@@ -112,6 +137,16 @@ class StepInputs:
     inf_flag: Tensor | None  # fp32; where our own GradScaler expects the answer
     # Options that the user keeps on the device: which double of the options table, one element.
     device_numbers: list[tuple[int, Tensor]]
+    held: Held | None = None  # once the plan has been refreshed
+
+    def grad(self, row: int) -> Tensor | None:
+        """The gradient of the plan's row in this step; ``None``: takes no part in it."""
+        assert self.held is not None
+        return self.held.grad(row)
+
+    def release(self) -> None:
+        if self.held is not None:
+            self.held.release()
 
     @property
     def clip_threshold(self) -> float:
@@ -124,8 +159,12 @@ class StepInputs:
         return math.inf if self.max_grad_value is None else self.max_grad_value
 
 
+# Rows whose gradient needs care, rows that have none, and what the step has to hold.
+Look = tuple[Sequence[int], Sequence[int], Held]
+
+
 class Plan(ABC):
-    """Rows of one parameter set, and the gradient of each (``None``: takes no part in the step)."""
+    """Rows of one parameter set. Of gradients it keeps copies at most, and addresses."""
 
     def __init__(self, rule: str, rows: Sequence[Row], layout: object) -> None:
         self.rule = rule
@@ -136,6 +175,13 @@ class Plan(ABC):
         self._staged_grads: dict[int, Tensor] = {}
         self._staged_params = [row for row in self.rows if row.staged]
         self._captured: list[Tensor] = []
+        self._absent: Sequence[int] = ()  # rows without a gradient in this step
+        self._confirmed = False
+        self._of_inference = [
+            i
+            for i, row in enumerate(self.rows)
+            if any(map(is_of_inference, (row.param, *row.own())))
+        ]
 
     @property
     def captured(self) -> bool:
@@ -146,30 +192,51 @@ class Plan(ABC):
         """From now on the plan keeps all memory alive that its tables name."""
         self._captured = [tensor for row in self.rows for tensor in row.memory()]
 
-    def refresh(self, groups: list[Group], state: dict[Tensor, Any]) -> bool:
-        """Note where the gradients are; ``False`` when the plan has to be rebuilt.
+    def refresh(self, groups: list[Group], state: dict[Tensor, Any]) -> Held | None:
+        """Note where the gradients are; ``None`` when the plan has to be rebuilt.
+
+        Returns:
+            What the step has to hold until it is over, and then release.
 
         Raises:
             RuntimeError: a gradient cannot be used (sparse, complex, of another shape or device).
         """
-        odd = self._look(groups, state)
-        if odd is None:
+        # Another thread may have replaced states between the making of the rows and of the look.
+        self._confirmed = self._confirmed or all(row.is_in(state) for row in self.rows)
+        if not self._confirmed:
+            return None
+        look = self._look(groups, state)
+        if look is None:
+            return None
+        odd, self._absent, held = look
+        if self._of_inference and self._forbids(held):
+            return None
+        try:
+            for index in odd:
+                self._accept(index, held.grad(index))
+        except BaseException:
+            held.release()
+            raise
+        return held
+
+    def _forbids(self, held: Held) -> bool:
+        """Whether the step is not allowed to write; a new plan then refuses by name."""
+        if torch.is_inference_mode_enabled():
             return False
-        for index in odd:
-            self._accept(index)
-        return True
+        return any(held.grad(index) is not None for index in self._of_inference)
 
     @abstractmethod
-    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
-        """Fill in the gradients that need no care; return the rows of the others, or ``None``."""
+    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
+        """Fill in the gradients that need no care; ``None`` when the plan has to be rebuilt."""
 
     @abstractmethod
-    def _set_grad(self, index: int, grad: Tensor) -> None:
-        """Use ``grad`` as the row's gradient in this step."""
+    def _use_grad(self, index: int, grad: Tensor) -> None:
+        """Prepare for a gradient that needs care; it has been checked."""
 
-    @abstractmethod
     def updated_params(self) -> list[Tensor]:
-        """The parameters whose gradient is present."""
+        """The parameters that had a gradient when the step began."""
+        absent = set(self._absent)
+        return [row.param for i, row in enumerate(self.rows) if i not in absent]
 
     @abstractmethod
     def nbytes(self) -> int:
@@ -181,17 +248,16 @@ class Plan(ABC):
             row.dense.copy_(row.param.detach())
 
     def write_back(self) -> None:
-        """The way back from ``stage_params``."""
-        for row in self._staged_params:
-            row.param.detach().copy_(row.dense)
+        """The way back from ``stage_params``. One call, in which no signal's handler runs."""
+        if self._staged_params:
+            params = [row.param.detach() for row in self._staged_params]
+            torch._foreach_copy_(params, [row.dense for row in self._staged_params])
 
-    def _accept(self, index: int) -> None:
+    def _accept(self, index: int, grad: Tensor | None) -> None:
         row = self.rows[index]
-        grad = row.param.grad
-        if grad is None:
-            return
+        assert grad is not None
         check_grad(row.label, row.param, grad)
-        self._set_grad(index, self._dense_grad(index, grad))
+        self._use_grad(index, grad)
 
     def _dense_grad(self, index: int, grad: Tensor) -> Tensor:
         """``grad`` laid out like the row's ``dense`` tensor, in a buffer kept for the next step."""
@@ -206,6 +272,17 @@ class Plan(ABC):
     def staging_nbytes(self) -> int:
         staged = list(self._staged_grads.values()) + [row.dense for row in self._staged_params]
         return sum(t.numel() * t.element_size() for t in staged)
+
+
+def is_of_inference(tensor: Tensor) -> bool:
+    """Whether it may be written to in inference mode alone.
+
+    ``is_inference()`` says something else once ``tensor.data`` has been assigned.
+    """
+    try:
+        return tensor._version < 0
+    except RuntimeError:
+        return True
 
 
 def is_fsdp1_shard(param: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .memory import is_dense, overlaps_itself
-from .plan import Group, Row, check_grad
+from .plan import Group, Row, check_grad, is_of_inference
 from .state import (
     MASTER,
     STEP,
@@ -81,10 +81,13 @@ def checked_rows(
         for i, p in enumerate(group["params"])
     ]
     served = [row for row in rows if row.served]
+    inference = torch.is_inference_mode_enabled()
     for row in served:
         own = state.get(row.param, {})
         _check_dict(row.label, own)
         _check_row(row, own, names[row.group])
+        if row.param.grad is not None and not inference:
+            _check_writable(row, own, names[row.group])
     _check_disjoint(served)
     return rows
 
@@ -166,6 +169,23 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
     if param.grad is not None:
         check_grad(row.label, param, param.grad)
     check_shapes(row.label, param, own, names)
+
+
+def _check_writable(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
+    if is_of_inference(row.param):
+        raise RuntimeError(
+            f"{row.label} was made in inference mode and cannot be updated outside of it; call "
+            "step() in inference mode, or put another in its place: "
+            "`param = torch.nn.Parameter(param.detach().clone())`"
+        )
+    for name in (*names, MASTER, STEP):
+        value = own.get(name)
+        if isinstance(value, Tensor) and is_of_inference(value):
+            raise RuntimeError(
+                f"{row.label}: state {name!r} was made in inference mode and cannot be updated "
+                f"outside of it: `optimizer.state[param][{name!r}] = "
+                f"optimizer.state[param][{name!r}].clone()`"
+            )
 
 
 def _check_disjoint(rows: Sequence[Row]) -> None:

@@ -7,6 +7,7 @@ that changes in the life of an optimizer, and is not torch's, lies in one object
 
 from __future__ import annotations
 
+import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ class ScalerExchange:
 class Shared:
     options: Options
     scalars: Tensor  # StepScalars (csrc/scalars.h)
+    turn: Any = field(default_factory=threading.RLock)  # of the threads that step the optimizer
     measured: bool = False  # the last step computed the norm
     plan: Plan | None = None
     backend: Backend | None = None

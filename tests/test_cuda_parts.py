@@ -72,7 +72,7 @@ def test_two_devices_share_norm_and_decision(shim, monkeypatch, name, bad_row):
     expected = train(name, "cpu", bad_row, max_grad_norm=1.0)
     monkeypatch.setattr(DevicePlan, "device_of", by_position)
     split = train(name, "cuda", bad_row, max_grad_norm=1.0)
-    assert len(split[1]._plan.parts) == 2
+    assert len(split[1]._shared.plan.parts) == 2
     assert split[2][-1][2] == (bad_row is not None)
     assert_same(expected, split)
 

@@ -80,6 +80,7 @@ REFUSALS = {
     "does not go with parameter dtype": "a gradient of another dtype",
     "is not initialized; run a forward pass": "a lazy module's parameter",
     "is on the meta device": "a parameter on the meta device",
+    "was made in inference mode": "a parameter or a state made in inference mode",
     "elements share memory": "an expanded parameter",
     "and … share memory": "parameters that share memory",
     "has shape …, the parameter has": "a state of another shape",

@@ -78,7 +78,7 @@ class Verbs:
             param.grad = values(step + 2, DTYPES[options.grads or options.params])
             self._optimizer.step()
         self._inputs = self._optimizer._step_inputs()
-        self._backend, self._plan = self._optimizer._current_plan()
+        self._backend, self._plan = self._optimizer._current_plan(self._inputs)
         (row,) = self._plan.rows
         names = STATES[options.optimizer]
         self.arrays: dict[str, Tensor] = {"grad": param.grad, "param": row.dense.detach()}

@@ -52,6 +52,10 @@ class Launches(Protocol):
 
     def update(self) -> None: ...
 
+    @property
+    def updates(self) -> int:
+        """Launches of ``update`` that did not fail, so far."""
+
 
 @dataclass
 class DeviceTables:
@@ -273,6 +277,19 @@ class DeviceBackend:
             part.launches.finalize()
 
     def update(self, plan: Plan, step: StepInputs) -> None:
+        """On all devices or on none: what a signal's handler raises between two is raised later."""
         assert isinstance(plan, DevicePlan)
-        for part in plan.parts:
-            part.launches.update()
+        before = [part.launches.updates for part in plan.parts]
+        try:
+            for part in plan.parts:
+                part.launches.update()
+        except BaseException:
+            left = [
+                part.launches
+                for part, count in zip(plan.parts, before, strict=True)
+                if part.launches.updates == count
+            ]
+            if len(left) < len(plan.parts):
+                for launches in left:
+                    launches.update()
+            raise

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Group, Plan, Row
+from ..plan import Group, Look, Plan, Row
 
 CHUNK_ELEMENTS = 8192  # kChunk
 ROW = struct.Struct("=6Qqii")  # param, master, state[3], step; numel; group, dtype
@@ -91,7 +91,6 @@ class TablePlan(Plan):
         self._inputs_view = torch.frombuffer(self._inputs, dtype=torch.uint8)
         self._watch = _watch(groups, state, [self._kind(row) for row in self.rows])
         self._params = [row.param for row in self.rows]
-        self._n_absent = 0
 
     @staticmethod
     def _kind(row: Row) -> int:
@@ -104,19 +103,14 @@ class TablePlan(Plan):
     def _grads_address(self) -> int:
         return address(self._inputs_view) + self._grads_at
 
-    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
-        look = self._watch.refresh(groups, state, self._grads_address())
-        if look is None:
-            return None
-        odd: Sequence[int]
-        odd, self._n_absent = look
-        return odd
+    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
+        look: Look | None = self._watch.refresh(groups, state, self._grads_address())
+        return look
 
-    def _set_grad(self, index: int, grad: Tensor) -> None:
+    def _use_grad(self, index: int, grad: Tensor) -> None:
+        dense = self._dense_grad(index, grad)
         offset = self._grads_at + index * GRAD.size
-        GRAD.pack_into(self._inputs, offset, address(grad), DTYPE_CODES[grad.dtype], 1)
+        GRAD.pack_into(self._inputs, offset, address(dense), DTYPE_CODES[dense.dtype], 1)
 
     def updated_params(self) -> list[Tensor]:
-        if self._n_absent == 0:
-            return self._params
-        return [p for p in self._params if p.grad is not None]
+        return super().updated_params() if self._absent else self._params

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Group
+from ..plan import Group, Look
 from .tables import AWAITS_STATE, DTYPE_CODES, FROZEN, GRAD, STAGED
 
 # Where a tensor lies and how: one column each. Everything from the third on is its layout.
@@ -112,7 +112,7 @@ class Snapshot:
         self.params: list[Tensor] = list(chain(*lists))
         if len(self.params) != len(served):
             count = "fewer" if len(served) < len(self.params) else "more"
-            raise RuntimeError(f"{count} rows than params")
+            raise RuntimeError(f"{count} row kinds than params")
         self._served = list(compress(self.params, served))
         for row, param in enumerate(self.params):
             if served[row] and not _has_place(param):
@@ -127,18 +127,32 @@ class Snapshot:
         """The columns, each by row; without the rows that are not served."""
         return [dict(zip(self._rows, column, strict=False)) for column in self._places]
 
-    def is_current(self, groups: list[Group], state: dict[Tensor, Any]) -> bool:
-        """Whether all is as it was."""
+    def current_items(self, groups: list[Group], state: dict[Tensor, Any]) -> list[Any] | None:
+        """The tensors in the dicts of state; ``None`` unless all is as it was."""
         try:
             lengths, objects, values = _contents(_param_lists(groups), state)
             if lengths != self._lengths or objects != self._objects:
-                return False
+                return None
             items = list(compress(values, self._placed))
             if any(ref() is not item for ref, item in zip(self._items, items, strict=True)):
-                return False
-            return _same_places(_placed([*self._served, *items]), self._places)
+                return None
+            places = _placed([*self._served, *items])
         except Exception:  # of any kind: no groups any more, or a tensor without an address
-            return False
+            return None
+        return items if _same_places(places, self._places) else None
+
+
+class Held:
+    """See ``Held`` in csrc/cpu/watch.h."""
+
+    def __init__(self, grads: Sequence[Any], items: Sequence[Any]) -> None:
+        self._grads, self._items = grads, items
+
+    def grad(self, row: int) -> Any:
+        return self._grads[row]
+
+    def release(self) -> None:
+        self._grads = self._items = ()
 
 
 class PythonWatch:
@@ -160,16 +174,15 @@ class PythonWatch:
         self._maybe_negated = [self._params[row] for row in self._single - self._staged]
         self._records = struct.Struct("=" + GRAD.format.lstrip("=") * len(kinds))
 
-    def refresh(
-        self, groups: list[Group], state: dict[Tensor, Any], address: int
-    ) -> tuple[list[int], int] | None:
+    def refresh(self, groups: list[Group], state: dict[Tensor, Any], address: int) -> Look | None:
         """Fill in the Grad records at ``address``, those of odd rows as absent.
 
         Returns:
-            Rows whose gradient the kernels cannot read as it lies, and the number of rows that have
-            none; ``None`` when the plan no longer describes the optimizer.
+            Rows whose gradient the kernels cannot read as it lies, rows that have none, and what
+            the step has to hold; ``None`` when the plan no longer describes the optimizer.
         """
-        if not self._snapshot.is_current(groups, state):
+        items = self._snapshot.current_items(groups, state)
+        if items is None:
             return None
         try:
             grads = list(map(_GRAD, self._params))
@@ -184,7 +197,7 @@ class PythonWatch:
         ctypes.memmove(address, records, len(records))
         unread = [row for row, fields in enumerate(found) if fields is _ABSENT]
         odd = [row for row in unread if grads[row] is not None]
-        return odd, len(unread) - len(odd)
+        return odd, [row for row in unread if grads[row] is None], Held(grads, items)
 
     def _read(self, grads: Sequence[Any]) -> list[tuple[int, int, int]]:
         """The fields of each row's record."""
