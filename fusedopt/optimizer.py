@@ -109,7 +109,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             try:
                 self._take(*self._current_plan(inputs), inputs)
             finally:
-                inputs.release()
+                inputs.held = None  # frees what nobody else has any more
         return loss
 
     _own_step = step  # whatever becomes of `step`, in a subclass or here

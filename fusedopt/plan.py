@@ -117,7 +117,7 @@ class Held(Protocol):
         """The row's gradient; ``None`` where there is none."""
 
     def release(self) -> None:
-        """The step is over."""
+        """Before its time, where an error's frames would keep it alive."""
 
 
 @dataclass(slots=True)
@@ -143,10 +143,6 @@ class StepInputs:
         """The gradient of the plan's row in this step; ``None``: takes no part in it."""
         assert self.held is not None
         return self.held.grad(row)
-
-    def release(self) -> None:
-        if self.held is not None:
-            self.held.release()
 
     @property
     def clip_threshold(self) -> float:
