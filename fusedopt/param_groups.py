@@ -54,18 +54,29 @@ def param_groups(
 
     * it has fewer than two dimensions;
     * its own name has the word ``bias`` in it (``bias``, ``in_proj_bias``, ``bias_k``);
-    * the module that owns it is a norm: its class, or a class it derives from, has ``Norm`` in
-      its name (``nn.LayerNorm``, ``nn.BatchNorm2d``, a ``MyRMSNorm`` of your own). Only what
-      the norm itself owns counts, so a ``PreNorm`` around a linear layer takes nothing from
-      that layer; a ``NormedLinear`` that derives from ``nn.Linear`` is a linear layer;
-    * ``decay_embeddings=False`` and an ``nn.Embedding`` or ``nn.EmbeddingBag`` owns it.
+    * the module that owns it is a norm, as below;
+    * ``decay_embeddings=False`` and an ``nn.Embedding`` or ``nn.EmbeddingBag`` owns it;
+    * the model asks for it: a module's ``no_weight_decay()`` returns the parameter's name within
+      that module (timm; ``*`` stands for any text), ``no_weight_decay_keywords()`` a part of the
+      name (Swin), or the parameter has a true attribute ``_no_weight_decay`` (Mamba).
+
+    Torch's norms and what derives from them are norms, torch's layers with weights (``nn.Linear``,
+    convolutions, attention and so on) are not. Of another class the name decides: the last word
+    that means a norm (``Norm``, ``Layernorm``, ``Normalization``) or a layer (``Linear``, ``Conv``,
+    ``MLP``, ``Head`` and so on). ``MyRMSNorm``, ``BatchNormAct2d`` and ``ConvLayerNorm`` are norms;
+    ``LayerNormMLP``, ``NormHead`` and ``NormalizingFlow`` are not. If a name has no such word, the
+    class that it derives from is asked. Only what the norm itself owns counts, so a ``PreNorm``
+    around a linear layer takes nothing from that layer.
 
     The originals of a parametrized weight (``torch.nn.utils.parametrize``) count as that weight.
     Of a scripted or traced module only the name of its class is known, and that name decides.
+    Shards count by the shape of the whole parameter: DTensors (FSDP2, tensor parallel), FSDP1 with
+    ``use_orig_params=True``, DeepSpeed ZeRO-3. ``fully_shard`` drops the attributes of parameters:
+    set ``_no_weight_decay`` again after it.
 
     Every parameter is in exactly one group, frozen ones too, so that thawing one later needs
-    no new group. A parameter with several owners (tied weights) is left out of weight decay if
-    any of its owners says so.
+    no new group; a frozen one may be of any dtype and layout, or without a shape yet. A parameter
+    with several owners (tied weights) is left out of weight decay if any of its owners says so.
 
     Args:
         model: the module to take the parameters of.
@@ -79,9 +90,11 @@ def param_groups(
         groups to the optimizer.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module`` or ``weight_decay`` is no number.
-        ValueError: ``weight_decay`` is negative or not finite, or a parameter of a lazy module
-            has no shape yet.
+        TypeError: ``model`` is no ``nn.Module``, ``weight_decay`` is no number, or what
+            ``no_weight_decay()`` or ``no_weight_decay_keywords()`` returns is no set of str.
+        ValueError: ``weight_decay`` is negative or not finite, one of those names is empty, or the
+            shape of a parameter that is not frozen cannot be told: it is of a lazy module, of FSDP1
+            with ``use_orig_params=False``, or the model is a module inside an FSDP1 model.
 
     Example:
         >>> groups = fusedopt.param_groups(model, weight_decay=0.1)
