@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable
-from copy import deepcopy
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import checkpoint
 from .amp import AmpAttributes
 from .backends import Backend, choose, requested_backend
 from .options import Options
@@ -34,7 +35,6 @@ from .plan import (
     StepInputs,
 )
 from .rows import build_rows, check_param, label_of
-from .state import loaded
 
 # Stands in the options table for a number that is on the device: a NaN that nobody else uses, so
 # that a table which holds a number again differs from it.
@@ -48,6 +48,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     """
 
     rule: str
+
+    # By parameter, once a checkpoint has brought its own names for the groups.
+    _names_given: checkpoint.Names = MappingProxyType({})
 
     @_disable_dynamo
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
@@ -72,6 +75,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     @abstractmethod
     def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
         """Write the group's hyper-parameters as the rule's ``Options`` (csrc/rules.h)."""
+
+    def _check_loaded_groups(self, groups: list[Group]) -> None:
+        """Warn of what the groups of a checkpoint, which will be loaded, change."""
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -205,7 +211,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         # Here and not in the step, which may be the first and captured.
         self._scalars = self._scalars.to(self._flag_device(self._scalars.device))
         layout = self._layout()
-        rows = build_rows(groups, self.state, layout, options.master_weights, every_param)
+        rows = build_rows(
+            groups, self.state, layout, options.master_weights, every_param, self._names_given
+        )
         plan = backend.plan(self.rule, rows, layout, groups, self.state)
         self._backend, self._plan = backend, plan
         return backend, plan
@@ -317,10 +325,16 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_options": self._options, "_scalars": self._scalars, "_measured": self._measured}
+        names = self._names_given
+        kept["_names_given"] = [
+            (p, names[p]) for group in self.param_groups for p in group["params"] if p in names
+        ]
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if isinstance(self._names_given, list):  # as __getstate__ gave it
+            self._names_given = WeakTensorKeyDictionary(self._names_given)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -335,40 +349,30 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
         Differs from torch in one respect: states keep (or get) fp32, whatever the parameter's
         dtype. ``max_grad_norm`` and the other options of the whole optimizer stay as constructed.
+        A parameter without state in the checkpoint starts anew. Where nobody else can see the
+        optimizer's own tensors they are written to, so that loading needs no second state.
 
         Raises:
-            ValueError: the param groups do not match.
-            RuntimeError: a group of the checkpoint has ``differentiable=True``.
+            ValueError: the param groups do not match, or are those of another optimizer; a step
+                count is no count.
+            KeyError: a parameter's state is there in part, or is that of another optimizer.
+            TypeError: a state is no plain tensor of floating-point numbers.
+            RuntimeError: a group of the checkpoint has ``differentiable=True``; a state has no
+                memory; there is not enough memory. Whatever is raised, nothing has been changed.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        for i, group in enumerate(state_dict["param_groups"]):
+        groups = state_dict["param_groups"]
+        for i, group in enumerate(groups):
             _refuse_differentiable(group, f"param group {i} of the state_dict")
-        params = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        param_of = dict(zip(ids, params, strict=False))  # torch refuses unequal lengths below
+        wanted = checkpoint.check(self, state_dict)
+        self._check_loaded_groups(groups)
+        self._drop_plan()
         with torch.inference_mode(False), torch.no_grad():
-            state_dict["state"] = {
-                key: _Held(loaded(param_of[key], value)) if key in param_of else deepcopy(value)
-                for key, value in state_dict["state"].items()
-            }
-        hooks = (
-            self._optimizer_load_state_dict_pre_hooks,
-            self._optimizer_load_state_dict_post_hooks,
-        )
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            self._optimizer_load_state_dict_pre_hooks = hooks[0]
-            self._optimizer_load_state_dict_post_hooks = hooks[1]
-        for key, value in self.state.items():
-            if isinstance(value, _Held):
-                self.state[key] = value.state
+            checkpoint.load(self, state_dict, wanted)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -379,10 +383,3 @@ def _refuse_differentiable(group: dict[str, Any], label: str) -> None:
             f"{label}: differentiable=True is not supported: the fused step is not recorded by "
             "autograd; set it to False, or use torch.optim for a differentiable optimizer"
         )
-
-
-class _Held:
-    """Carries converted state past torch's ``load_state_dict``, which would cast it to half."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .state import (
     STEP,
     ParamState,
     check_shapes,
+    check_state,
     complete_all,
     dense_like,
     is_complete,
@@ -53,10 +54,21 @@ def check_param(label: str, param: Tensor) -> None:
         )
 
 
-def label_of(group: Group, group_index: int, param_index: int) -> str:
-    names = group.get("param_names")
-    name = f" ({names[param_index]!r})" if names and param_index < len(names) else ""
-    return f"param {param_index} of group {group_index}{name}"
+_NO_NAMES: Mapping[Tensor, str | None] = MappingProxyType({})
+
+
+def label_of(
+    group: Group,
+    group_index: int,
+    param_index: int,
+    names_given: Mapping[Tensor, str | None] = _NO_NAMES,
+) -> str:
+    """What messages call a parameter; ``names_given`` go before the names in its group."""
+    names = group.get("param_names") or ()
+    in_group = names[param_index] if param_index < len(names) else None
+    name = names_given.get(group["params"][param_index], in_group)
+    text = f"param {param_index} of group {group_index}"
+    return text if name is None else f"{text} ({name!r})"
 
 
 def build_rows(
@@ -65,6 +77,7 @@ def build_rows(
     names: Sequence[tuple[str, ...]],
     master_weights: bool | None,
     every_param: bool,
+    names_given: Mapping[Tensor, str | None],
 ) -> list[Row]:
     """Rows of all params in order. Validates first; only then creates the state that is missing.
 
@@ -75,12 +88,13 @@ def build_rows(
         master_weights: as given by the user.
         every_param: create state for every parameter that requires grad, not only for those that
             have a gradient now.
+        names_given: what messages call the parameters, where the groups' names are not theirs.
 
     Raises:
         RuntimeError: some parameter, gradient or state cannot be used; nothing has been changed.
     """
     rows = [
-        Row(p, label_of(group, g, i), g)
+        Row(p, label_of(group, g, i, names_given), g)
         for g, group in enumerate(groups)
         for i, p in enumerate(group["params"])
     ]
@@ -138,6 +152,10 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
         )
     if param.grad is not None:
         check_grad(row.label, param, param.grad)
+    try:
+        check_state(row.label, param, own, names, "del optimizer.state[param]")
+    except (KeyError, TypeError, ValueError) as error:  # optimizer.state was edited
+        raise RuntimeError(error.args[0]) from error
     check_shapes(row.label, param, own, names)
 
 
@@ -214,7 +232,11 @@ def _complete(
         own = state.get(row.param, {})
         if wanted and not is_complete(row.param, own, names[row.group], master):
             due.append(row)
-    fresh: list[dict[str, Any]] = [dict(state.get(row.param, {})) for row in due]
-    complete_all([r.param for r in due], fresh, [names[r.group] for r in due], master_weights)
-    for row, own in zip(due, fresh, strict=True):
+    complete = complete_all(
+        [row.param for row in due],
+        [state.get(row.param, {}) for row in due],
+        [names[row.group] for row in due],
+        master_weights,
+    )
+    for row, own in zip(due, complete, strict=True):
         state[row.param] = own
