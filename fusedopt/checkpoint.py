@@ -172,7 +172,8 @@ def _is_reusable(optimizer: FusedOptimizer, param: Tensor, name: str, like: Tens
     if type(tensor) is not Tensor or not fits(tensor, like):
         return False
     storage = tensor.untyped_storage()
-    whole = storage.resizable() and storage.nbytes() == tensor.nbytes
+    shared = storage.is_shared() and tensor.is_cpu  # said of all memory on a GPU
+    whole = storage.resizable() and not shared and storage.nbytes() == tensor.nbytes
     if not whole or tensor.is_inference() or tensor.requires_grad:
         return False
     del own, tensor, storage  # which would count as owners
@@ -189,6 +190,7 @@ def _owners(holder: Any, param: Tensor, name: str) -> tuple[int, ...]:
         sys.getrefcount(holder.state),
         sys.getrefcount(own),
         sys.getrefcount(tensor),
+        sys.getrefcount(storage),
         tensor._use_count(),
         torch._C._storage_Use_Count(storage._cdata),
     )

@@ -106,10 +106,10 @@ class FusedSGD(FusedOptimizer):
             if own["decoupled_weight_decay"] and not same:
                 warn(
                     f"param group {index} of the state_dict has no decoupled_weight_decay, like "
-                    f"torch.optim.SGD's: it was trained with weight_decay={decay} in the gradient, "
-                    f"which with momentum={momentum} is up to {1 / (1 - momentum):.3g} times as "
-                    "strong as this optimizer's. FusedSGD(..., decoupled_weight_decay=False) goes "
-                    "on as it was trained; to go on with decoupled_weight_decay=True, say so: "
+                    f"torch.optim.SGD's: it was trained with weight_decay={decay} in the gradient. "
+                    f"With momentum={momentum} that is up to 1 / (1 - momentum) times as strong as "
+                    "here. FusedSGD(..., decoupled_weight_decay=False) goes on as it was trained; "
+                    "to go on with decoupled_weight_decay=True, say so: "
                     "for g in state_dict['param_groups']: g.update(decoupled_weight_decay=True)"
                 )
                 return
