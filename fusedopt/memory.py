@@ -2,72 +2,55 @@
 
 from __future__ import annotations
 
-import math
+import ctypes
 import mmap
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
-_ALIGNMENT = 128  # bytes; the widest vector, twice over
 
 
-def zeros_like_all(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """One zeroed tensor for each of ``params``, with its shape, strides and device.
+def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor without values, of ``tensor``'s shape, strides and device, in memory of its own.
 
-    CPU tensors are cut from one mapping that asks for huge pages: an optimizer streams through its
-    state once a step, and with 4 KiB pages the walk of the page tables adds to that. Each tensor
-    is a storage of its own, so that saving one does not save them all.
+    On Linux the kernel is asked for huge pages: an optimizer streams through its state once a step,
+    and with pages of 4 KiB it would wait for the page tables, too. The kernel gives them where
+    memory is touched for the first time, so the caller has to fill the tensor.
 
     Args:
-        params: tensors whose elements are dense in memory (no gaps, no overlap).
-        dtypes: the dtype of each result.
+        tensor: its elements are dense in memory (no gaps, no overlap).
+        dtype: of the result.
 
     Raises:
         RuntimeError: there is not enough memory.
     """
-    out: list[Tensor | None] = [None] * len(params)
-    on_cpu = [i for i, p in enumerate(params) if p.device.type == "cpu" and p.numel() > 0]
-    sizes = [_aligned(params[i].numel() * dtypes[i].itemsize) for i in on_cpu]
-    mapped = _map_huge_pages(sum(sizes)) if sum(sizes) >= _HUGE_PAGE else None
-    if mapped is not None:
-        mapping, start = mapped
-        for i, size in zip(on_cpu, sizes, strict=True):
-            flat = torch.frombuffer(mapping, dtype=dtypes[i], count=params[i].numel(), offset=start)
-            out[i] = flat.as_strided(params[i].size(), params[i].stride()).detach()
-            start += size
-    return [
-        torch.zeros_like(p, dtype=dtype) if t is None else t
-        for t, p, dtype in zip(out, params, dtypes, strict=True)
-    ]
+    new = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+    if new.device.type == "cpu":
+        _ask_for_huge_pages(new.data_ptr(), new.nbytes)
+    return new
 
 
-def _aligned(n_bytes: int) -> int:
-    return math.ceil(n_bytes / _ALIGNMENT) * _ALIGNMENT
+def _ask_for_huge_pages(address: int, n_bytes: int) -> None:
+    """For the whole huge pages within; the kernel may refuse, and its other pages serve as well."""
+    start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    end = (address + n_bytes) // _HUGE_PAGE * _HUGE_PAGE
+    madvise = _madvise()
+    if start < end and madvise is not None:
+        madvise(start, end - start, mmap.MADV_HUGEPAGE)
 
 
-def _huge_pages_available() -> bool:
-    return sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE")
-
-
-def _map_huge_pages(n_bytes: int) -> tuple[mmap.mmap, int] | None:
-    """A private anonymous mapping and the offset of its first huge-page boundary, if to be had.
-
-    Fresh anonymous pages are zero; they become resident when first touched.
-    """
-    if not _huge_pages_available():
+@cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
-    try:
-        mapping = mmap.mmap(-1, n_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # no memory: torch's allocator may find it piece by piece, or raises its error
-        return None
-    with suppress(OSError):  # a kernel without transparent huge pages: smaller pages, same memory
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    address = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
-    return mapping, -address % _HUGE_PAGE
+    function = getattr(ctypes.CDLL(None), "madvise", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from . import checkpoint
 from .amp import AmpAttributes
 from .backends import Backend, choose, prepare
 from .modes import durable, refuse_tracing, untraced
@@ -39,7 +38,6 @@ from .plan import (
 )
 from .rows import check_param, checked_rows, complete_rows, label_of
 from .shared import Shared
-from .state import loaded
 
 # Stands in the options table for a number that is on the device: a NaN that nobody else uses, so
 # that a table which holds a number again differs from it.
@@ -81,6 +79,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     @abstractmethod
     def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
         """Write the group's hyper-parameters as the rule's ``Options`` (csrc/rules.h)."""
+
+    def _check_loaded_groups(self, groups: list[Group]) -> None:
+        """Warn of what the groups of a checkpoint, which will be loaded, change."""
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -276,7 +277,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         """A plan for the optimizer as it is now; creates what state is missing."""
         self._check_containers()
         layout = self._layout()
-        rows = checked_rows(self.param_groups, self.state, layout)
+        rows = checked_rows(self.param_groups, self.state, layout, self._shared.names)
         with durable(), torch.no_grad():
             return self._build_plan_now(rows, layout, every_param)
 
@@ -431,10 +432,14 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         shared = self._shared
+        names = shared.names
         kept = {
             "_options": shared.options,
             "_scalars": shared.scalars,
             "_measured": shared.measured,
+            "_names": [
+                (p, names[p]) for group in self.param_groups for p in group["params"] if p in names
+            ],
         }
         return {**super().__getstate__(), **kept}
 
@@ -442,8 +447,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         state = dict(state)
         if "_options" in state:  # unpickled; load_state_dict comes here, too
             self._shared = Shared(
-                state.pop("_options"), state.pop("_scalars"), state.pop("_measured")
+                state.pop("_options"), state.pop("_scalars"), measured=state.pop("_measured")
             )
+            self._shared.names.update(state.pop("_names", ()))
         super().__setstate__(state)
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -456,40 +462,37 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
         Differs from torch in one respect: states keep (or get) fp32, whatever the parameter's
         dtype. ``max_grad_norm`` and the other options of the whole optimizer stay as constructed.
+        A parameter without state in the checkpoint starts anew. Where nobody else can see the
+        optimizer's own tensors they are written to, so that loading needs no second state.
 
         Raises:
-            ValueError: the param groups do not match.
-            RuntimeError: a group of the checkpoint has ``differentiable=True``.
+            ValueError: the param groups do not match, or are those of another optimizer; a step
+                count is no count.
+            KeyError: a parameter's state is there in part, or is that of another optimizer.
+            TypeError: a state is no plain tensor of floating-point numbers.
+            RuntimeError: a group of the checkpoint has ``differentiable=True``; a state has no
+                memory; there is not enough memory. Whatever is raised, nothing has been changed.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
-                state_dict = replaced
-        for i, group in enumerate(state_dict["param_groups"]):
-            _refuse_differentiable(group, f"param group {i} of the state_dict")
-        params = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        param_of = dict(zip(ids, params, strict=False))  # torch refuses unequal lengths below
-        with torch.inference_mode(False), torch.no_grad():
-            state_dict["state"] = {
-                key: _Held(loaded(param_of[key], value)) if key in param_of else deepcopy(value)
-                for key, value in state_dict["state"].items()
-            }
-        hooks = (
-            self._optimizer_load_state_dict_pre_hooks,
-            self._optimizer_load_state_dict_post_hooks,
-        )
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            self._optimizer_load_state_dict_pre_hooks = hooks[0]
-            self._optimizer_load_state_dict_post_hooks = hooks[1]
-        for key, value in self.state.items():
-            if isinstance(value, _Held):
-                self.state[key] = value.state
+                state_dict = dict(replaced)
+        # Options of the whole optimizer, which a wrapper may have put there, stay as constructed.
+        groups = [
+            {name: value for name, value in group.items() if name not in OPTION_NAMES}
+            for group in state_dict["param_groups"]
+        ]
+        state_dict["param_groups"] = groups
+        for i, group in enumerate(groups):
+            where = f"param group {i} of the state_dict"
+            _refuse_differentiable(group, where)
+            check_group(group, self.numbers, f" in {where}")
+        wanted = checkpoint.check(self, state_dict)
+        self._check_loaded_groups(groups)
+        self._drop_plan()
+        with durable(), torch.no_grad():
+            checkpoint.load(self, state_dict, wanted)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -540,10 +543,3 @@ def _refuse_duplicates(group: dict[str, Any], where: str) -> None:
 
 def _nbytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None or is_lazy(tensor) else tensor.numel() * tensor.element_size()
-
-
-class _Held:
-    """Carries converted state past torch's ``load_state_dict``, which would cast it to half."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .state import (
     STEP,
     ParamState,
     check_shapes,
+    check_state,
     complete_all,
     dense_like,
     is_complete,
@@ -56,14 +57,28 @@ def check_param(label: str, param: Tensor) -> None:
         )
 
 
-def label_of(group: Group, group_index: int, param_index: int) -> str:
-    names = group.get("param_names")
-    name = f" ({names[param_index]!r})" if names and param_index < len(names) else ""
-    return f"param {param_index} of group {group_index}{name}"
+_NO_NAMES: Mapping[Tensor, str | None] = MappingProxyType({})
+
+
+def label_of(
+    group: Group,
+    group_index: int,
+    param_index: int,
+    names_given: Mapping[Tensor, str | None] = _NO_NAMES,
+) -> str:
+    """What messages call a parameter; ``names_given`` go before the names in its group."""
+    names = group.get("param_names") or ()
+    in_group = names[param_index] if param_index < len(names) else None
+    name = names_given.get(group["params"][param_index], in_group)
+    text = f"param {param_index} of group {group_index}"
+    return text if name is None else f"{text} ({name!r})"
 
 
 def checked_rows(
-    groups: Sequence[Group], state: dict[Tensor, ParamState], names: Sequence[tuple[str, ...]]
+    groups: Sequence[Group],
+    state: dict[Tensor, ParamState],
+    names: Sequence[tuple[str, ...]],
+    names_given: Mapping[Tensor, str | None],
 ) -> list[Row]:
     """Rows of all params in order, as far as they can be used; nothing is created yet.
 
@@ -71,12 +86,13 @@ def checked_rows(
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``.
         names: state names the rule wants, for each group.
+        names_given: what messages call the parameters, where the groups' names are not theirs.
 
     Raises:
         RuntimeError: some parameter, gradient or state cannot be used.
     """
     rows = [
-        Row(p, label_of(group, g, i), g)
+        Row(p, label_of(group, g, i, names_given), g)
         for g, group in enumerate(groups)
         for i, p in enumerate(group["params"])
     ]
@@ -168,6 +184,10 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
         )
     if param.grad is not None:
         check_grad(row.label, param, param.grad)
+    try:
+        check_state(row.label, param, own, names, "del optimizer.state[param]")
+    except (KeyError, TypeError, ValueError) as error:  # optimizer.state was edited
+        raise RuntimeError(error.args[0]) from error
     check_shapes(row.label, param, own, names)
 
 
@@ -261,7 +281,11 @@ def _complete(
         own = state.get(row.param, {})
         if wanted and not is_complete(row.param, own, names[row.group], master):
             due.append(row)
-    fresh: list[dict[str, Any]] = [dict(state.get(row.param, {})) for row in due]
-    complete_all([r.param for r in due], fresh, [names[r.group] for r in due], master_weights)
-    for row, own in zip(due, fresh, strict=True):
+    complete = complete_all(
+        [row.param for row in due],
+        [state.get(row.param, {}) for row in due],
+        [names[row.group] for row in due],
+        master_weights,
+    )
+    for row, own in zip(due, complete, strict=True):
         state[row.param] = own

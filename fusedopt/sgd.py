@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.sgd import SGD
 
+from .checkpoint import warn
 from .optimizer import FusedOptimizer, torch_defaults
 from .options import Options, flag, number
 from .plan import Group
@@ -98,6 +99,21 @@ class FusedSGD(FusedOptimizer):
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if float(group["momentum"]) != 0.0 else ()
+
+    def _check_loaded_groups(self, groups: list[Group]) -> None:
+        for index, (own, saved) in enumerate(zip(self.param_groups, groups, strict=False)):
+            decay, momentum = saved["weight_decay"], saved["momentum"]
+            same = "decoupled_weight_decay" in saved or decay == 0 or momentum == 0
+            if own["decoupled_weight_decay"] and not same:
+                warn(
+                    f"param group {index} of the state_dict has no decoupled_weight_decay, like "
+                    f"torch.optim.SGD's: it was trained with weight_decay={decay} in the gradient. "
+                    f"With momentum={momentum} that is up to 1 / (1 - momentum) times as strong as "
+                    "here. FusedSGD(..., decoupled_weight_decay=False) goes on as it was trained; "
+                    "to go on with decoupled_weight_decay=True, say so: "
+                    "for g in state_dict['param_groups']: g.update(decoupled_weight_decay=True)"
+                )
+                return
 
     def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
         _OPTIONS.pack_into(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .options import Options
 from .plan import Plan
@@ -42,5 +43,7 @@ class Shared:
     measured: bool = False  # the last step computed the norm
     plan: Plan | None = None
     backend: Backend | None = None
+    # What messages call a parameter, once a checkpoint has brought its own names for the groups.
+    names: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     captured_plans: list[Plan] = field(default_factory=list)  # a CUDA graph may still replay them
     amp: ScalerExchange = field(default_factory=ScalerExchange)

@@ -1,4 +1,4 @@
-"""Optimizer state of one parameter: what it holds, how it is made, checked and loaded.
+"""Optimizer state of one parameter: what it holds, how it is made and checked.
 
 Names and meaning are torch's (``step``, ``exp_avg``, ``momentum_buffer`` ...) plus
 ``master_param``, the fp32 copy of an fp16/bf16 parameter. Whatever the parameter's dtype, state is
@@ -7,18 +7,28 @@ fp32 (fp64 for an fp64 parameter) and laid out in memory like the parameter.
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .memory import is_dense, zeros_like_all
+from .memory import empty_like, is_dense
 from .plan import HALF_DTYPES
 
 MASTER = "master_param"
 STEP = "step"
+MOMENTUM = "momentum_buffer"
+
+# Absent, it is zero: amsgrad may be switched on between two steps.
+_STARTS_LATER = "max_exp_avg_sq"
+
+# States of the optimizers of torch and of bitsandbytes. Who finds one of them instead of its own
+# has the checkpoint of another rule.
+_OF_SOME_RULE = {MOMENTUM, "exp_avg", "exp_avg_sq", _STARTS_LATER, "exp_inf", "square_avg"}
+_OF_SOME_RULE |= {"grad_avg", "acc_delta", "sum", "prev", "ax", "state1", "state2"}
 
 ParamState = dict[str, Any]
 
@@ -46,79 +56,30 @@ def wants_master(param: Tensor, master_weights: bool | None) -> bool:
 
 def is_complete(param: Tensor, state: ParamState, names: Sequence[str], master: bool) -> bool:
     """Whether ``state`` can be used by the kernels as it is."""
+    if not master and MASTER in state:
+        return False
     if not names and not master:
         return True
     wanted = [*names, MASTER] if master else [*names]
     if names and not is_step(state.get(STEP), param):
         return False
     like = dense_like(param)
-    return all(name in state and _fits(state[name], like) for name in wanted)
+    return all(name in state and fits(state[name], like) for name in wanted)
 
 
-def _fits(value: object, like: Tensor) -> bool:
+def fits(value: object, like: Tensor) -> bool:
+    """Whether ``value`` is state as the kernels need it for a parameter like ``like``."""
     return (
         isinstance(value, Tensor)
         and value.dtype == state_dtype(like)
         and value.device == like.device
         and value.shape == like.shape
+        and not value.is_neg()
         and all(
             v == p or n < 2
             for v, p, n in zip(value.stride(), like.stride(), like.shape, strict=True)
         )
     )
-
-
-def check_shapes(label: str, param: Tensor, state: ParamState, names: Sequence[str]) -> None:
-    """Raise ``RuntimeError`` if a state tensor lacks its parameter's shape, or memory."""
-    for name in (*names, MASTER, STEP):
-        value = state.get(name)
-        if not isinstance(value, Tensor):
-            continue
-        if name != STEP and value.shape != param.shape:
-            raise RuntimeError(
-                f"{label}: state {name!r} has shape {tuple(value.shape)}, the parameter has "
-                f"{tuple(param.shape)}; delete optimizer.state[param] or give it that shape"
-            )
-        if value.numel() > 0 and value.device.type != "meta" and value.data_ptr() == 0:
-            raise RuntimeError(
-                f"{label}: state {name!r} has no memory; delete optimizer.state[param] or give it "
-                "values"
-            )
-
-
-def complete_all(
-    params: Sequence[Tensor],
-    states: Sequence[ParamState],
-    names: Sequence[Sequence[str]],
-    master_weights: bool | None,
-) -> None:
-    """Make what is missing in each of ``states`` and convert what does not fit, in place.
-
-    A new master starts as its parameter. An existing value keeps its numbers in the right dtype,
-    device and layout.
-    """
-    wanted: list[tuple[int, str, Tensor]] = []
-    for i, param in enumerate(params):
-        like = dense_like(param)
-        master = [MASTER] if wants_master(param, master_weights) else []
-        if not master:
-            states[i].pop(MASTER, None)  # of a time when the parameter was half: stale by now
-        for name in (*names[i], *master):
-            if not _fits(states[i].get(name), like):
-                wanted.append((i, name, like))
-    fresh = zeros_like_all([like for _, _, like in wanted], [state_dtype(w[2]) for w in wanted])
-    for (i, name, _), new in zip(wanted, fresh, strict=True):
-        old = states[i].get(name)
-        if isinstance(old, Tensor):
-            new.copy_(old)
-        elif name == MASTER:
-            new.copy_(params[i].detach())
-        else:
-            new.zero_()  # commits the memory: if there is not enough, it shows here
-        states[i][name] = new
-    for i, param in enumerate(params):
-        if names[i] and not is_step(states[i].get(STEP), param):
-            states[i][STEP] = _step_tensor(states[i].get(STEP, 0), param)
 
 
 def is_step(value: object, param: Tensor) -> bool:
@@ -130,35 +91,139 @@ def is_step(value: object, param: Tensor) -> bool:
     )
 
 
-def _step_tensor(value: Any, param: Tensor) -> Tensor:
+def step_tensor(value: Any, param: Tensor) -> Tensor:
     """A 0-dim fp32 count on the parameter's device, from a number or a one-element tensor."""
     return torch.tensor(float(value), dtype=torch.float32, device=param.device)
 
 
-def loaded(param: Tensor, saved: ParamState) -> ParamState:
-    """The state for ``param`` that a checkpoint's ``saved`` stands for; shares no memory with it.
+def as_ours(state: ParamState, names: Sequence[str]) -> ParamState:
+    """A copy of ``state`` in our words: None is absent, and a ``momentum_buffer`` has a ``step``.
 
-    Accepts what ``torch.optim`` saves: states in the parameter's dtype, ``step`` as a number or in
-    any float dtype, a ``momentum_buffer`` that is None or comes without ``step``.
+    torch's SGD keeps no count: a buffer means that the first step is past.
     """
-    if not isinstance(saved, dict):
-        raise TypeError(
-            f"state of one parameter must be a dict, got {type(saved).__name__}; "
-            "pass what optimizer.state_dict() returned"
+    known = {*names, MASTER, STEP, MOMENTUM}
+    own = {name: value for name, value in state.items() if value is not None or name not in known}
+    if MOMENTUM in own:
+        own.setdefault(STEP, 1)
+    return own
+
+
+def check_state(
+    label: str, param: Tensor, state: ParamState, names: Sequence[str], anew: str
+) -> None:
+    """Raise unless each state of ``names`` is there, or none is and the parameter starts anew.
+
+    Args:
+        label: what messages call the parameter.
+        anew: the line of code that drops the parameter's state.
+
+    Raises:
+        KeyError: some states are there and some are not, or only those of another rule.
+        TypeError: a state is no plain tensor, or is of an integer or complex dtype.
+        ValueError: ``step`` is no count.
+        RuntimeError: a state has no memory.
+    """
+    own = as_ours(state, names)
+    missing = [name for name in (*names, STEP) if name not in own and name != _STARTS_LATER]
+    telling = {*names, STEP, *_OF_SOME_RULE}
+    found = sorted(name for name in own if name in telling and name in state)
+    if names and missing and found:
+        raise KeyError(
+            f"{label}: its state has {_listed(found)} and lacks {_listed(missing)}; add what is "
+            f"missing, or start it anew by {anew}"
         )
-    saved = {name: value for name, value in saved.items() if value is not None}
-    if "momentum_buffer" in saved and STEP not in saved:
-        saved[STEP] = 1  # torch's SGD keeps no count: a buffer means that the first step is past
-    like = dense_like(param)
-    result: ParamState = {}
-    for name, value in saved.items():
-        if name == STEP:
-            result[name] = _step_tensor(value, param)
-        elif isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
-            new = torch.empty_like(like, dtype=state_dtype(param), device=param.device)
-            result[name] = new.copy_(value)
-        elif isinstance(value, Tensor):
-            result[name] = value.detach().clone().to(param.device)
+    for name in (*names, MASTER, STEP):
+        value = own.get(name)
+        if name != STEP and value is not None:
+            _check_tensor(label, name, value, anew)
+        if isinstance(value, Tensor) and _has_no_memory(value, param):
+            raise RuntimeError(f"{label}: state {name!r} has no memory; start it anew by {anew}")
+    if names and STEP in own and not _is_count(own[STEP]):
+        raise ValueError(
+            f"{label}: state 'step' is {own[STEP]!r}, and has to be a number of steps, at least 0; "
+            f"set it, or start it anew by {anew}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _check_tensor(label: str, name: str, value: object, anew: str) -> None:
+    plain = isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
+    if isinstance(value, Tensor) and plain and value.layout == torch.strided:
+        if value.is_floating_point():
+            return
+        kind = f"of dtype {value.dtype}"
+    else:
+        kind = f"a {type(value).__name__}"
+    raise TypeError(
+        f"{label}: state {name!r} is {kind}, not a plain tensor of floating-point numbers; "
+        f"convert it, or start it anew by {anew}"
+    )
+
+
+def _has_no_memory(value: Tensor, param: Tensor) -> bool:
+    if value.device.type == "meta":
+        return param.device.type != "meta"
+    return value.numel() > 0 and value.data_ptr() == 0
+
+
+def _is_count(value: Any) -> bool:
+    """A count that is where the kernels read it on a GPU is not fetched from there."""
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32:
+        if value.device.type != "cpu":
+            return True
+    elif isinstance(value, (str, bytes)):
+        return False
+    try:
+        return 0.0 <= float(value) < math.inf
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: several elements
+        return False
+
+
+def check_shapes(label: str, param: Tensor, state: ParamState, names: Sequence[str]) -> None:
+    """Raise ``RuntimeError`` if a state tensor lacks its parameter's shape."""
+    for name in (*names, MASTER):
+        value = state.get(name)
+        if isinstance(value, Tensor) and value.shape != param.shape:
+            raise RuntimeError(
+                f"{label}: state {name!r} has shape {tuple(value.shape)}, the parameter has "
+                f"{tuple(param.shape)}; delete optimizer.state[param] or give it that shape"
+            )
+
+
+def complete_all(
+    params: Sequence[Tensor],
+    states: Sequence[ParamState],
+    names: Sequence[Sequence[str]],
+    master_weights: bool | None,
+) -> list[ParamState]:
+    """Copies of ``states`` with what is missing, and with what does not fit converted.
+
+    A new master starts as its parameter, a new moment as zero. An existing value keeps its numbers
+    in the right dtype, device and layout. All memory is allocated before any of it is filled.
+    """
+    result = [as_ours(state, own) for state, own in zip(states, names, strict=True)]
+    wanted: list[tuple[int, str, Tensor]] = []
+    for i, param in enumerate(params):
+        like = dense_like(param)
+        master = [MASTER] if wants_master(param, master_weights) else []
+        if not master:
+            result[i].pop(MASTER, None)  # of a time when the parameter was half: stale by now
+        for name in (*names[i], *master):
+            if not fits(result[i].get(name), like):
+                wanted.append((i, name, empty_like(like, state_dtype(like))))
+    for i, name, new in wanted:
+        old = result[i].get(name)
+        if isinstance(old, Tensor):
+            new.copy_(old)
+        elif name == MASTER:
+            new.copy_(params[i].detach())
         else:
-            result[name] = copy.deepcopy(value)
+            new.zero_()
+        result[i][name] = new
+    for param, own, wished in zip(params, result, names, strict=True):
+        if (wished or STEP in own) and not is_step(own.get(STEP), param):
+            own[STEP] = step_tensor(own.get(STEP, 0), param)
     return result

@@ -71,6 +71,7 @@ def test_our_checkpoint_into_torch(twin):
     assert_close(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:param group 0 of the state_dict has no decoupled_weight_decay")
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_torch_sgd_checkpoint_keeps_our_decay(decoupled):
     """torch's SGD groups do not say how decay is applied: the constructor does."""

@@ -1,6 +1,5 @@
 """Where memory goes: all of it before the second step, none of it during."""
 
-import errno
 import gc
 import os
 import subprocess
@@ -141,25 +140,36 @@ def test_init_state_moves_nothing(kind, dtype, backend):
 
 def large_pair():
     """A transposed and a plain parameter whose states are 4 MiB each, and their optimizer."""
-    params = [torch.nn.Parameter(torch.ones(1024, 512).t()), torch.nn.Parameter(torch.ones(2**19))]
+    params = [torch.nn.Parameter(torch.ones(1024, 1024).t()), torch.nn.Parameter(torch.ones(2**20))]
     give_grads(params)
     return params, fusedopt.FusedAdamW(params, lr=0.01)
 
 
-def refuse_mapping(*args, **kwargs):
-    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-
-def test_state_without_a_mapping(monkeypatch, cpu_backend):
-    """Where the one large mapping cannot be had, torch's allocator serves, with the same bits."""
+@pytest.mark.parametrize("madvise", [None, lambda *args: -1], ids=["absent", "refused"])
+def test_state_without_huge_pages(madvise, monkeypatch, cpu_backend):
+    """Where the system has none, smaller pages serve, with the same bits."""
     twin, twin_opt = large_pair()
     twin_opt.step()
-    monkeypatch.setattr("mmap.mmap", refuse_mapping)
+    monkeypatch.setattr("fusedopt.memory._madvise", lambda: madvise)
     params, opt = large_pair()
     opt.init_state()
     assert [opt.state[p]["exp_avg"].stride() for p in params] == [p.stride() for p in params]
     opt.step()
     assert all(torch.equal(a, b) for a, b in zip(params, twin, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages of Linux")
+def test_huge_pages_are_asked_for_before_memory_is_touched(monkeypatch, cpu_backend):
+    """For whole ones within a state, of 2 MiB each."""
+    asked = []
+    monkeypatch.setattr("fusedopt.memory._madvise", lambda: lambda *args: asked.append(args))
+    params, opt = large_pair()
+    opt.init_state()
+    states = [v for p in params for k, v in opt.state[p].items() if k != "step"]
+    assert len(asked) == len(states) == 4
+    for (start, n_bytes, _), state in zip(asked, states, strict=True):
+        assert start % 2**21 == n_bytes % 2**21 == 0 and n_bytes >= 2**21
+        assert state.data_ptr() <= start and start + n_bytes <= state.data_ptr() + state.nbytes
 
 
 def test_running_out_of_memory_is_a_runtime_error(monkeypatch, cpu_backend):
@@ -170,8 +180,7 @@ def test_running_out_of_memory_is_a_runtime_error(monkeypatch, cpu_backend):
 
     params, opt = large_pair()
     with monkeypatch.context() as patched:
-        patched.setattr("mmap.mmap", refuse_mapping)
-        patched.setattr(torch, "zeros_like", no_memory)
+        patched.setattr(torch, "empty_like", no_memory)
         for call in (opt.init_state, opt.step):
             with pytest.raises(RuntimeError, match="not enough memory"):
                 call()

@@ -1,0 +1,219 @@
+"""Loading a checkpoint: what it must hold, and how its values get into the optimizer's state."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .memory import empty_like
+from .plan import Group
+from .rows import label_of
+from .state import (
+    MASTER,
+    STEP,
+    ParamState,
+    as_ours,
+    check_state,
+    dense_like,
+    fits,
+    state_dtype,
+    step_tensor,
+    wants_master,
+)
+
+if TYPE_CHECKING:
+    from .optimizer import FusedOptimizer
+
+Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: parameter and states
+Write = tuple[Tensor, Tensor]  # the tensor that is written to, and the one that is read
+
+
+# ---- what a checkpoint must hold -----------------------------------------------------------------
+
+
+def check(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Wanted:
+    """Raise unless the checkpoint is one for this optimizer; say whose state each entry is."""
+    wanted: Wanted = {}
+    groups = state_dict["param_groups"]
+    for g, saved in enumerate(groups):
+        _check_group(g, saved, optimizer.defaults)
+    sizes = [[len(group["params"]) for group in each] for each in (groups, optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        return wanted  # torch refuses it in a moment
+    for g, (own, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        names = optimizer._state_names({**optimizer.defaults, **saved})
+        for i, (param, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
+            if key in state_dict["state"]:
+                label = label_of(own, g, i, optimizer._shared.names)
+                _check_saved(label, key, param, state_dict["state"][key], names, saved)
+                wanted[key] = (param, names)
+    return wanted
+
+
+def _check_group(index: int, group: Group, defaults: dict[str, Any]) -> None:
+    """Each checkpoint of a rule has its numbers. Of the flags, older ones lack some."""
+    numbers = {n: v for n, v in defaults.items() if not (v is None or isinstance(v, bool))}
+    missing = {name: value for name, value in numbers.items() if name not in group}
+    if missing:
+        values = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+        raise ValueError(
+            f"param group {index} of the state_dict has no {', '.join(map(repr, missing))}: it is "
+            "the checkpoint of another optimizer; to load it none the less, say what to go on "
+            f"with: state_dict['param_groups'][{index}].update({values})"
+        )
+
+
+def _check_saved(
+    label: str, key: Any, param: Tensor, saved: object, names: Sequence[str], group: Group
+) -> None:
+    if not isinstance(saved, dict):
+        raise TypeError(
+            f"{label}: state of one parameter must be a dict, got {type(saved).__name__}; "
+            "pass what optimizer.state_dict() returned"
+        )
+    own = as_ours(saved, names)
+    if STEP in group and STEP not in own and any(name in own for name in names):
+        raise KeyError(
+            f"{label}: the checkpoint counts the steps of a group, not of each parameter, as "
+            "Apex's does; write for g in state_dict['param_groups']: [state_dict['state'][i]"
+            ".update(step=g['step']) for i in g['params']]"
+        )
+    check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]")
+
+
+def warn(message: str) -> None:
+    """A ``UserWarning`` at the line that called torch or this package."""
+    inside = (*torch.__path__, str(Path(__file__).parent))
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+# ---- how its values get in -----------------------------------------------------------------------
+
+
+class _Held:
+    """Carries state past torch's ``load_state_dict``, which would cast it to half."""
+
+    def __init__(self, state: ParamState) -> None:
+        self.state = state
+
+
+def load(optimizer: FusedOptimizer, state_dict: dict[str, Any], wanted: Wanted) -> None:
+    """Copy a checkpoint that was checked; until all memory is there nothing is changed."""
+    state: dict[Any, Any] = {}
+    writes: list[Write] = []
+    for key, value in state_dict["state"].items():
+        if key in wanted:
+            own, in_place = _receive(optimizer, *wanted[key], value)
+            state[key] = _Held(own)
+            writes += in_place
+        else:
+            state[key] = copy.deepcopy(value)
+    names = names_given(optimizer)
+    _load_without_hooks(optimizer, {**state_dict, "state": state})
+    optimizer._shared.names = names
+    for key, value in optimizer.state.items():
+        if isinstance(value, _Held):
+            optimizer.state[key] = value.state
+    for target, source in writes:
+        target.copy_(source)
+
+
+def _receive(
+    optimizer: FusedOptimizer, param: Tensor, names: Sequence[str], saved: ParamState
+) -> tuple[ParamState, list[Write]]:
+    """The state for ``param`` that ``saved`` stands for; shares no memory with it.
+
+    A tensor of the optimizer that nobody else can see is used again, so that loading needs no
+    second state. What is to be written to such tensors is returned, for later.
+
+    Accepts what ``torch.optim`` saves: states in the parameter's dtype, ``step`` as a number or in
+    any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
+    """
+    like = dense_like(param)
+    own = as_ours(saved, names)
+    if not wants_master(param, optimizer._shared.options.master_weights):
+        own.pop(MASTER, None)  # of a half parameter
+    state: ParamState = {}
+    writes: list[Write] = []
+    for name, value in own.items():
+        if name == STEP and names:
+            state[name] = step_tensor(value, param)
+        elif not isinstance(value, Tensor):
+            state[name] = copy.deepcopy(value)
+        elif value.shape != param.shape or not value.is_floating_point():
+            state[name] = value.detach().clone().to(param.device)
+        elif _is_reusable(optimizer, param, name, like):
+            state[name] = optimizer.state[param][name]
+            writes.append((state[name], value))
+        else:
+            state[name] = empty_like(like, state_dtype(param)).copy_(value)
+    return state, writes
+
+
+def _is_reusable(optimizer: FusedOptimizer, param: Tensor, name: str, like: Tensor) -> bool:
+    """Whether the optimizer has such a tensor, in memory that torch allocated for it alone."""
+    own = optimizer.state.get(param)
+    tensor = own.get(name) if type(own) is dict else None
+    if type(tensor) is not Tensor or not fits(tensor, like):
+        return False
+    storage = tensor.untyped_storage()
+    shared = storage.is_shared() and tensor.is_cpu  # said of all memory on a GPU
+    whole = storage.resizable() and not shared and storage.nbytes() == tensor.nbytes
+    if not whole or tensor.is_inference() or tensor.requires_grad:
+        return False
+    del own, tensor, storage  # which would count as owners
+    nobody_else = SimpleNamespace(state={param: {name: torch.empty(1)}})
+    return _owners(optimizer, param, name) == _owners(nobody_else, param, name)
+
+
+def _owners(holder: Any, param: Tensor, name: str) -> tuple[int, ...]:
+    """How many hold all state, the state of ``param``, its tensor ``name``, the tensor's memory."""
+    own = holder.state[param]
+    tensor = own[name]
+    storage = tensor.untyped_storage()
+    return (
+        sys.getrefcount(holder.state),
+        sys.getrefcount(own),
+        sys.getrefcount(tensor),
+        sys.getrefcount(storage),
+        tensor._use_count(),
+        torch._C._storage_Use_Count(storage._cdata),
+    )
+
+
+def _load_without_hooks(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """torch's own; the hooks see the checkpoint and the result, not the state on its way."""
+    names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+    hooks = {name: getattr(optimizer, name) for name in names}
+    optimizer.__dict__.update({name: OrderedDict() for name in names})
+    try:
+        Optimizer.load_state_dict(optimizer, state_dict)
+    finally:
+        optimizer.__dict__.update(hooks)
+
+
+# ---- the names of parameters ---------------------------------------------------------------------
+
+
+def names_given(optimizer: FusedOptimizer) -> WeakTensorKeyDictionary:
+    """By parameter. torch replaces a group's names by a checkpoint's, which may be in any order."""
+    names, known = WeakTensorKeyDictionary(), optimizer._shared.names
+    for group in optimizer.param_groups:
+        in_group = group.get("param_names") or [None] * len(group["params"])
+        for param, name in zip(group["params"], in_group, strict=False):
+            names[param] = known.get(param, name)  # type: ignore[no-untyped-call]
+    return names

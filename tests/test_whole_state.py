@@ -1,0 +1,409 @@
+"""State that is there in part or is of another rule: refused by name, nothing has changed."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from checkpoint_helpers import assert_same_bits, clone_params, make, make_params, run
+from protocol_helpers import (
+    assert_unmoved,
+    fallback_is_expected,
+    give_grads,
+    on_every_backend,
+    snapshot,
+)
+
+import fusedopt
+
+pytestmark = fallback_is_expected
+_every_backend = pytest.fixture(autouse=True)(on_every_backend)
+
+ALL = object()
+
+
+def refused_load(opt, params, state_dict, error, match):
+    """The message; the optimizer is as it was."""
+    before, groups = snapshot(params, opt), copy.deepcopy(opt.state_dict()["param_groups"])
+    tensors = {(p, k): v for p, own in opt.state.items() for k, v in own.items()}
+    with pytest.raises(error, match=match) as raised:
+        opt.load_state_dict(state_dict)
+    assert_unmoved(before, params, opt)
+    assert all(opt.state[p][k] is v for (p, k), v in tensors.items())
+    assert opt.state_dict()["param_groups"] == groups
+    return raised.value.args[0]
+
+
+def remedy_in(message, after=" by "):
+    return message.rpartition(after)[2]
+
+
+# Checkpoints of other rules
+
+WITH_STATE = {
+    "Adamax": (torch.optim.Adamax, {}),
+    "Lion": {"exp_avg": ALL},
+    "Lion with a count": {"exp_avg": ALL, "step": 3},
+    "RMSprop": {"square_avg": ALL, "step": 3},
+    "square_avg alone": {"square_avg": ALL},
+    "8-bit AdamW": {"step": 3, "state1": ALL, "state2": ALL},
+    "8-bit without a count": {"state1": ALL, "state2": ALL},
+    "Adagrad": {"step": 3, "sum": ALL},
+    "SGD": {"momentum_buffer": ALL},
+    "no second moment": {"step": 3, "exp_avg": ALL},
+    "a second moment of None": {"step": 3, "exp_avg": ALL, "exp_avg_sq": None},
+    "no count": {"exp_avg": ALL, "exp_avg_sq": ALL},
+    "a count alone": {"step": 3},
+    "a maximum alone": {"max_exp_avg_sq": ALL},
+}
+
+
+def foreign(which):
+    params, opt = make("adamw")
+    if isinstance(WITH_STATE[which], tuple):
+        cls, kwargs = WITH_STATE[which]
+        opt = cls(params, **kwargs)
+        run(params, opt, range(3))
+        return opt.state_dict()
+    saved = opt.state_dict()
+    fill = {i: torch.full(p.shape, 0.5) for i, p in enumerate(params)}
+    saved["state"] = {
+        i: {k: v.clone() if value is ALL else value for k, value in WITH_STATE[which].items()}
+        for i, v in fill.items()
+    }
+    return saved
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("which", WITH_STATE)
+def test_state_of_another_rule_is_refused_at_load(which, fresh):
+    params, opt = make("amsgrad" if which == "a maximum alone" else "adamw")
+    if not fresh:
+        run(params, opt, range(2))
+    state_dict = foreign(which)
+    if which == "a maximum alone":
+        state_dict["param_groups"][0]["amsgrad"] = True
+    message = refused_load(opt, params, state_dict, KeyError, "param 0 of group 0: its state has")
+    assert "'exp_avg'" in message
+    for i, value in list(state_dict["state"].items()):
+        assert value, i
+        message = refused_load(opt, params, state_dict, KeyError, f"param {i} of group 0")
+        exec(remedy_in(message), {"state_dict": state_dict})
+    opt.load_state_dict(state_dict)
+    run(params, opt, [0])
+    assert all(float(opt.state[p]["step"]) == 1 for p in params)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "plain-sgd", "adamw"])
+@pytest.mark.parametrize(
+    "theirs", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Rprop]
+)
+@pytest.mark.parametrize("stepped", [True, False])
+def test_groups_of_another_rule_are_refused(kind, theirs, stepped):
+    """Also where there is no state: lr and weight decay would be another rule's."""
+    params, opt = make(kind)
+    others = make_params()
+    their_opt = theirs(others, lr=0.5)
+    if stepped:
+        run(others, their_opt, range(2))
+    state_dict = copy.deepcopy(their_opt.state_dict())
+    if theirs is (torch.optim.AdamW if kind == "adamw" else torch.optim.SGD):
+        opt.load_state_dict(state_dict)
+        assert opt.param_groups[0]["lr"] == 0.5
+        return
+    match = "param group 0 of the state_dict has no '(betas|momentum|dampening)'"
+    message = refused_load(opt, params, state_dict, ValueError, match)
+    state_dict["state"].clear()
+    exec(remedy_in(message, "go on with: "), {"state_dict": state_dict})
+    state_dict["param_groups"][0]["decoupled_weight_decay"] = True
+    opt.load_state_dict(state_dict)
+    run(params, opt, [0])
+
+
+def test_a_group_count_is_given_to_each_parameter():
+    """Apex's FusedAdam has no count in its states."""
+    params, opt = make("adamw")
+    run(params, opt, range(3))
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        del state["step"]
+    saved["param_groups"][0]["step"] = 3
+    other, other_opt = make("adamw", params=clone_params(params))
+    message = refused_load(other_opt, other, saved, KeyError, "counts the steps of a group")
+    exec(remedy_in(message, "write "), {"state_dict": saved})
+    other_opt.load_state_dict(saved)
+    run(params, opt, [3])
+    run(other, other_opt, [3])
+    assert_same_bits((params, opt), (other, other_opt))
+
+
+def test_without_state_a_parameter_starts_anew_beside_others():
+    params, opt = make("adamw")
+    run(params, opt, range(3))
+    saved = opt.state_dict()
+    del saved["state"][1]
+    saved["state"][2] = {}
+    other, other_opt = make("adamw", params=clone_params(params))
+    other_opt.load_state_dict(saved)
+    run(other, other_opt, [3])
+    assert [float(other_opt.state[p]["step"]) for p in other] == [4, 1, 1, 4]
+
+
+def test_notes_beside_the_states_are_kept():
+    params, opt = make("adamw")
+    saved = opt.state_dict()
+    saved["state"] = {0: {"ema": torch.ones(5, 3), "note": None}}
+    opt.load_state_dict(saved)
+    run(params, opt, range(2))
+    own = opt.state[params[0]]
+    assert torch.equal(own["ema"], torch.ones(5, 3)) and own["note"] is None and own["step"] == 2
+
+
+# Values that are no state
+
+BAD_VALUES = {
+    "list": lambda t: t.tolist(),
+    "numpy": lambda t: t.numpy(),
+    "int": lambda t: 0,
+    "int tensor": lambda t: t.to(torch.int8),
+    "bool tensor": lambda t: t.bool(),
+    "complex": lambda t: t.to(torch.complex64),
+    "sparse": lambda t: t.to_sparse(),
+}
+BAD_STEPS = [float("nan"), -1, float("inf"), [3], "3", torch.tensor([3.0, 4.0])]
+BAD_STEPS += [torch.tensor(float("nan")), torch.tensor(-2), 3 + 1j]
+
+
+@pytest.mark.parametrize("name", ["exp_avg_sq", "master_param"])
+@pytest.mark.parametrize("form", BAD_VALUES)
+def test_what_is_no_tensor_of_numbers_is_refused(form, name):
+    params, opt = make("adamw", torch.bfloat16)
+    run(params, opt, range(2))
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][1][name] = BAD_VALUES[form](saved["state"][1][name])
+    match = f"param 1 of group 0: state '{name}' is .*not a plain tensor"
+    exec(remedy_in(refused_load(opt, params, saved, TypeError, match)), {"state_dict": saved})
+    make("adamw", torch.bfloat16)[1].load_state_dict(saved)
+    own = opt.state[params[1]]
+    own[name] = BAD_VALUES[form](own[name])
+    refused_step(params, opt, match)
+
+
+@pytest.mark.parametrize("step", BAD_STEPS, ids=repr)
+def test_what_is_no_count_is_refused(step):
+    params, opt = make("adamw")
+    run(params, opt, range(2))
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][1]["step"] = step
+    match = "param 1 of group 0: state 'step' is"
+    exec(remedy_in(refused_load(opt, params, saved, ValueError, match)), {"state_dict": saved})
+    make("adamw")[1].load_state_dict(saved)
+    opt.state[params[1]]["step"] = step
+    refused_step(params, opt, match)
+
+
+@pytest.mark.parametrize("form", ["meta", "freed"])
+def test_state_without_memory_is_refused_at_load(form):
+    params, opt = make("adamw")
+    run(params, opt, range(2))
+    saved = copy.deepcopy(opt.state_dict())
+    if form == "meta":
+        saved["state"][1]["exp_avg"] = saved["state"][1]["exp_avg"].to("meta")
+    else:
+        saved["state"][1]["exp_avg"].untyped_storage().resize_(0)
+    match = "param 1 of group 0: state 'exp_avg' has no memory"
+    exec(remedy_in(refused_load(opt, params, saved, RuntimeError, match)), {"state_dict": saved})
+    opt.load_state_dict(saved)
+
+
+def test_state_that_is_no_dict_is_refused_by_name():
+    params, opt = make("adamw")
+    run(params, opt, range(1))
+    saved = opt.state_dict()
+    saved["state"][2] = [1]
+    refused_load(opt, params, saved, TypeError, "param 2 of group 0: state of one parameter must")
+
+
+# State that the user edits
+
+
+def refused_step(params, opt, match):
+    """`step()` and `init_state()` refuse, nothing has moved, and the remedy works."""
+    give_grads(params, 5)
+    values = [p.detach().clone() for p in params]
+    tensors = {(p, k): v for p, own in opt.state.items() for k, v in own.items()}
+    for call in (opt.step, opt.init_state):
+        with pytest.raises(RuntimeError, match=match) as raised:
+            call()
+        assert all(map(torch.equal, params, values))
+        assert {(p, k): v for p, o in opt.state.items() for k, v in o.items()} == tensors
+    exec(remedy_in(str(raised.value)), {"optimizer": opt, "param": params[1]})
+    opt.step()
+    assert float(opt.state[params[1]]["step"]) == 1
+    assert float(opt.state[params[0]]["step"]) > 1
+
+
+@pytest.mark.parametrize("which", set(WITH_STATE) - {"Adamax", "a maximum alone"})
+def test_edited_state_is_refused(which):
+    params, opt = make("adamw")
+    run(params, opt, range(2))
+    opt.state[params[1]] = foreign(which)["state"][1]
+    refused_step(params, opt, "param 1 of group 0: its state has .* and lacks")
+
+
+def test_a_moment_that_is_deleted_is_not_made_anew():
+    params, opt = make("adamw")
+    run(params, opt, range(2))
+    del opt.state[params[1]]["exp_avg_sq"]
+    refused_step(params, opt, "its state has 'exp_avg', 'step' and lacks 'exp_avg_sq'")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("by", ["hand", "checkpoint"])
+def test_a_momentum_buffer_alone_counts(by, dtype):
+    """As torch's SGD keeps it."""
+    kwargs = {"lr": 1.0, "momentum": 0.9, "dampening": 0.5}
+    results = []
+    for cls in (torch.optim.SGD, fusedopt.FusedSGD):
+        param = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+        opt = cls([param], **kwargs)
+        if by == "hand":
+            opt.state[param]["momentum_buffer"] = torch.ones(3, dtype=dtype)
+        else:
+            saved = {**opt.state_dict(), "state": {0: {"momentum_buffer": torch.ones(3)}}}
+            opt.load_state_dict(saved)
+        param.grad = torch.ones_like(param)
+        opt.step()
+        results.append(param.detach())
+    assert torch.equal(results[0], results[1].to(dtype))
+    assert float(results[0][0]) == pytest.approx(-1.4, rel=1e-2)
+    assert float(opt.state[param]["step"]) == 2
+
+
+def test_momentum_switched_on_later_begins_with_its_count():
+    params, opt = make("plain-sgd")
+    twin, twin_opt = make("plain-sgd", params=clone_params(params))
+    for p, o in ((params, opt), (twin, twin_opt)):
+        run(p, o, range(2))
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["momentum"] = opt.param_groups[0]["momentum"] = 0.9
+    twin_opt.load_state_dict(saved)
+    for p, o in ((params, opt), (twin, twin_opt)):
+        run(p, o, [2])
+    assert_same_bits((params, opt), (twin, twin_opt))
+    assert all(float(opt.state[p]["step"]) == 1 for p in params)
+
+
+# Masters that nobody wants
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "plain-sgd"])
+@pytest.mark.parametrize("case", ["fp32", "fp64", "no masters"])
+def test_a_master_that_is_not_wanted_is_dropped(kind, case):
+    half, half_opt = make(kind, torch.bfloat16)
+    run(half, half_opt, range(2))
+    saved = copy.deepcopy(half_opt.state_dict())
+    assert all("master_param" in own for own in saved["state"].values())
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(case, torch.bfloat16)
+    options = {"master_weights": False} if case == "no masters" else {}
+    params, opt = make(kind, dtype, **options)
+    opt.load_state_dict(saved)
+    assert not any("master_param" in own for own in opt.state_dict()["state"].values())
+    for i, p in enumerate(params):  # and where it was put by hand
+        opt.state[p].update(saved["state"][i])
+    run(params, opt, [2])
+    assert not any("master_param" in own for own in opt.state_dict()["state"].values())
+
+
+# Decay of torch's SGD
+
+DECAYING = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+def torch_sgd_checkpoint(**kwargs):
+    params = make_params()
+    opt = torch.optim.SGD(params, **{**DECAYING, **kwargs})
+    run(params, opt, range(2))
+    return copy.deepcopy(opt.state_dict())
+
+
+def test_coupled_decay_that_would_become_decoupled_is_warned_of():
+    saved = torch_sgd_checkpoint()
+    _, opt = make("sgd")
+    with pytest.warns(UserWarning, match="decoupled_weight_decay=False") as warned:
+        opt.load_state_dict(saved)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert "weight_decay=0.0005" in str(warned[0].message)
+    exec(remedy_in(str(warned[0].message), "say so: "), {"state_dict": saved})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(saved)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_warning_where_nothing_changes():
+    make("sgd", decoupled_weight_decay=False)[1].load_state_dict(torch_sgd_checkpoint())
+    for same in ({"weight_decay": 0}, {"momentum": 0}):
+        make("sgd")[1].load_state_dict(torch_sgd_checkpoint(**same))
+    opt = make("sgd")[1]
+    make("sgd")[1].load_state_dict(opt.state_dict())
+    saved = torch_sgd_checkpoint()
+    saved["param_groups"][0]["decoupled_weight_decay"] = True
+    opt.load_state_dict(saved)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_changes_nothing():
+    params, opt = make("sgd")
+    run(params, opt, range(1))
+    refused_load(opt, params, torch_sgd_checkpoint(), UserWarning, "no decoupled_weight_decay")
+
+
+@pytest.mark.parametrize("decoupled, left", [(True, 0.9950), (False, 0.9553)])
+def test_how_much_weaker_decoupled_decay_is(decoupled, left):
+    """What docs/differences.md says: after 100 steps of decay alone."""
+    param = torch.nn.Parameter(torch.ones(()))
+    opt = fusedopt.FusedSGD([param], **DECAYING, decoupled_weight_decay=decoupled)
+    for _ in range(100):
+        param.grad = torch.zeros(())
+        opt.step()
+    assert param.item() == pytest.approx(left, abs=5e-5)
+
+
+# Names
+
+
+def named(params, names, **options):
+    return fusedopt.FusedAdamW(list(zip(names, params, strict=True)), **options)
+
+
+@pytest.mark.parametrize("copier", [lambda opt: opt, copy.deepcopy])
+@pytest.mark.parametrize("saved_names", [["b", "a"], None])
+def test_errors_name_the_parameter_and_not_the_checkpoints(saved_names, copier):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = named(params, ["a", "b"])
+    others = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    theirs = named(others, saved_names) if saved_names else fusedopt.FusedAdamW(others)
+    run_all(theirs)
+    for _ in range(2):
+        opt.load_state_dict(theirs.state_dict())
+    opt = copier(opt)
+    assert opt.param_groups[0]["param_names"] == (saved_names or ["a", "b"])  # as in torch
+    opt.param_groups[0]["params"][1].grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match=r"param 1 of group 0 \('b'\)"):
+        opt.step()
+
+
+def test_an_optimizer_without_names_takes_none_from_a_checkpoint():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    theirs, opt = named(params, ["a", "b"]), fusedopt.FusedAdamW(params)
+    opt.load_state_dict(theirs.state_dict())
+    params[1].grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match=r"param 1 of group 0: "):
+        opt.step()
+
+
+def run_all(opt):
+    for p in opt.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    opt.step()
