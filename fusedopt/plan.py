@@ -229,10 +229,9 @@ class Plan(ABC):
             row.dense.copy_(row.param.detach())
 
     def write_back(self) -> None:
-        """The way back from ``stage_params``. One call, in which no signal's handler runs."""
-        if self._staged_params:
-            params = [row.param.detach() for row in self._staged_params]
-            torch._foreach_copy_(params, [row.dense for row in self._staged_params])
+        """The way back from ``stage_params``; may be gone twice."""
+        for row in self._staged_params:
+            row.param.detach().copy_(row.dense)
 
     def _accept(self, index: int, grad: Tensor | None) -> None:
         row = self.rows[index]
