@@ -93,6 +93,8 @@ def warnings_in(report: dict[str, Any]) -> list[str]:
     cpu = report["backends"]["cpu"]
     if not cpu["available"]:
         found.append(f"the CPU backend is not available ({cpu['reason']}). {cpu['remedy']}".strip())
+    for name in installation.stale():
+        found.append(f"{name} is older than the sources in csrc/; {installation.remedy()}")
     if len(report["openmp_libraries"] or []) > 1:
         found.append(
             "several OpenMP runtimes are loaded; where the threads of two are at work, both are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import sys
@@ -17,11 +18,11 @@ EXT_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
 def build_config() -> dict[str, Any]:
     """What setup.py wrote for this Python; empty where nobody built for it."""
     try:
-        from . import _build_config
+        written = importlib.import_module(f"{__package__}._build_config")
     except ImportError:
         return {}
-    config: dict[str, Any] = _build_config.BUILD_CONFIG
-    ours = strange(_build_config) is None and config.get("python", EXT_SUFFIX) == EXT_SUFFIX
+    config: dict[str, Any] = written.BUILD_CONFIG
+    ours = strange(written) is None and config.get("python", EXT_SUFFIX) == EXT_SUFFIX
     return config if ours else {}
 
 
@@ -70,6 +71,14 @@ def hidden() -> Path | None:
             if folder.resolve() != PACKAGE.resolve():
                 return folder
     return None
+
+
+def stale() -> list[str]:
+    """Modules of a source tree that are older than a source, say after ``git pull``."""
+    sources = (PACKAGE.parent / "csrc").rglob("*.*")
+    newest = max((path.stat().st_mtime for path in sources), default=0.0)
+    files = (PACKAGE / f"{module}{EXT_SUFFIX}" for module in ("_cpu", "_cuda"))
+    return [file.name for file in files if file.exists() and file.stat().st_mtime < newest]
 
 
 def remedy() -> str:

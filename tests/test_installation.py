@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fusedopt
-from fusedopt import backends, installation
+from fusedopt import __main__, backends, installation
 from fusedopt.backends import native
 
 STEP = """
@@ -124,6 +124,22 @@ def test_a_module_that_was_left_out_is_no_fault(tree: Path) -> None:
     assert (
         f"({reason}). For the CPU backend reinstall fusedopt without FUSEDOPT_CPU=0" in done.stderr
     )
+
+
+def test_a_module_older_than_its_sources(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "PACKAGE", tree / "fusedopt")
+    module = tree / f"fusedopt/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    source = tree / "csrc/cpu/kernels.cpp"
+    source.parent.mkdir(parents=True)
+    for path, time in ((module, 2000), (source, 1000)):
+        path.touch()
+        os.utime(path, (time, time))
+    assert installation.stale() == []
+    os.utime(source, (3000, 3000))
+    assert installation.stale() == [module.name]
+    report = {"backends": {"cpu": {"available": True}}, "openmp_libraries": [], "devices": {}}
+    (warning,) = __main__.warnings_in(report)
+    assert f"{module.name} is older than the sources in csrc/; `pip install -e " in warning
 
 
 def test_nothing_is_hidden_by_an_installed_package() -> None:
