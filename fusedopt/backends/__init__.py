@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import installation
+from ..callers import users_level
 from ..plan import Group, Plan, Row, StepInputs
 
 BACKEND_VARIABLE = "FUSEDOPT_BACKEND"
@@ -145,13 +147,20 @@ def _missing(name: str) -> str | None:
 
 
 def _remedy(name: str) -> str:
-    """What would make the backend available. Triton's reasons say that themselves."""
-    if name == "triton":
+    """What would make the backend available. Some reasons say that themselves."""
+    reason: str = _module(name).unavailable_reason()
+    if name == "triton" or any(words in reason for words in ("reinstall", "; use ", "Windows")):
         return ""
     compiler = "a C++ compiler" if name == "cpu" else "nvcc"
     remedy = f"reinstall fusedopt with {compiler} on PATH"
-    if name == "cuda" and _module("cuda").driver_problem() is not None:
+    if installation.obstacle(f"_{name}") is not None:
+        remedy = installation.remedy()
+    elif name == "cuda" and _module("cuda").driver_problem() is not None:
         remedy = UPDATE_DRIVER
+    elif "=0 was set" in reason:
+        remedy = f"reinstall fusedopt without {reason.split()[0]}"
+    elif "no C" not in reason:  # there was a compiler
+        remedy = "put that right and reinstall fusedopt"
     return f" For the {TITLES[name]} backend {remedy}."
 
 
@@ -186,7 +195,7 @@ def _announce(obstacle: str, name: str, remedy: str = "") -> None:
         f"fusedopt: {obstacle}; the {title} backend{slow} serves instead.{remedy} "
         f"`python -m fusedopt` shows what is installed; backend={name!r} silences this.",
         FusedOptFallbackWarning,
-        stacklevel=5,
+        stacklevel=users_level(),
     )
 
 
@@ -197,5 +206,7 @@ def report() -> dict[str, dict[str, Any]]:
         reason = _module(name).unavailable_reason()
         available = {"available": reason is None, "reason": reason or ""}
         told[name] = {**available, **_module(name).details()}
+        if name == "cpu" and reason is not None:
+            told[name]["remedy"] = _remedy(name).strip()
     told[REFERENCE] = {"available": True, "reason": "", "note": "plain torch operations; slow"}
     return told

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import installation
 from ..plan import Group, Plan, Row, StepInputs
 from .tables import (
     CHUNK_BYTES,
@@ -24,7 +25,7 @@ from .tables import (
 try:
     from .. import _cpu
 
-    _import_error: str | None = None
+    _import_error: str | None = installation.strange(_cpu)
 except ImportError as error:
     _import_error = str(error)
 
@@ -39,13 +40,8 @@ def unavailable_reason() -> str | None:
 
 
 def reason_not_built(module: str) -> str | None:
-    """What setup.py wrote down about a module that it left out."""
-    try:
-        from .._build_config import BUILD_CONFIG
-    except ImportError:
-        return None
-    reason: str | None = BUILD_CONFIG.get("modules", {}).get(module, {}).get("reason")
-    return reason or None
+    """Why there is no such module: what setup.py wrote down, or what the folder shows."""
+    return installation.recorded_reason(module) or installation.obstacle(module)
 
 
 def details() -> dict[str, Any]:
