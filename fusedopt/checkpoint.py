@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -90,15 +88,6 @@ def _check_saved(
             ".update(step=g['step']) for i in g['params']]"
         )
     check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]")
-
-
-def warn(message: str) -> None:
-    """A ``UserWarning`` at the line that called torch or this package."""
-    inside = (*torch.__path__, str(Path(__file__).parent))
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 # ---- how its values get in -----------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from typing import Any
 
 from torch import Tensor
 from torch.optim.sgd import SGD
 
-from .checkpoint import warn
+from .callers import users_level
 from .optimizer import FusedOptimizer, torch_defaults
 from .options import Options, flag, number
 from .plan import Group
@@ -105,13 +106,14 @@ class FusedSGD(FusedOptimizer):
             decay, momentum = saved["weight_decay"], saved["momentum"]
             same = "decoupled_weight_decay" in saved or decay == 0 or momentum == 0
             if own["decoupled_weight_decay"] and not same:
-                warn(
+                warnings.warn(
                     f"param group {index} of the state_dict has no decoupled_weight_decay, like "
                     f"torch.optim.SGD's: it was trained with weight_decay={decay} in the gradient. "
                     f"With momentum={momentum} that is up to 1 / (1 - momentum) times as strong as "
                     "here. FusedSGD(..., decoupled_weight_decay=False) goes on as it was trained; "
                     "to go on with decoupled_weight_decay=True, say so: "
-                    "for g in state_dict['param_groups']: g.update(decoupled_weight_decay=True)"
+                    "for g in state_dict['param_groups']: g.update(decoupled_weight_decay=True)",
+                    stacklevel=users_level(),
                 )
                 return
 
