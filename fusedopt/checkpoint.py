@@ -68,7 +68,7 @@ def _check_group(index: int, group: Group, defaults: dict[str, Any]) -> None:
         raise ValueError(
             f"param group {index} of the state_dict has no {', '.join(map(repr, missing))}: it is "
             "the checkpoint of another optimizer; to load it none the less, say what to go on "
-            f"with: state_dict['param_groups'][{index}].update({values})"
+            f"with: `state_dict['param_groups'][{index}].update({values})`"
         )
 
 
@@ -78,14 +78,15 @@ def _check_saved(
     if not isinstance(saved, dict):
         raise TypeError(
             f"{label}: state of one parameter must be a dict, got {type(saved).__name__}; "
-            "pass what optimizer.state_dict() returned"
+            f"pass what optimizer.state_dict() returned, or start it anew: "
+            f"`del state_dict['state'][{key!r}]`"
         )
     own = as_ours(saved, names)
     if STEP in group and STEP not in own and any(name in own for name in names):
         raise KeyError(
             f"{label}: the checkpoint counts the steps of a group, not of each parameter, as "
-            "Apex's does; write for g in state_dict['param_groups']: [state_dict['state'][i]"
-            ".update(step=g['step']) for i in g['params']]"
+            "Apex's does; give each its own: `for g in state_dict['param_groups']: [state_dict"
+            "['state'][i].update(step=g['step']) for i in g['params']]`"
         )
     check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]")
 

@@ -123,7 +123,10 @@ def fuse_scaler(scaler: Any) -> Any:
         return scaler
     cls = type(scaler)
     if not isinstance(scaler, TorchGradScaler):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {cls.__name__}")
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler, got {cls.__name__}; a wrapper often has it "
+            "inside: `fusedopt.fuse_scaler(wrapper.scaler)`"
+        )
     if cls in _PLAIN_SCALERS:
         scaler.__class__ = GradScaler
         return scaler

@@ -117,17 +117,18 @@ def _check(model: nn.Module, weight_decay: float) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"param_groups: model must be a torch.nn.Module, got {type(model).__name__}: pass "
-            "the module itself, not its parameters, for only the module knows which are norms"
+            "the module itself, `fusedopt.param_groups(model, 0.01)`, and not its parameters: only "
+            "the module knows which are norms"
         )
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, Real):
         raise TypeError(
             f"param_groups: weight_decay must be a float, got {weight_decay!r}: "
-            "pass a number of at least 0, such as 0.01"
+            "pass a number of at least 0, such as `weight_decay=0.01`"
         )
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(
             f"param_groups: weight_decay must be at least 0 and finite, got {weight_decay!r}: "
-            "pass 0.0 for no decay"
+            "pass `weight_decay=0.0` for no decay"
         )
 
 
@@ -166,12 +167,12 @@ def _dims(label: str, param: nn.Parameter) -> int:
     if not flat:
         raise ValueError(
             f"param_groups: parameter {label!r} of a lazy module has no shape yet: "
-            "run the model once before you make the groups"
+            "run the model once before you make the groups: `model(inputs)`"
         )
     if getattr(param, "_is_flat_param", False):
         raise ValueError(
             f"param_groups: parameter {label!r} is weights and biases that FSDP made into one: "
-            "wrap the model by FullyShardedDataParallel(model, use_orig_params=True)"
+            "wrap the model by `FullyShardedDataParallel(model, use_orig_params=True)`"
         )
     raise ValueError(
         f"param_groups: parameter {label!r} is a shard, and only its FSDP module knows the whole "

@@ -7,7 +7,10 @@ fresh scene, and `helps` has to work.
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +22,18 @@ from raised_messages import raised
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt import FusedAdamW
+from fusedopt import FusedAdamW, FusedSGD
 
 pytestmark = fallback_is_expected
 Scene = SimpleNamespace
 
-# Messages whose code is run by the tests of the build and of the report.
-ELSEWHERE = ("serves instead",)
+# Messages whose code is run by other tests.
+ELSEWHERE = {
+    "serves instead": "`python -m fusedopt`, by tests/test_report.py",
+    "weights and biases that FSDP made into one": "tests/test_param_groups_shards.py",
+    "cannot use this GPU": "backend='reference', by the scene of 'cannot serve'",
+    "Triton cannot compile": "the same",
+}
 
 
 def step_of(scene: Scene) -> Callable[[], Any]:
@@ -102,8 +110,7 @@ def meta() -> Scene:
 
 def inference_param() -> Scene:
     with torch.inference_mode():
-        data = torch.ones(3)
-    scene = stepping(trained(data))
+        scene = stepping(trained(torch.ones(3)))
 
     def helps() -> None:
         scene.param.grad = torch.ones(3)
@@ -235,6 +242,120 @@ def scale_of_two(name: str) -> Scene:
     return scene
 
 
+# Checkpoints, and state that was edited
+
+
+def loading(
+    edit: Callable[[dict[str, Any]], None], cls: type[torch.optim.Optimizer] = FusedAdamW
+) -> Scene:
+    """A checkpoint of a trained optimizer that was edited; loaded, then stepped on."""
+    source = FusedAdamW([trained(torch.ones(3))])
+    source.step()
+    scene = Scene(state_dict=copy.deepcopy(source.state_dict()))
+    edit(scene.state_dict)
+    optimizer = cls([trained(torch.ones(3))])
+
+    def load() -> None:
+        optimizer.load_state_dict(scene.state_dict)
+        optimizer.step()
+
+    scene.fails = scene.helps = load
+    return scene
+
+
+def state_edited(edit: Callable[[dict[str, Any]], None]) -> Scene:
+    scene = stepping(trained(torch.ones(3)))
+    scene.optimizer.step()
+    edit(scene.optimizer.state[scene.param])
+    return scene
+
+
+def without_moment(state: dict[str, Any]) -> None:
+    del state["exp_avg_sq"]
+
+
+def list_as_moment(state: dict[str, Any]) -> None:
+    state["exp_avg"] = [0.0, 0.0, 0.0]
+
+
+def negative_step(state: dict[str, Any]) -> None:
+    state["step"] = -1.0
+
+
+def freed_moment(state: dict[str, Any]) -> None:
+    state["exp_avg"].untyped_storage().resize_(0)
+
+
+def other_shape(state: dict[str, Any]) -> None:
+    state["exp_avg"] = torch.zeros(4)
+
+
+def in_checkpoint(edit: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    return lambda state_dict: edit(state_dict["state"][0])
+
+
+def of_sgd(state_dict: dict[str, Any]) -> None:
+    state_dict["state"] = {}
+    for name in ("betas", "eps"):
+        del state_dict["param_groups"][0][name]
+
+
+def of_apex(state_dict: dict[str, Any]) -> None:
+    del state_dict["state"][0]["step"]
+    state_dict["param_groups"][0]["step"] = 1
+
+
+def no_dict(state_dict: dict[str, Any]) -> None:
+    state_dict["state"][0] = 7
+
+
+def coupled_checkpoint() -> Scene:
+    """A warning, made an error here."""
+    arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    params = [trained(torch.ones(3))]
+    scene = Scene(params=params, FusedSGD=functools.partial(FusedSGD, **arguments))
+    scene.state_dict = torch.optim.SGD(params, **arguments).state_dict()
+
+    def load() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            FusedSGD(params, **arguments).load_state_dict(scene.state_dict)
+
+    def helps() -> None:
+        """The line has made the optimizer, or has edited the checkpoint."""
+        if "decoupled_weight_decay" in scene.state_dict["param_groups"][0]:
+            load()
+
+    scene.fails, scene.helps = load, helps
+    return scene
+
+
+# Backends, scalers, param_groups
+
+
+def double(backend: str) -> Scene:
+    params = [trained(torch.ones(3, dtype=torch.float64))]
+    scene = Scene(params=params, backend=backend)
+    scene.fails = scene.helps = lambda: FusedAdamW(params, backend=scene.backend).step()
+    return scene
+
+
+def wrapped_scaler() -> Scene:
+    scene = Scene(wrapper=SimpleNamespace(scaler=torch.amp.GradScaler("cpu")))
+    scene.fails = lambda: fusedopt.fuse_scaler(scene.wrapper)
+    scene.helps = lambda: None
+    return scene
+
+
+def grouping(model: Any, weight_decay: Any = 0.01) -> Scene:
+    scene = Scene(model=torch.nn.Linear(2, 2), inputs=torch.ones(1, 3), weight_decay=weight_decay)
+    if isinstance(model, torch.nn.Module):
+        scene.model = model
+    scene.fails = lambda: fusedopt.param_groups(model, scene.weight_decay)
+    scene.helps = lambda: fusedopt.param_groups(scene.model, scene.weight_decay)
+    return scene
+
+
 def tuple_of_groups(opt: Any) -> None:
     opt.param_groups = tuple(opt.param_groups)
 
@@ -278,6 +399,24 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "cannot be honoured for FSDP1 shards": fsdp1,
     "cannot be traced or faked": traced,
     "must be a number or a tensor of one element": lambda: scale_of_two("grad_scale"),
+    "state_dict has no 'betas', 'eps'": lambda: loading(of_sgd),
+    "counts the steps of a group": lambda: loading(of_apex),
+    "state of one parameter must be a dict": lambda: loading(no_dict),
+    "state has .* and lacks": lambda: state_edited(without_moment),
+    "state has 'exp_avg', 'step' and lacks": lambda: loading(in_checkpoint(without_moment)),
+    "not a plain tensor of floating-point numbers": lambda: state_edited(list_as_moment),
+    "a list, not a plain tensor": lambda: loading(in_checkpoint(list_as_moment)),
+    "has to be a number of steps": lambda: state_edited(negative_step),
+    "-1.0, and has to be a number": lambda: loading(in_checkpoint(negative_step)),
+    "state 'exp_avg' has no memory": lambda: state_edited(freed_moment),
+    "give it that shape": lambda: state_edited(other_shape),
+    "has no decoupled_weight_decay": coupled_checkpoint,
+    "cannot serve": lambda: double("cpu"),
+    "scaler must be a torch.amp.GradScaler": wrapped_scaler,
+    "model must be a torch.nn.Module": lambda: grouping(torch.nn.Linear(2, 2).parameters()),
+    "weight_decay must be a float": lambda: grouping(torch.nn.Linear(2, 2), None),
+    "weight_decay must be at least 0": lambda: grouping(torch.nn.Linear(2, 2), float("nan")),
+    "of a lazy module has no shape": lambda: grouping(torch.nn.LazyLinear(2)),
 }
 
 
@@ -287,18 +426,22 @@ def test_the_remedy_helps(words: str) -> None:
     assert lines
     for line in lines:
         scene = SCENES[words]()
-        exec(line, {"torch": torch, "fusedopt": fusedopt}, vars(scene))
+        vars(scene).update(torch=torch, fusedopt=fusedopt)
+        exec(line, vars(scene))
         scene.helps()
 
 
 def lines_of(scene: Scene, words: str) -> list[str]:
-    with pytest.raises((RuntimeError, TypeError, ValueError, KeyError), match=words) as caught:
+    errors = (RuntimeError, TypeError, ValueError, KeyError, UserWarning)
+    with pytest.raises(errors, match=words) as caught:
         scene.fails()
     return re.findall(r"`([^`]+)`", str(caught.value))
 
 
 def test_every_message_with_code_has_a_scene() -> None:
     messages = {text for text in raised() if "`" in text}
-    filled_in = {words: re.sub(r"param 0|'exp_avg'|a tuple", "…", words) for words in SCENES}
-    known = [*filled_in.values(), *ELSEWHERE]
+    filled_in = [
+        re.sub(r"param 0 \.\*|'betas', 'eps'|'exp_avg'|tuple|\.\*", "…", words) for words in SCENES
+    ]
+    known = [*filled_in, *ELSEWHERE]
     assert [m for m in messages if not any(re.search(words, m) for words in known)] == []

@@ -102,7 +102,7 @@ def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
         obstacle = _missing(name) or _unfit(name, _device_type(name), params)
         if obstacle is not None:
             raise RuntimeError(
-                f"backend {name!r} cannot serve: {obstacle}; use backend='reference'"
+                f"backend {name!r} cannot serve: {obstacle}; use `backend='reference'`"
             )
     backend: Backend = getattr(_module(name), f"{name.capitalize()}Backend")()
     return backend
@@ -128,7 +128,7 @@ def _best(params: Sequence[Tensor]) -> str:
     if problem is not None:
         raise RuntimeError(
             f"the CUDA backend is installed and cannot use this GPU: {problem}; {UPDATE_DRIVER}, "
-            f"or use backend='reference' (plain torch operations); {obstacles[-1]}"
+            f"or use `backend='reference'` (plain torch operations); {obstacles[-1]}"
         )
     _announce(" and ".join(obstacles), REFERENCE, _remedy(names[0]))
     return REFERENCE
@@ -193,7 +193,7 @@ def _announce(obstacle: str, name: str, remedy: str = "") -> None:
     title = TITLES.get(name, name)
     warnings.warn(
         f"fusedopt: {obstacle}; the {title} backend{slow} serves instead.{remedy} "
-        f"`python -m fusedopt` shows what is installed; backend={name!r} silences this.",
+        f"`python -m fusedopt` shows what is installed; `backend={name!r}` silences this.",
         FusedOptFallbackWarning,
         stacklevel=users_level(),
     )

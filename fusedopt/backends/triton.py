@@ -88,7 +88,7 @@ class TritonDriver(Driver):
         except Exception as error:  # Triton's own, LLVM's, ptxas's, a C compiler's
             raise RuntimeError(
                 f"fusedopt: Triton cannot compile {variant.name} for this GPU: {error}; "
-                "use backend='reference' (plain torch operations)"
+                "use `backend='reference'` (plain torch operations)"
             ) from error
         return kernel
 
