@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -230,8 +231,8 @@ class Plan(ABC):
 
     def write_back(self) -> None:
         """The way back from ``stage_params``; may be gone twice."""
-        for row in self._staged_params:
-            row.param.detach().copy_(row.dense)
+        rows = self._staged_params
+        copy_all([row.param.detach() for row in rows], [row.dense for row in rows])
 
     def _accept(self, index: int, grad: Tensor | None) -> None:
         row = self.rows[index]
@@ -252,6 +253,11 @@ class Plan(ABC):
     def staging_nbytes(self) -> int:
         staged = list(self._staged_grads.values()) + [row.dense for row in self._staged_params]
         return sum(t.numel() * t.element_size() for t in staged)
+
+
+def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """All or none: the loop is C's, in which no signal's handler runs."""
+    deque(map(Tensor.copy_, targets, values), maxlen=0)
 
 
 def is_of_inference(tensor: Tensor) -> bool:
