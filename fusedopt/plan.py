@@ -231,8 +231,8 @@ class Plan(ABC):
 
     def write_back(self) -> None:
         """The way back from ``stage_params``; may be gone twice."""
-        rows = self._staged_params
-        copy_all([row.param.detach() for row in rows], [row.dense for row in rows])
+        if rows := self._staged_params:
+            copy_all([row.param.detach() for row in rows], [row.dense for row in rows])
 
     def _accept(self, index: int, grad: Tensor | None) -> None:
         row = self.rows[index]
