@@ -106,9 +106,13 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._shared.turn:
+            grad_mode = torch.is_grad_enabled()
             inputs = self._step_inputs()
             try:
                 self._take(*self._current_plan(inputs), inputs)
+            except BaseException:
+                torch.set_grad_enabled(grad_mode)  # a signal may cut short torch.no_grad's exit
+                raise
             finally:
                 inputs.held = None  # frees what nobody else has any more
         return loss

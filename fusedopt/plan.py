@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -244,9 +245,9 @@ class Plan(ABC):
             row.dense.copy_(row.param.detach())
 
     def write_back(self) -> None:
-        """The way back from ``stage_params``. Done twice, it changes no more."""
-        for row in self._staged_params:
-            row.param.detach().copy_(row.dense)
+        """The way back from ``stage_params``; may be gone twice."""
+        if rows := self._staged_params:
+            copy_all([row.param.detach() for row in rows], [row.dense for row in rows])
 
     def _accept(self, index: int, grad: Tensor | None) -> None:
         row = self.rows[index]
@@ -267,6 +268,11 @@ class Plan(ABC):
     def staging_nbytes(self) -> int:
         staged = list(self._staged_grads.values()) + [row.dense for row in self._staged_params]
         return sum(t.numel() * t.element_size() for t in staged)
+
+
+def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """All or none: the loop is C's, in which no signal's handler runs."""
+    deque(map(Tensor.copy_, targets, values), maxlen=0)
 
 
 def is_of_inference(tensor: Tensor) -> bool:

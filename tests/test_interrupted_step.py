@@ -117,6 +117,7 @@ def check(kind: str, options: str, error: type[BaseException], served_by: str) -
         except error:
             pass
         assert interrupt.events > at
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), at
         values = scene.values()
         is_taken = same(values, after)
         assert is_taken or same(values, before), (at, difference(values, after))

@@ -137,7 +137,6 @@ class _Part:
         self._kept: tuple[Tensor | None, ...] = ()
         self._streams = {plan.driver.stream(device)}
 
-    @torch.inference_mode(False)  # or a step outside could not write what was made inside
     def _allocate(
         self, device: torch.device, n_rows: int, n_chunks: int, n_totals: int
     ) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Slow and obvious. Serves where no kernel does (no compiler, float64, devices wit
 shows what the kernels compute. It rounds where torch's operations round, so it agrees with the
 kernels within the tolerance policy, not to the bit; and it reads the skip flag on the host.
 
-All new values are worked out before the first is written, and one call of torch writes them all: a
+All new values are worked out before the first is written, and then all are written at once: a
 step that runs out of memory, or is interrupted by a signal, has moved nothing. So while it runs
 there is one more copy of the updated params and their states.
 """
@@ -31,6 +31,7 @@ from ..plan import (
     Plan,
     Row,
     StepInputs,
+    copy_all,
 )
 from .watch import Held, Snapshot
 
@@ -220,9 +221,7 @@ class ReferenceBackend:
         new: list[tuple[Tensor, Tensor]] = []
         for row, grad in plan.active(step):
             new += self._updated(plan, row, grad, step)
-        if new:
-            targets, values = zip(*new, strict=True)
-            torch._foreach_copy_(targets, values)  # one call, in which no signal's handler runs
+        copy_all([target for target, _ in new], [value for _, value in new])
 
     def _updated(
         self, plan: ReferencePlan, row: Row, grad: Tensor, step: StepInputs
