@@ -256,20 +256,26 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     # ---- the plan -------------------------------------------------------------------------------
 
     def _drop_plan(self) -> None:
-        shared = self._shared
-        if shared.plan is not None and shared.plan.captured:
-            shared.captured_plans.append(shared.plan)  # a graph may be replayed as long as we live
-        shared.plan = shared.backend = None
+        self._shared.drop_plans()
 
     def _layout(self) -> list[tuple[str, ...]]:
         return [self._state_names(group) for group in self.param_groups]
 
     def _current_plan(self, inputs: StepInputs) -> tuple[Backend, Plan]:
-        plan, backend = self._shared.plan, self._shared.backend
-        if plan is not None and backend is not None and plan.layout == self._layout():
+        shared, layout = self._shared, self._layout()
+        plan, backend = shared.plan, shared.backend
+        if plan is not None and backend is not None and plan.layout == layout:
             inputs.held = plan.refresh(self.param_groups, self.state)
             if inputs.held is not None:
                 return backend, plan
+        for backend, plan in shared.aside:
+            if plan.layout == layout:
+                inputs.held = plan.refresh(self.param_groups, self.state)
+                if inputs.held is not None:
+                    shared.set_aside(self.state)
+                    shared.aside = [each for each in shared.aside if each[1] is not plan]
+                    shared.backend, shared.plan = backend, plan
+                    return backend, plan
         for _ in range(BUILDS):
             backend, plan = self._build_plan(every_param=False)
             inputs.held = plan.refresh(self.param_groups, self.state)
@@ -288,14 +294,20 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _build_plan_now(
         self, rows: list[Row], layout: list[tuple[str, ...]], every_param: bool
     ) -> tuple[Backend, Plan]:
-        self._drop_plan()
         groups, shared = self.param_groups, self._shared
+        former, former_backend = shared.plan, shared.backend
+        shared.set_aside(self.state)
         backend = choose(shared.options.backend, [row.param for row in rows if row.served])
         # Here and not in the step, which may be the first and captured.
         shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
         complete_rows(rows, self.state, layout, shared.options.master_weights, every_param)
         kept = [row.own() for row in rows]  # another thread may drop some of it meanwhile
-        plan = backend.plan(self.rule, rows, layout, groups, self.state)
+        plan = former
+        known = former_backend is not None and former_backend.name == backend.name
+        same = plan is not None and known and plan.layout == layout
+        if plan is None or not same or not plan.rebind(rows, groups, self.state):
+            plan = backend.plan(self.rule, rows, layout, groups, self.state)
+        shared.aside = [each for each in shared.aside if each[1] is not plan]
         del kept
         shared.backend, shared.plan = backend, plan
         return backend, plan

@@ -96,6 +96,12 @@ class Row:
         values = [id(value) for value in state.get(self.param, {}).values()]
         return all(ref() is not None and id(ref()) in values for ref in self._refs())
 
+    def form(self) -> tuple[Any, ...]:
+        """All that a plan's tables depend on, but for addresses."""
+        dense, states = self.dense, len(self._states)
+        which = (self.served, self.awaits_state, self.group, states, self._master is None)
+        return (*which, dense.numel(), dense.dtype, dense.device)
+
     def _refs(self) -> list[weakref.ref[Tensor]]:
         refs = (*self._states, self._master, self._step)
         return [ref for ref in refs if ref is not None]
@@ -165,13 +171,16 @@ class Plan(ABC):
 
     def __init__(self, rule: str, rows: Sequence[Row], layout: object) -> None:
         self.rule = rule
-        self.rows = list(rows)
         self.layout = layout
+        self._captured: list[Tensor] = []
+        self._take(rows)
+
+    def _take(self, rows: Sequence[Row]) -> None:
+        self.rows = list(rows)
         self.first = next((row for row in self.rows if row.served), None)
         self.fsdp1_sharded = any(is_fsdp1_shard(row.param) for row in self.rows if row.served)
         self._staged_grads: dict[int, Tensor] = {}
         self._staged_params = [row for row in self.rows if row.staged]
-        self._captured: list[Tensor] = []
         self._absent: Sequence[int] = ()  # rows without a gradient in this step
         self._confirmed = False
         self._of_inference = [
@@ -188,6 +197,24 @@ class Plan(ABC):
     def capture(self) -> None:
         """From now on the plan keeps all memory alive that its tables name."""
         self._captured = [tensor for row in self.rows for tensor in row.memory()]
+
+    def rebind(self, rows: Sequence[Row], groups: list[Group], state: dict[Tensor, Any]) -> bool:
+        """Use this plan for ``rows``, where nothing but addresses differs from what it was made
+        for: its tables and buffers stay. False where more differs, or a CUDA graph uses them."""
+        same = [row.form() for row in rows] == [row.form() for row in self.rows]
+        if not same or self.captured or any(row.staged for row in (*rows, *self.rows)):
+            return False
+        self._take(rows)
+        self._rebound(groups, state)
+        return True
+
+    @abstractmethod
+    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+        """Look at other tensors from now on, and write their addresses into the tables."""
+
+    def holds_only(self, state: dict[Tensor, Any]) -> bool:
+        """Whether all that the plan keeps alive is in ``state``, too."""
+        return all(row.param in state and row.is_in(state) for row in self.rows if row.served)
 
     def refresh(self, groups: list[Group], state: dict[Tensor, Any]) -> Held | None:
         """Note where the gradients are; ``None`` when the plan has to be rebuilt.

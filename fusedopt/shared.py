@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .backends import Backend
 
 
+PLANS_ASIDE = 8
+
+
 @dataclass
 class ScalerExchange:
     """What passes between a GradScaler and the optimizer that it steps."""
@@ -46,4 +49,24 @@ class Shared:
     # What messages call a parameter, once a checkpoint has brought its own names for the groups.
     names: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     captured_plans: list[Plan] = field(default_factory=list)  # a CUDA graph may still replay them
+    aside: list[tuple[Backend, Plan]] = field(default_factory=list)  # see set_aside
     amp: ScalerExchange = field(default_factory=ScalerExchange)
+
+    def drop_plans(self) -> None:
+        plans = [self.plan, *(plan for _, plan in self.aside)]
+        self.captured_plans += [plan for plan in plans if plan is not None and plan.captured]
+        self.plan = self.backend = None
+        self.aside.clear()
+
+    def set_aside(self, state: dict[Tensor, Any]) -> None:
+        """Drop the plan, or keep it for later where that keeps nothing alive that would be free.
+
+        DeepSpeed's ZeRO steps one param group at a time: ``param_groups`` is a list of one group
+        for as long as a call takes, and each has its plan.
+        """
+        if self.plan is not None and self.backend is not None:
+            self.aside.insert(0, (self.backend, self.plan))
+        kept = [each for each in self.aside if each[1].holds_only(state)][:PLANS_ASIDE]
+        dropped = [plan for _, plan in self.aside if all(plan is not other for _, other in kept)]
+        self.captured_plans += [plan for plan in dropped if plan.captured]
+        self.plan, self.backend, self.aside = None, None, kept

@@ -33,10 +33,10 @@ class Meanwhile:
 
 @contextmanager
 def meanwhile(scene: Scene, verb: str, act: Callable[[], None]) -> Iterator[None]:
-    backend = scene.opt._backend
-    scene.opt._backend = Meanwhile(backend, verb, act)
+    backend = scene.opt._shared.backend
+    scene.opt._shared.backend = Meanwhile(backend, verb, act)
     yield
-    scene.opt._backend = backend
+    scene.opt._shared.backend = backend
 
 
 def grads_of(scene: Scene) -> list[weakref.ref[Tensor]]:

@@ -19,7 +19,7 @@ from .tables import (
     TablePlan,
     address,
     chunk_table,
-    pack_row,
+    pack_rows,
 )
 
 try:
@@ -101,7 +101,7 @@ class CpuPlan(TablePlan):
         super().__init__(rule, rows, layout, groups, state)
         n = len(self.rows)
         self._rows = torch.frombuffer(
-            bytearray(b"".join(pack_row(row) for row in self.rows) or ROW.size), dtype=torch.uint8
+            pack_rows(self.rows) or bytearray(ROW.size), dtype=torch.uint8
         )
         self._row_scalars = torch.zeros(max(n, 1), 2, dtype=torch.float32, device="cpu")
         numels = [row.dense.numel() for row in self.rows]
@@ -111,6 +111,11 @@ class CpuPlan(TablePlan):
         self._n_elements = sum(numels)
         self._native: Any = None
         self._scalars: Tensor | None = None
+
+    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+        self._look_at(groups, state)
+        if self.rows:
+            self._rows.copy_(torch.frombuffer(pack_rows(self.rows), dtype=torch.uint8))
 
     def native(self, scalars: Tensor) -> Any:
         """The ``_cpu.Plan`` whose finalize writes to ``scalars``."""

@@ -54,6 +54,9 @@ class ReferencePlan(Plan):
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
         self.grad_mult = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._rebound(groups, state)
+
+    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         self._snapshot = Snapshot(groups, state, [row.served for row in self.rows])
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:

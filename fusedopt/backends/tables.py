@@ -17,6 +17,7 @@ from ..plan import Group, Look, Plan, Row
 CHUNK_ELEMENTS = 8192  # kChunk
 ROW = struct.Struct("=6Qqii")  # param, master, state[3], step; numel; group, dtype
 GRAD = struct.Struct("=Qii")  # data; dtype, present
+EMPTY_ROW = bytes(ROW.size)
 CHUNK_BYTES = 16
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATES = 3
@@ -41,6 +42,11 @@ def chunk_table(numels: Sequence[int]) -> Tensor:
     before_row = torch.cumsum(lengths, 0) - lengths
     position = before_row[row] + index * CHUNK_ELEMENTS
     return torch.stack([row | (index << 32), position], dim=1).contiguous()
+
+
+def pack_rows(rows: Sequence[Row | None]) -> bytearray:
+    """The table of rows; of ``None``, a row that is not for this device, an empty record."""
+    return bytearray(b"".join(EMPTY_ROW if row is None else pack_row(row) for row in rows))
 
 
 def pack_row(row: Row) -> bytes:
@@ -89,6 +95,9 @@ class TablePlan(Plan):
         grads_bytes = max(len(self.rows), 1) * GRAD.size
         self._inputs = bytearray(before_grads + grads_bytes + after_grads)
         self._inputs_view = torch.frombuffer(self._inputs, dtype=torch.uint8)
+        self._look_at(groups, state)
+
+    def _look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         self._watch = _watch(groups, state, [self._kind(row) for row in self.rows])
         self._params = [row.param for row in self.rows]
 
