@@ -131,7 +131,7 @@ def test_two_threads_take_turns(served_by: str) -> None:
     free: list[bool] = []
 
     def ask() -> None:
-        free.append(scene.opt._turn.acquire(blocking=False))
+        free.append(scene.opt._shared.turn.acquire(blocking=False))
 
     def act() -> None:
         other = threading.Thread(target=ask)
