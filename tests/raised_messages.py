@@ -9,7 +9,8 @@ from pathlib import Path
 import fusedopt
 
 PACKAGE = Path(fusedopt.__file__).parent
-CALLS = ("ValueError", "TypeError", "RuntimeError", "ImportError", "warnings.warn")
+CALLS = ("ValueError", "TypeError", "KeyError", "RuntimeError", "ImportError")
+CALLS += ("warnings.warn", "warn")
 
 
 def words_of(node: ast.expr) -> str:
