@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -86,7 +87,7 @@ def _check_saved(
         raise KeyError(
             f"{label}: the checkpoint counts the steps of a group, not of each parameter, as "
             "Apex's does; give each its own: `for g in state_dict['param_groups']: [state_dict"
-            "['state'][i].update(step=g['step']) for i in g['params']]`"
+            "['state'][i].update(step=g['step']) for i in g['params'] if i in state_dict['state']]`"
         )
     check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]")
 
@@ -133,8 +134,10 @@ def _receive(
     Accepts what ``torch.optim`` saves: states in the parameter's dtype, ``step`` as a number or in
     any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
     """
-    like = dense_like(param)
     own = as_ours(saved, names)
+    if is_lazy(param):
+        return copy.deepcopy(own), []  # the step converts it, once the parameter has a shape
+    like = dense_like(param)
     if not wants_master(param, optimizer._shared.options.master_weights):
         own.pop(MASTER, None)  # of a half parameter
     state: ParamState = {}

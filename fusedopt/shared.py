@@ -66,7 +66,7 @@ class Shared:
         """
         if self.plan is not None and self.backend is not None:
             self.aside.insert(0, (self.backend, self.plan))
-        kept = [each for each in self.aside if each[1].holds_only(state)][:PLANS_ASIDE]
-        dropped = [plan for _, plan in self.aside if all(plan is not other for _, other in kept)]
-        self.captured_plans += [plan for plan in dropped if plan.captured]
-        self.plan, self.backend, self.aside = None, None, kept
+        plans = [plan for _, plan in self.aside]
+        self.captured_plans += [plan for plan in plans if plan.captured]
+        kept = [each for each in self.aside if not each[1].captured and each[1].holds_only(state)]
+        self.plan, self.backend, self.aside = None, None, kept[:PLANS_ASIDE]

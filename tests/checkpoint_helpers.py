@@ -1,8 +1,11 @@
 """Optimizers of every kind of state, for the tests of checkpoints, state dicts and copies."""
 
+import copy
+import re
+
 import pytest
 import torch
-from protocol_helpers import DTYPES, OPTIMIZERS, give_grads
+from protocol_helpers import DTYPES, OPTIMIZERS, assert_unmoved, give_grads, snapshot
 
 import fusedopt
 
@@ -51,3 +54,25 @@ def assert_same_bits(one, two):
         for key, value in opt_one.state[a].items():
             other = opt_two.state[b][key]
             assert value.dtype == other.dtype and torch.equal(value, other), (i, key)
+
+
+def refused_load(opt, params, state_dict, error, match):
+    """The message; the optimizer is as it was."""
+    before, groups = snapshot(params, opt), copy.deepcopy(opt.state_dict()["param_groups"])
+    tensors = {(p, k): v for p, own in opt.state.items() for k, v in own.items()}
+    with pytest.raises(error, match=match) as raised:
+        opt.load_state_dict(state_dict)
+    assert_unmoved(before, params, opt)
+    assert all(opt.state[p][k] is v for (p, k), v in tensors.items())
+    assert opt.state_dict()["param_groups"] == groups
+    return raised.value.args[0]
+
+
+def remedy_in(message):
+    return re.findall(r"`([^`]+)`", message)[-1]
+
+
+def run_all(opt):
+    for p in opt.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    opt.step()

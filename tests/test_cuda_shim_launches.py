@@ -179,15 +179,14 @@ def test_several_devices(
     shim: cuda_shim.CudaShim, monkeypatch: pytest.MonkeyPatch, norm_type: float
 ) -> None:
     """One norm and one decision, three launches on each. Whole numbers: any order sums the same."""
-    build_rows = fusedopt.optimizer.build_rows
+    complete_rows = fusedopt.optimizer.complete_rows
 
-    def rows_on_two_devices(*arguments: Any) -> list[Any]:
-        rows = build_rows(*arguments)
+    def rows_on_two_devices(rows: list[Any], *arguments: Any) -> None:
+        complete_rows(rows, *arguments)
         for row in rows[1::2] if rows[0].param is twins.params[0] else []:
             row.dense = row.dense.as_subclass(OnSecond)
-        return rows
 
-    monkeypatch.setattr(fusedopt.optimizer, "build_rows", rows_on_two_devices)
+    monkeypatch.setattr(fusedopt.optimizer, "complete_rows", rows_on_two_devices)
     monkeypatch.setattr(cuda.driver(), "index", lambda device: device.index or 0, raising=False)
     shim.set(devices=2)
     for case, dtype in itertools.product(FULL_CASES, (torch.float32, torch.bfloat16)):

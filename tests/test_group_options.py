@@ -122,6 +122,7 @@ def test_arguments_that_are_no_numbers(cls):
     for name in cls.numbers:
         bads = [None, "x", "0.1", NAN, torch.tensor(NAN)]
         bads += [(0.9,), (*pair, 0.9), (0.9, None), (0.9, NAN)] if name == "betas" else [pair]
+        bads += [(torch.ones(2), 0.9), (0.9, torch.ones(2))] if name == "betas" else []
         for bad in bads:
             with pytest.raises(
                 ValueError, match={"lr": "lr|learning rate", "betas": "beta"}.get(name, name)

@@ -1,18 +1,23 @@
 """State that is there in part or is of another rule: refused by name, nothing has changed."""
 
 import copy
-import re
-import warnings
 
 import pytest
 import torch
-from checkpoint_helpers import assert_same_bits, clone_params, make, make_params, run
+from checkpoint_helpers import (
+    assert_same_bits,
+    clone_params,
+    make,
+    make_params,
+    refused_load,
+    remedy_in,
+    run,
+    run_all,
+)
 from protocol_helpers import (
-    assert_unmoved,
     fallback_is_expected,
     give_grads,
     on_every_backend,
-    snapshot,
 )
 
 import fusedopt
@@ -21,22 +26,6 @@ pytestmark = fallback_is_expected
 _every_backend = pytest.fixture(autouse=True)(on_every_backend)
 
 ALL = object()
-
-
-def refused_load(opt, params, state_dict, error, match):
-    """The message; the optimizer is as it was."""
-    before, groups = snapshot(params, opt), copy.deepcopy(opt.state_dict()["param_groups"])
-    tensors = {(p, k): v for p, own in opt.state.items() for k, v in own.items()}
-    with pytest.raises(error, match=match) as raised:
-        opt.load_state_dict(state_dict)
-    assert_unmoved(before, params, opt)
-    assert all(opt.state[p][k] is v for (p, k), v in tensors.items())
-    assert opt.state_dict()["param_groups"] == groups
-    return raised.value.args[0]
-
-
-def remedy_in(message):
-    return re.findall(r"`([^`]+)`", message)[-1]
 
 
 # Checkpoints of other rules
@@ -129,10 +118,12 @@ def test_a_group_count_is_given_to_each_parameter():
     for state in saved["state"].values():
         del state["step"]
     saved["param_groups"][0]["step"] = 3
+    del saved["state"][2]  # never had a gradient
     other, other_opt = make("adamw", params=clone_params(params))
     message = refused_load(other_opt, other, saved, KeyError, "counts the steps of a group")
     exec(remedy_in(message), {"state_dict": saved})
     other_opt.load_state_dict(saved)
+    del opt.state[params[2]]
     run(params, opt, [3])
     run(other, other_opt, [3])
     assert_same_bits((params, opt), (other, other_opt))
@@ -158,6 +149,22 @@ def test_notes_beside_the_states_are_kept():
     run(params, opt, range(2))
     own = opt.state[params[0]]
     assert torch.equal(own["ema"], torch.ones(5, 3)) and own["note"] is None and own["step"] == 2
+
+
+def test_a_lazy_parameter_gets_its_state_before_its_shape():
+    model = torch.nn.Linear(3, 2)
+    lazy = torch.nn.LazyLinear(2)
+    opts = [fusedopt.FusedAdamW(m.parameters(), lr=0.1) for m in (model, lazy)]
+    run_all(opts[0])
+    opts[1].load_state_dict(opts[0].state_dict())
+    lazy(torch.ones(1, 3))
+    with torch.no_grad():
+        for p, q in zip(lazy.parameters(), model.parameters(), strict=True):
+            p.copy_(q)
+    for opt in opts:
+        run_all(opt)
+    assert all(map(torch.equal, lazy.parameters(), model.parameters()))
+    assert all(float(own["step"]) == 2 for opt in opts for own in opt.state.values())
 
 
 # Values that are no state
@@ -314,97 +321,3 @@ def test_a_master_that_is_not_wanted_is_dropped(kind, case):
         opt.state[p].update(saved["state"][i])
     run(params, opt, [2])
     assert not any("master_param" in own for own in opt.state_dict()["state"].values())
-
-
-# Decay of torch's SGD
-
-DECAYING = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
-
-
-def torch_sgd_checkpoint(**kwargs):
-    params = make_params()
-    opt = torch.optim.SGD(params, **{**DECAYING, **kwargs})
-    run(params, opt, range(2))
-    return copy.deepcopy(opt.state_dict())
-
-
-def test_coupled_decay_that_would_become_decoupled_is_warned_of():
-    saved = torch_sgd_checkpoint()
-    _, opt = make("sgd")
-    with pytest.warns(UserWarning, match="decoupled_weight_decay=False") as warned:
-        opt.load_state_dict(saved)
-    assert len(warned) == 1 and warned[0].filename == __file__
-    assert "weight_decay=0.0005" in str(warned[0].message)
-    exec(remedy_in(str(warned[0].message)), {"state_dict": saved})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt.load_state_dict(saved)
-
-
-@pytest.mark.filterwarnings("error")
-def test_no_warning_where_nothing_changes():
-    make("sgd", decoupled_weight_decay=False)[1].load_state_dict(torch_sgd_checkpoint())
-    for same in ({"weight_decay": 0}, {"momentum": 0}):
-        make("sgd")[1].load_state_dict(torch_sgd_checkpoint(**same))
-    opt = make("sgd")[1]
-    make("sgd")[1].load_state_dict(opt.state_dict())
-    saved = torch_sgd_checkpoint()
-    saved["param_groups"][0]["decoupled_weight_decay"] = True
-    opt.load_state_dict(saved)
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_warning_that_is_an_error_changes_nothing():
-    params, opt = make("sgd")
-    run(params, opt, range(1))
-    refused_load(opt, params, torch_sgd_checkpoint(), UserWarning, "no decoupled_weight_decay")
-
-
-@pytest.mark.parametrize("decoupled, left", [(True, 0.9950), (False, 0.9553)])
-def test_how_much_weaker_decoupled_decay_is(decoupled, left):
-    """What docs/differences.md says: after 100 steps of decay alone."""
-    param = torch.nn.Parameter(torch.ones(()))
-    opt = fusedopt.FusedSGD([param], **DECAYING, decoupled_weight_decay=decoupled)
-    for _ in range(100):
-        param.grad = torch.zeros(())
-        opt.step()
-    assert param.item() == pytest.approx(left, abs=5e-5)
-
-
-# Names
-
-
-def named(params, names, **options):
-    return fusedopt.FusedAdamW(list(zip(names, params, strict=True)), **options)
-
-
-@pytest.mark.parametrize("copier", [lambda opt: opt, copy.deepcopy])
-@pytest.mark.parametrize("saved_names", [["b", "a"], None])
-def test_errors_name_the_parameter_and_not_the_checkpoints(saved_names, copier):
-    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    opt = named(params, ["a", "b"])
-    others = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    theirs = named(others, saved_names) if saved_names else fusedopt.FusedAdamW(others)
-    run_all(theirs)
-    for _ in range(2):
-        opt.load_state_dict(theirs.state_dict())
-    opt = copier(opt)
-    assert opt.param_groups[0]["param_names"] == (saved_names or ["a", "b"])  # as in torch
-    opt.param_groups[0]["params"][1].grad = torch.ones(3).to_sparse()
-    with pytest.raises(RuntimeError, match=r"param 1 of group 0 \('b'\)"):
-        opt.step()
-
-
-def test_an_optimizer_without_names_takes_none_from_a_checkpoint():
-    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    theirs, opt = named(params, ["a", "b"]), fusedopt.FusedAdamW(params)
-    opt.load_state_dict(theirs.state_dict())
-    params[1].grad = torch.ones(3).to_sparse()
-    with pytest.raises(RuntimeError, match=r"param 1 of group 0: "):
-        opt.step()
-
-
-def run_all(opt):
-    for p in opt.param_groups[0]["params"]:
-        p.grad = torch.ones_like(p)
-    opt.step()
