@@ -1,7 +1,8 @@
 """Build the native modules with ninja. setup.py says which there are, and calls this.
 
-A module that cannot be built is left out with a reason, never an error, unless its switch says
-that it must be there (FUSEDOPT_CPU=1). CONTRIBUTING.md lists the environment variables.
+A module for which there is no compiler, or only one that fails, is left out with a reason. It is an
+error where the switch says that the module must be there (FUSEDOPT_CPU=1), where an environment
+variable is wrong, and where the disk is full. CONTRIBUTING.md lists the variables.
 """
 
 from __future__ import annotations
@@ -23,18 +24,25 @@ from pathlib import Path
 from typing import Any
 
 from build_compilers import (
-    CUDA_ARCHITECTURES,
-    CUDA_NUMERIC_FLAGS,
     NUMERIC_FLAGS,
+    SETTINGS,
     VARIABLES,
     Env,
+    LeftOut,
     NotBuilt,
+    Refused,
     Tool,
+    failure,
     find_cxx,
-    find_nvcc,
     identify_cxx,
-    identify_nvcc,
+    number_in,
     with_openmp,
+)
+from build_cuda import (
+    CUDA_ARCHITECTURES,
+    CUDA_NUMERIC_FLAGS,
+    find_nvcc,
+    identify_nvcc,
     without_nvcc_variables,
 )
 
@@ -67,6 +75,11 @@ class Module:
     units: tuple[Unit, ...]
     openmp: bool = False
 
+    @property
+    def tool(self) -> str:
+        """The compiler that its kernels are for."""
+        return next((unit.tool for unit in self.units if unit.tool != "cxx"), "cxx")
+
 
 @dataclass
 class Record:
@@ -92,16 +105,24 @@ def _find_ninja(env: Env) -> str:
         return str(Path(ninja.BIN_DIR, "ninja"))
     found = shutil.which("ninja", path=env.get("PATH", ""))
     if not found:
-        raise NotBuilt("ninja was not found; pip install ninja")
+        raise Refused("ninja was not found; pip install ninja, or leave out --no-build-isolation")
     return found
 
 
 def _python_includes() -> list[str]:
     if importlib.util.find_spec("pybind11") is None:
-        raise NotBuilt("pybind11 was not found; pip install pybind11")
+        raise Refused(
+            "pybind11 was not found; pip install pybind11, or leave out --no-build-isolation"
+        )
     import pybind11
 
-    return ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+    headers = sysconfig.get_paths()["include"]
+    if not Path(headers, "Python.h").exists():
+        raise NotBuilt(
+            f"there is no Python.h in {headers}; install this Python's headers "
+            "(python3-dev or python3-devel)"
+        )
+    return ["-isystem", pybind11.get_include(), "-isystem", headers]
 
 
 def _escape(text: str) -> str:
@@ -149,26 +170,44 @@ def ninja_text(name: str, units: Sequence[Unit], tools: Mapping[str, Tool], fold
 
 def _jobs(env: Env) -> str:
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    jobs = env.get("MAX_JOBS") or str(cores)
-    if not jobs.isdecimal() or jobs == "0":
-        raise NotBuilt(f"MAX_JOBS={jobs!r} is not a positive number")
-    return jobs
+    return number_in(env, "MAX_JOBS", 1) or str(cores)
 
 
 def _run_ninja(module: Module, folder: Path, root: Path, env: Env) -> None:
     # from the root, so that sources are named csrc/... in messages and in __FILE__
     words = [_find_ninja(env), "-j", _jobs(env), "-f", str(folder / "build.ninja")]
     log = folder / f"{module.name}.log"
-    with log.open("w") as out:
-        env = {**without_nvcc_variables(env), "LC_ALL": "C"}
-        status = subprocess.run(words, stdout=out, stderr=out, cwd=root, env=env).returncode
-    if status == 0:
+    env = {**without_nvcc_variables(env), "LC_ALL": "C"}
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors="replace", cwd=root, env=env)  # fmt: skip
+    log.write_text(done.stdout)
+    if done.returncode != 0:
+        print("\n".join(done.stdout.splitlines()[-20:]), file=sys.stderr)
+        problem = failure("compiling failed", done.stdout)
+        raise type(problem)(f"{problem} (all of it is in {log})")
+
+
+IMPORT = """import importlib.util, sys
+spec = importlib.util.spec_from_file_location(*sys.argv[1:])
+spec.loader.exec_module(importlib.util.module_from_spec(spec))"""
+# Names of the C++ library, as the compiler writes them.
+STANDARD_LIBRARY = re.compile(
+    r"undefined symbol: (_Z(N?K?S|T[VI]N10__cxxabiv1|n[wa]|d[al])|__(cxa|gxx)_)"
+)
+
+
+def _import(name: str, library: Path, env: Env) -> None:
+    """Import what was built, in a Python of its own, before anybody gets it."""
+    if env.get("FUSEDOPT_SANITIZE"):
+        return  # the sanitizers' runtimes would have to be preloaded; .ci/sanitize imports it so
+    words = [sys.executable, "-I", "-S", "-c", IMPORT, name, str(library.resolve())]
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", env=dict(env))
+    if done.returncode == 0:
         return
-    lines = log.read_text(errors="replace").splitlines()
-    print("\n".join(lines[-20:]), file=sys.stderr)
-    signs = re.compile(r"\b(error|fatal) *:|undefined reference|cannot find -l")
-    first = next((line for line in lines if signs.search(line)), "no message")
-    raise NotBuilt(f"compiling failed: {first.strip()} (all of it is in {log})")
+    said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+    if STANDARD_LIBRARY.search(said):
+        said += "; the C++ library is missing: CXX has to name a C++ compiler, such as g++"
+    raise NotBuilt(f"it was compiled and cannot be imported: {said}")
 
 
 # ---- what setup.py calls ------------------------------------------------------------------------
@@ -193,29 +232,49 @@ def build_key(modules: Sequence[Module], env: Env) -> str:
 def build(module: Module, target: Path, folder: Path, env: Env, root: Path = Path()) -> Record:
     """Build `module` into the file `target`, with everything on the way there in `folder`.
 
-    Raises SystemExit where the switch says that the module must be there. `target` is what this
-    build made or is gone: never what an earlier one left.
+    Raises SystemExit where the switch says that the module must be there, and where a setting or
+    the disk is to blame. `target` is what this build made or is gone: never what an earlier one
+    left.
     """
-    target.unlink(missing_ok=True)
     want = env.get(module.switch) or "auto"
     if want not in ("0", "1", "auto"):
         raise SystemExit(f"fusedopt: {module.switch}={want!r}: use 0, 1 or auto")
     record = Record()
     try:
+        target.unlink(missing_ok=True)
         if want == "0":
-            raise NotBuilt(f"{module.switch}=0 was set when fusedopt was built")
+            raise LeftOut(f"{module.switch}=0 was set when fusedopt was built")
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(folder):
             _build(module, folder, env, root, record)
+            _import(module.name, folder / f"{module.name}.so", env)
             shutil.copyfile(folder / f"{module.name}.so", target)
         record.built = True
     except (NotBuilt, OSError) as problem:
+        with contextlib.suppress(OSError):
+            target.unlink()  # half a copy
         record.reason = str(problem)
         if want == "1":
             text = f"{module.switch}=1, but {module.name} was not built: {problem}"
             raise SystemExit(f"fusedopt: {text}") from None
+        _fail_where_asked_for(module, problem, env)
         print(f"fusedopt: installing without {module.name}: {problem}", file=sys.stderr)
     return record
+
+
+def _fail_where_asked_for(module: Module, problem: NotBuilt | OSError, env: Env) -> None:
+    """Do without the module only where no setting of the user's and no lack of space is to blame.
+
+    Raises SystemExit otherwise.
+    """
+    names = SETTINGS[module.tool] if not isinstance(problem, (LeftOut, Refused, OSError)) else ()
+    settings = ", ".join(f"{name}={env[name]!r}" for name in names if env.get(name))
+    if settings or isinstance(problem, (Refused, OSError)):
+        blame = f"; correct or unset {settings}" if settings else ""
+        raise SystemExit(
+            f"fusedopt: {module.name} was not built: {problem}{blame}; "
+            f"{module.switch}=0 installs without it"
+        ) from None
 
 
 @contextlib.contextmanager

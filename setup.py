@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict
 from pathlib import Path
 from pprint import pformat
@@ -99,6 +100,7 @@ class BuildNative(build_ext):
         config = {
             "version": self.distribution.get_version(),
             "commit": git_commit(),
+            "python": sysconfig.get_config_var("EXT_SUFFIX"),
             "modules": {name: asdict(record) for name, record in records.items()},
         }
         package.mkdir(parents=True, exist_ok=True)

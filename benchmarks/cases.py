@@ -55,7 +55,7 @@ _TARGETS: dict[str, dict[tuple[str, str], float]] = {
 
 _AGAINST_FUSED = (
     ("fusedopt_adamw", "adamw_fused"),
-    ("fusedopt_adamw_stock_scaler", "adamw_fused"),
+    ("fusedopt_adamw_amp_scaling", "adamw_fused"),
 )
 _ROOF = ("adamw_fused", "stream_huge")  # no step can be further ahead of torch than a stream is
 _ADAMW_MANY = (

@@ -1,20 +1,19 @@
 """What got slower between two sets of rows, beyond the noise of either.
 
-OLD and NEW are each a CSV of benchmarks/results or a commit (a prefix of at least seven digits)
-whose rows stand there. A figure is the speed against a reference that was timed in the same run,
-so that a slower machine is not taken for a slower program; rows without one are left out. Rows of
-different machines or torch versions are never compared, nor a commit's rows that were measured with
-changes in the tree, nor figures against the stream of before it fetched ahead with later ones (told
-by when they were measured). Several runs of one commit are one figure, of which benchmarks/pool.py
-tells the range. It counts as slower where the whole range from p20 to p80 lies below the old one;
-the exit status is 1 if that is one of ours. One run's range is narrower than runs lie apart: repeat
-it before believing it.
+OLD and NEW are each a CSV or a commit (a prefix of at least seven digits) whose rows stand in
+benchmarks/results or benchmarks/results/local. A figure is the speed against a reference that was
+timed in the same run, so that a slower machine is not taken for a slower program; rows without one
+are left out. Rows of different machines or torch versions are never compared, nor a commit's rows
+that were measured with changes in the tree, nor figures against the stream of before it fetched
+ahead with later ones (told by when they were measured). Several runs of one commit are one figure,
+of which benchmarks/pool.py tells the range. It counts as slower where the whole range from p20 to
+p80 lies below the old one; the exit status is 1 if that is one of ours. One run's range is narrower
+than runs lie apart: repeat it before believing it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import subprocess
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.pool import KEY, Figure, Key, Row, runs_by_key, spread
+from benchmarks.row_files import RESULTS, every_file, read as read_rows
 
-RESULTS = Path(__file__).parent / "results"
 STREAM_SINCE = "2026-11-21T22"  # as it is now: from then on it fetches ahead
 OLD_STREAM = " of old"
 OURS = "fusedopt"
@@ -61,7 +60,7 @@ class Change:
 
 
 def read(source: str, results: Path = RESULTS) -> Runs:
-    """For each key the newest runs of a CSV, or a commit's rows in any CSV of ``results``."""
+    """For each key the newest runs of a CSV, or a commit's rows in all files of ``results``."""
     path = Path(source)
     if path.suffix == ".csv":
         if not path.exists():
@@ -73,7 +72,7 @@ def read(source: str, results: Path = RESULTS) -> Runs:
     commit = source if re.fullmatch(r"[0-9a-f]{7,40}", source) else _resolved(source)
     if not commit:
         raise SystemExit(f"{source}: neither a .csv nor a commit")
-    rows = [row for path in sorted(results.glob("*.csv")) for row in _rows(path)]
+    rows = [row for path in every_file(results) for row in _rows(path)]
     own = [row for row in rows if row["commit"].startswith(commit)]
     if not own:
         raise SystemExit(f"{source}: {results} has no row of this commit")
@@ -94,11 +93,10 @@ def _resolved(name: str) -> str:
 
 def _rows(path: Path) -> list[Row]:
     """Those with a ratio."""
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if NEEDED - {*(reader.fieldnames or [])}:
-            return []  # a GPU's, or figures that are no times
-        return [row | {"reference": _reference(row)} for row in reader if row["ratio_p50"]]
+    rows = read_rows(path)
+    if not rows or NEEDED - rows[0].keys():
+        return []  # a GPU's, or figures that are no times
+    return [row | {"reference": _reference(row)} for row in rows if row["ratio_p50"]]
 
 
 def _reference(row: Row) -> str:

@@ -4,7 +4,7 @@ A step is everything between "backward() left scaled gradients in .grad" and "th
 updated": unscale, inf check, clip, update. Two pipelines are compared only after they have computed
 the same step from the same gradients.
 
-  python -m benchmarks cpu                   every case, appended to benchmarks/results/<cpu>.csv
+  python -m benchmarks cpu                   every case; rows go to benchmarks/results/local
   python -m benchmarks cpu --quick           a few small cases in a few rounds, printed only
   python -m benchmarks cpu --cases adamw-resnet50 sgd-resnet50
   python -m benchmarks cpu --params gpt2-124M ragged --pipelines fusedopt_adamw adamw_foreach
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -30,7 +29,8 @@ from benchmarks.cases import QUICK_CASES, Case, all_cases, make_case
 from benchmarks.cpu_measure import Progress, run_case
 from benchmarks.param_sets import LISTS
 from benchmarks.registry import COMPILE_FIRST, KINDS, on_backend
-from benchmarks.report import append, check_header, provenance, results_path, rows, table
+from benchmarks.report import append, check_header, provenance, rows, table
+from benchmarks.row_files import add_options, destination, told
 
 ROUNDS, QUICK_ROUNDS = 10, 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,14 +73,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     rounds = f"samples of each comparison (default: {ROUNDS})"
     parser.add_argument("--rounds", type=positive, metavar="N", help=rounds)
     parser.add_argument("--threads", type=positive, default=2, metavar="N", help="default: 2")
-    quick = f"{QUICK_ROUNDS} rounds, small cases if none are named, no rows without --out"
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
+    goals = "show the ratios that the project works towards on its own machines"
+    parser.add_argument("--goals", action="store_true", help=goals)
+    add_options(parser, f"{QUICK_ROUNDS} rounds, small cases if none are named")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     args.selected = _selected(args, parser)
-    if args.out is None and not args.quick:
-        args.out = results_path()
+    args.out = destination(args)
     return args
 
 
@@ -161,5 +160,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             append(args.out, rows(measured, common))
     progress.close()
     print(", ".join(f"{key} {value}" for key, value in common.items()))
-    print(table(results))
+    print(table(results, args.goals))
+    print(f"\n{told(args.out)}")
     return int(any(result.wrong for result in results))

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import (
-    FIGURE_COLUMNS,
-    append_figures,
-    check_header,
-    provenance,
-    results_path,
-)
+from benchmarks.report import FIGURE_COLUMNS, append_figures, check_header, provenance
 from benchmarks.timing import spread
 
 Row = dict[str, object]
@@ -26,10 +20,6 @@ def common_columns(device: torch.device) -> Row:
     """
     gpu = gpu_name(device)
     return provenance() | ({"machine": gpu} if gpu else {})
-
-
-def figures_path(command: str, device: torch.device) -> Path:
-    return results_path(f"-{command}", gpu_name(device))
 
 
 def gpu_name(device: torch.device) -> str | None:

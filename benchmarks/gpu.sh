@@ -2,10 +2,12 @@
 # Builds, tests and measures the CUDA and the Triton backend on a machine with an NVIDIA GPU: no
 # network, 9 minutes.
 #
-#   bash benchmarks/gpu.sh              everything; rows go to benchmarks/results/<gpu>.csv
+#   bash benchmarks/gpu.sh              everything; rows go to benchmarks/results/local, which git ignores
 #   bash benchmarks/gpu.sh --quick      a minute: what is installed, few cases, no rows
 #   bash benchmarks/gpu.sh --dry-run    without a GPU: the same steps on the CPU, no figures
 #   bash benchmarks/gpu.sh --logs DIR   keeps the log of every stage there, and a copy of the rows
+#   bash benchmarks/gpu.sh --goals      shows what the project works towards on an H200, too
+#   bash benchmarks/gpu.sh --record     rows go to the project's own file, benchmarks/results/<gpu>.csv
 #
 # PYTHON=/path/to/python chooses the Python; it needs torch, and setuptools and pybind11 to build.
 set -uo pipefail
@@ -13,7 +15,7 @@ set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3} on PATH" >&2; exit 2; }
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
-mode=full
+mode=full goals=() record=()
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 logs=$work/logs
@@ -21,11 +23,14 @@ while [ $# -gt 0 ]; do
   case $1 in
     --quick) mode=quick ;;
     --dry-run) mode=dry ;;
+    --goals) goals=(--goals) ;;
+    --record) record=(--record) ;;
     --logs) logs=$2 && shift ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    *) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 2 ;;
   esac
   shift
 done
+[ "$mode" != dry ] || [ "${#record[@]}" -eq 0 ] || { echo "--dry-run measures nothing" >&2; exit 2; }
 mkdir -p "$logs" && logs=$(cd "$logs" && pwd)
 [ -d /usr/local/cuda/bin ] && PATH=$PATH:/usr/local/cuda/bin
 export PATH PYTHONUNBUFFERED=1
@@ -214,13 +219,13 @@ options=() kernel_options=(--budget 45)
 if [ "$built" -eq 0 ]; then
   [ "$mode" != full ] || options=(--budget $((total - SECONDS - 25 - sweep)))
   stage benchmark 500 $((5 + sweep)) "$python" -m benchmarks.gpu.step "${options[@]}" \
-    --targets "$work/targets"
+    "${goals[@]}" "${record[@]}"
   grep -v '^USDT' "$logs/benchmark.log"
   judge benchmark "$(last benchmark '^(rows in|no rows)')"
   keep_rows benchmark
   may_stop=1 # the larger sizes are then missing, and nothing else
   stage kernels "$sweep" 5 "$python" -m benchmarks kernels --backends cuda triton \
-    "${kernel_options[@]}"
+    "${kernel_options[@]}" "${record[@]}"
   grep -v '^USDT' "$logs/kernels.log"
   judge kernels "$(last kernels '^(rows in|no rows)')"
   may_stop=0
@@ -233,7 +238,6 @@ fi
 # ---- the short table ----------------------------------------------------------------------------
 
 printf '\n%s\n\n' "$gpu"
-if [ -e "$work/targets" ]; then cat "$work/targets" && echo; fi
 printf '| stage | result | s | |\n|---|---|---|---|\n'
 cat "$summary"
 printf '\n%d s in all' "$SECONDS"

@@ -1,6 +1,6 @@
 """The host's share of a step with Triton, as far as it can be measured without a GPU.
 
-python -m benchmarks host            appended to benchmarks/results/<cpu>.csv
+python -m benchmarks host            rows go to benchmarks/results/local
 python -m benchmarks host --quick    printed only
 
 The whole step of `adamw-300x1k` runs but for its work: launches, the copy of the table and CUDA's
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from benchmarks.arguments import positive
 from benchmarks.param_sets import Gradients, equal, make_params
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, Ours, Pipeline
 from benchmarks.registry import KINDS
-from benchmarks.report import COLUMNS, append, check_header, provenance, results_path
+from benchmarks.report import COLUMNS, append, check_header, provenance
+from benchmarks.row_files import add_options, destination, told
 from benchmarks.timing import Sample, Sampler, Spread, spread
 from fusedopt.backends import triton as backend
 
@@ -136,12 +136,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=positive, help="samples of each (default: 41)")
-    parser.add_argument("--quick", action="store_true", help="few rounds, no rows")
-    parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
+    add_options(parser, "few rounds")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (5 if args.quick else 41)
-    if args.out is None and not args.quick:
-        args.out = results_path()
+    args.out = destination(args)
     return args
 
 
@@ -164,3 +162,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         p20, p50, p80 = (1e3 * float(str(one[f"ms_p{n}"])) for n in (20, 50, 80))
         counts = f"{one['samples']} | {one['disturbed']} | {one['quiet']}"
         print(f"| {moved} | {p50:.1f} [{p20:.1f}-{p80:.1f}] | {counts} |")
+    print(told(args.out))

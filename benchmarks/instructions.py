@@ -1,6 +1,6 @@
 """Instructions and cycles per element of the CPU kernels, one thread, tensors in the cache.
 
-python -m benchmarks instructions            rows go to benchmarks/results/<cpu>-instructions.csv
+python -m benchmarks instructions            rows go to benchmarks/results/local
 python -m benchmarks instructions --quick    the counts alone, printed only: what CI runs
 
 The instructions are those that valgrind's callgrind sees the kernels execute (what they call in
@@ -37,7 +37,8 @@ from benchmarks.kernel_program import (
     run,
     timed_elements,
 )
-from benchmarks.report import ROOT, provenance, results_path
+from benchmarks.report import provenance
+from benchmarks.row_files import ROOT, add_options, destination, told
 
 KERNELS = (
     "reduce:float32",
@@ -223,12 +224,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="counts and bounds; printed only")
     parser.add_argument("--set-bounds", action="store_true", help=f"write {BOUNDS.name} anew")
-    parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
+    add_options(parser, "the counts alone")
     args = parser.parse_args(arguments)
-    if args.out is None and not args.quick:
-        args.out = results_path("-instructions")
+    args.out = destination(args, "-instructions")
     return args
 
 
@@ -252,7 +251,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         if args.out is not None:
             add_figures(figures, counts, driver)
             print("\n" + figure_table(figures.rows, ["cycles_per_element"]))
-    print(f"rows in {args.out}" if args.out else "no rows written")
+    print(told(args.out))
     failed = any(said.startswith(("ABOVE", "BELOW")) for said in verdicts)
     return int(failed or (required and any(said.startswith("not") for said in verdicts)))
 

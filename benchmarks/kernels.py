@@ -1,9 +1,9 @@
 """GB/s of the verbs reduce and update by themselves, over sizes, next to the memory's.
 
-python -m benchmarks kernels                           rows go to benchmarks/results/<cpu>.csv
+python -m benchmarks kernels                           rows go to benchmarks/results/local
 python -m benchmarks kernels --quick                   a few sizes, printed only
 python -m benchmarks kernels --rules adamw sgd --dtypes all --verbs update --sizes 12:24
-python -m benchmarks kernels --backends cuda triton    on a GPU; rows go to results/<gpu>.csv
+python -m benchmarks kernels --backends cuda triton    on a GPU
 
 A size is a power of two and one tensor. On the CPU each sample of a kernel lies between two of a
 stream (benchmarks/stream.py) over as many elements, so that a size which stays in a cache is held
@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ from benchmarks.arguments import positive, positive_float
 from benchmarks.cpu_measure import available_bytes
 from benchmarks.param_sets import one_tensor
 from benchmarks.pipelines import DifferentStep, Unavailable
-from benchmarks.report import append, check_header, provenance, results_path
+from benchmarks.report import append, check_header, provenance
+from benchmarks.row_files import add_options, destination, told
 from benchmarks.timing import Summary, Trial, sandwich, summarize
 from benchmarks.verbs import DTYPES, RULES, VERBS, Verbs, Workload, check_same_step
 
@@ -230,7 +230,7 @@ def run_on_gpu(args: argparse.Namespace, progress: Callable[[], object]) -> list
     from benchmarks.gpu.sweep import Sweep
 
     machine = find_machine(args.dry_run)
-    args.out = output(args.out, machine, args.quick)
+    args.out = output(args, machine)
     sweep = Sweep(machine, args.backends, args.budget, args.out)
     verbs = wanted_verbs(args.workloads, args.verbs)
     try:
@@ -267,9 +267,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=positive, default=2, help="on the CPU, default 2")
     add("--rounds", type=positive, help=f"samples on the CPU, default {ROUNDS}")
     add("--budget", type=positive_float, default=60.0, help="seconds on a GPU, default 60")
-    add("--quick", action="store_true", help="a few sizes, printed only")
     add("--dry-run", action="store_true", help="a GPU's run, on the CPU; measures nothing")
-    add("--out", type=Path, help="CSV to append to (with --quick: none)")
+    add_options(parser, "a few sizes")
     args = parser.parse_args(arguments)
     args.on_gpu = any(backend in ON_GPU for backend in args.backends)
     if args.on_gpu and any(backend in ON_CPU for backend in args.backends):
@@ -291,14 +290,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from benchmarks.gpu.report import refuse_results
 
         refuse_results(parser, args)
+    if not args.on_gpu:  # whose name is known when it is found
+        args.out = destination(args)
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if not args.on_gpu:
-        if args.out is None and not args.quick:
-            args.out = results_path()
         if args.out is not None:
             check_header(args.out)
         torch.set_num_threads(args.threads)
@@ -312,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(row.get("quiet", 1) == 0 for row in rows):
         args.notes.append("?: disturbed by other programs, and worth little")
     print("\n" + "\n".join(args.notes))
-    print(f"rows in {args.out}" if args.out else "no rows written")
+    print(told(args.out))
     return int(args.failed)
 
 

@@ -1,6 +1,6 @@
 """Peak memory of the first and the second step: torch.optim against fusedopt.
 
-python -m benchmarks memory            appended to benchmarks/results/<machine>-memory.csv
+python -m benchmarks memory            rows go to benchmarks/results/local
 python -m benchmarks memory --quick    a small list once, printed only
 
 Every figure comes from a process of its own. They count from the moment when parameters and
@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +27,11 @@ import benchmarks
 import fusedopt
 from benchmarks.arguments import device, positive
 from benchmarks.cpu_measure import available_bytes
-from benchmarks.figures import Figures, common_columns, figures_path, table
+from benchmarks.figures import Figures, common_columns, gpu_name, table
 from benchmarks.param_sets import LISTS
 from benchmarks.peak_memory import DTYPES, PIPELINES, Job, check_same_step
 from benchmarks.pipelines import DifferentStep
+from benchmarks.row_files import add_options, destination, told
 
 # The packages are those that this process has, whatever lies on the path before them.
 CHILD = """
@@ -135,14 +135,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=PIPELINES)
     parser.add_argument("--runs", type=positive, help="processes for each figure (default: 3)")
     parser.add_argument("--threads", type=positive, default=1, help="of each process (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="default to a small list, once")
-    parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
+    add_options(parser, "default to a small list, once")
     args = parser.parse_args(arguments)
     args.params = args.params or ["gpt-10M" if args.quick else "gpt2-124M"]
     args.dtypes = args.dtypes or (["fp32"] if args.quick else ["fp32", "bf16"])
     args.runs = args.runs or (1 if args.quick else 3)
-    if args.out is None and not args.quick:
-        args.out = figures_path("memory", args.device)
+    args.out = destination(args, "-memory", gpu_name(args.device))
     return args
 
 
@@ -170,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table(figures.rows, [f"reserved_{name}" for name in COLUMNS[1:]]))
     for case, error in problems.items():
         print(f"{case} not measured: {error}")
+    print(f"\n{told(args.out)}")
     return int(bool(problems))
 
 

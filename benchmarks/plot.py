@@ -1,7 +1,8 @@
 """Pictures of the rows of a CSV, and of nothing else: the same rows give the same picture.
 
-python -m benchmarks plot benchmarks/results/amd-epyc.csv               into docs/pictures
-python -m benchmarks plot ROWS.csv --commit 1234567 --out FOLDER        of one commit's rows
+python -m benchmarks plot ROWS.csv                                   into benchmarks/results/local
+python -m benchmarks plot ROWS.csv --commit 1234567 --out FOLDER     of one commit's rows
+python -m benchmarks plot benchmarks/results/amd-epyc.csv --record   into docs/pictures
 
 A picture shows the rows of one commit, the newest that has enough of them; it names machine,
 commit and command, and its file carries a checksum of the figures drawn.
@@ -23,7 +24,7 @@ import numpy as np
 
 from benchmarks.plot_rows import MIN_SIZES, STYLES, NothingToDraw, Rows, read
 from benchmarks.registry import base_kinds, gpu_kinds
-from benchmarks.report import ROOT
+from benchmarks.row_files import LOCAL, RESULTS, ROOT
 
 PICTURES = ROOT / "docs" / "pictures"
 CHECKSUM = "fusedopt-figures"  # a text chunk of the PNG
@@ -181,7 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("rows", metavar="CSV", type=Path)
     parser.add_argument("--commit", default="", help="at least seven digits")
-    parser.add_argument("--out", type=Path, default=PICTURES)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, metavar="FOLDER", default=RESULTS / LOCAL)
+    where.add_argument("--record", action="store_const", dest="out", const=PICTURES,
+                       help="draw those of the documents, in docs/pictures")  # fmt: skip
     options = parser.parse_args(arguments)
     rows = read(options.rows, options.commit)
     drawn = 0

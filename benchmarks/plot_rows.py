@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.pool import one_row, runs_by_key
+from benchmarks.row_files import read as read_rows
 
 SWEEP_CPU = "adamw-gpt-"  # a decoder's 148 tensors, of so many elements in all
 SWEEP_GPU = ("adamw-1M", "adamw-10M", "adamw-resnet50", "adamw-gpt2-124M", "adamw-llama-1.24B")
@@ -126,8 +126,7 @@ def _setting(row: dict[str, str]) -> list[str | None]:
 def read(path: Path, commit: str = "") -> Rows:
     """Rows of `commit`, or of the newest commit that has a sweep of sizes."""
     try:
-        with path.open(newline="") as file:
-            found = list(csv.DictReader(file))
+        found = read_rows(path)
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}") from error
     if not found or not {"case", "pipeline", "grads", "bytes_per_param"} <= found[0].keys():

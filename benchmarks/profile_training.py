@@ -1,6 +1,6 @@
 """The share of the optimizer in the examples' training: torch.optim against fusedopt.
 
-python -m benchmarks profile            appended to benchmarks/results/<machine>-profile.csv
+python -m benchmarks profile            rows go to benchmarks/results/local
 python -m benchmarks profile --quick    small models in a few rounds, printed only
 
 The optimizer is everything from the end of backward() to the end of scaler.update(). Times and
@@ -26,8 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks.arguments import device, positive
-from benchmarks.figures import Figures, common_columns, figures_path, table
+from benchmarks.figures import Figures, common_columns, gpu_name, table
 from benchmarks.pipelines import DifferentStep, Unavailable
+from benchmarks.row_files import add_options, destination, told
 from benchmarks.timing import MAX_FOREIGN_SHARE, ForeignLoad
 from benchmarks.traces import Range, read_ranges
 from benchmarks.training_cases import (
@@ -181,8 +182,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=positive, help="default: torch's, one for each core")
     parser.add_argument("--trace", type=Path, metavar="DIR", help="keep the Chrome traces there")
-    parser.add_argument("--quick", action="store_true", help="small models, few rounds")
-    parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
+    add_options(parser, "small models, few rounds")
     args = parser.parse_args(arguments)
     names = list(all_cases(args.device))
     args.cases = args.cases or [name for name in names if not args.quick or "batch" not in name]
@@ -190,8 +190,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if name not in names:
             parser.error(f"no case {name} on {args.device.type}; there are {', '.join(names)}")
     args.profiled = args.profiled or (2 if args.quick else 5)
-    if args.out is None and not args.quick:
-        args.out = figures_path("profile", args.device)
+    args.out = destination(args, "-profile", gpu_name(args.device))
     return args
 
 
@@ -215,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_report(figures)
     for name, error in problems.items():
         print(f"{name} not measured: {error}")
+    print(f"\n{told(args.out)}")
     return int(any(isinstance(error, DifferentStep) for error in problems.values()))
 
 

@@ -68,7 +68,9 @@ COMPILE_FIRST = ("adamw_deepspeed", "adamw_compiled", "adamw_torchao", "torchao_
 Build = Callable[[list[Tensor], Gradients], Pipeline]
 
 
-def ours(name: str, backend: str | None, *, stock_scaler: bool = False, **options: Any) -> Build:
+def ours(name: str, backend: str | None, **options: Any) -> Build:
+    """Under our scaler; with ``amp_scaling=True`` under torch's, and the step unscales."""
+
     def build(params: list[Tensor], grads: Gradients) -> Pipeline:
         try:
             fusedopt = importlib.import_module("fusedopt")
@@ -80,7 +82,7 @@ def ours(name: str, backend: str | None, *, stock_scaler: bool = False, **option
         if reason or chosen == "reference" != backend:
             raise Unavailable(reason or ONLY_REFERENCE)
         make = partial(getattr(fusedopt, name), max_grad_norm=MAX_GRAD_NORM, backend=backend)
-        scaler = torch.amp.GradScaler if stock_scaler else fusedopt.GradScaler
+        scaler = torch.amp.GradScaler if "amp_scaling" in options else fusedopt.GradScaler
         return Ours(params, grads, lambda p: make(p, **options), scaler)
 
     return build
@@ -88,16 +90,18 @@ def ours(name: str, backend: str | None, *, stock_scaler: bool = False, **option
 
 def _ours_on(backend: str | None, suffix: str) -> dict[str, Kind]:
     adamw = ours("FusedAdamW", backend, **ADAMW)
-    stock = ours("FusedAdamW", backend, stock_scaler=True, **ADAMW)
+    by_torch = ours("FusedAdamW", backend, amp_scaling=True, **ADAMW)
     sgd = ours("FusedSGD", backend, decoupled_weight_decay=False, **SGD)
     label = f"fusedopt{TITLES[suffix]}"
-    stock_label = f"{label}, torch's scaler"
-    half, half_stock = _bytes(params="fp16"), _bytes(params="fp16", scaler="torch")
+    label_by_torch = f"{label}, torch's scaler, amp_scaling=True"
+    half, half_by_torch = _bytes(params="fp16"), _bytes(params="fp16", scaler="torch")
     kinds = {
         "fusedopt_adamw": Kind(label, _bytes(), adamw),
-        "fusedopt_adamw_stock_scaler": Kind(stock_label, _bytes(scaler="torch"), stock),
+        "fusedopt_adamw_amp_scaling": Kind(label_by_torch, _bytes(scaler="torch"), by_torch),
         "fusedopt_adamw_fp16": Kind(label, half, adamw, dtypes=(FP16,)),
-        "fusedopt_adamw_fp16_stock_scaler": Kind(stock_label, half_stock, stock, dtypes=(FP16,)),
+        "fusedopt_adamw_fp16_amp_scaling": Kind(
+            label_by_torch, half_by_torch, by_torch, dtypes=(FP16,)
+        ),
         "fusedopt_adamw_bf16": Kind(label, half, adamw, dtypes=(BF16,)),
         "fusedopt_sgd": Kind(label, _bytes(optimizer="sgd-momentum"), sgd),
     }

@@ -6,7 +6,6 @@ import csv
 import datetime
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,16 +17,21 @@ from benchmarks import stream
 from benchmarks.cases import Case, Comparison
 from benchmarks.registry import KINDS
 from benchmarks.roofline import predict_seconds
+from benchmarks.row_files import ROOT, cpu_model
 from benchmarks.timing import Summary
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PROVENANCE = ["timestamp", "commit", "dirty", "machine", "cpus", "threads", "torch", "python"]
 WHAT = ["case", "pipeline", "reference", "params", "tensors", "dtype", "grads", "bytes_per_param"]
 TIMES = ["ms_p20", "ms_p50", "ms_p80", "reference_ms_p50"]
 RATIOS = ["ratio_p20", "ratio_p50", "ratio_p80", "ceiling_fraction", "target"]
 ROOFLINE = ["gb_s", "ceiling_gb_s", "predicted_ms", "measured_over_predicted"]
 COLUMNS = [*PROVENANCE, *WHAT, *TIMES, *RATIOS, "samples", "disturbed", "quiet", "note", *ROOFLINE]
+RATIOS_SAY = """\
+ratio: how many times faster the first is than the second, timed in turns. measured / predicted:
+its time over that of its bytes at the memory's speed in this run (docs/performance.md)."""
+GOALS_SAY = """\
+goal: the ratio that the project works towards on its own machines (2 threads of an Intel Xeon, an
+AMD EPYC). Some are missed there too; on another processor NO is no sign of a fault."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +74,6 @@ def _git(*arguments: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def cpu_model() -> str:
-    try:
-        match = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return match.group(1) if match else platform.processor() or platform.machine()
-
-
-def results_path(suffix: str = "", machine: str | None = None) -> Path:
-    """The CSV of this machine, named after its processor, or after `machine`: a GPU."""
-    slug = re.sub(r"[^a-z0-9]+", "-", (machine or cpu_model()).lower()).strip("-")
-    return RESULTS / f"{slug}{suffix}.csv"
 
 
 def rows(results: Sequence[Result], common: dict[str, object]) -> list[dict[str, object]]:
@@ -143,28 +133,31 @@ def _roofline(result: Result) -> dict[str, object]:
     return row
 
 
-def table(results: Sequence[Result]) -> str:
+def table(results: Sequence[Result], goals: bool = False) -> str:
+    """What was measured, beside what the project works towards where ``goals`` are asked for."""
     lines = [
-        "| figure | ratio | p20..p80 | measured / predicted | target | met? |",
-        "|---|---|---|---|---|---|",
+        "| figure | ratio | p20..p80 | measured / predicted |" + " goal | met? |" * goals,
+        "|---|---|---|---|" + "---|---|" * goals,
     ]
     for result in results:
-        target = result.comparison.target
-        wanted = "-" if target is None else f">= {target:g}x"
-        if result.summary is None:
-            lines.append(f"| {result.label} | not measured: {result.note} | | | {wanted} | |")
-            continue
-        ratio = result.summary.ratio
-        met = "-" if target is None else "yes" if ratio.p50 >= target else "NO"
-        mark = ""
-        if not result.summary.quiet:  # no ground for a verdict
-            met, mark = "-" if target is None else "?", " (disturbed)"
-        over = _roofline(result)["measured_over_predicted"]
-        lines.append(
-            f"| {result.label} | {ratio.p50:.2f}x{mark} | {ratio.p20:.2f}..{ratio.p80:.2f} "
-            f"| {f'{float(str(over)):.2f}' if over else '-'} | {wanted} | {met} |"
-        )
-    return "\n".join(lines)
+        cells = f"not measured: {result.note} | | "
+        if result.summary is not None:
+            ratio, mark = result.summary.ratio, "" if result.summary.quiet else " (disturbed)"
+            over = _roofline(result)["measured_over_predicted"]
+            cells = f"{ratio.p50:.2f}x{mark} | {ratio.p20:.2f}..{ratio.p80:.2f} | "
+            cells += f"{float(str(over)):.2f}" if over else "-"
+        lines.append(f"| {result.label} | {cells} |" + (_goal(result) if goals else ""))
+    return "\n".join([*lines, "", RATIOS_SAY, *([GOALS_SAY] if goals else [])])
+
+
+def _goal(result: Result) -> str:
+    goal, summary = result.comparison.target, result.summary
+    if goal is None:
+        return " - | - |"
+    met = "" if summary is None else "yes" if summary.ratio.p50 >= goal else "NO"
+    if summary is not None and not summary.quiet:  # no ground for a verdict
+        met = "?"
+    return f" >= {goal:g}x | {met} |"
 
 
 def append(

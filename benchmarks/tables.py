@@ -1,21 +1,19 @@
 """The measured tables of README and docs, each from rows that its key names, and from no others.
 
-python -m benchmarks tables            writes them into the documents
-python -m benchmarks tables --check    exit status 1 if one is not that of the rows
+python -m benchmarks tables             exit status 1 if one is not that of the tracked rows
+python -m benchmarks tables --record    writes them into the documents
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.pool import Figure, Row, runs_by_key, spread
-from benchmarks.report import ROOT
+from benchmarks.row_files import RESULTS, ROOT, read
 
-RESULTS = ROOT / "benchmarks" / "results"
 XEON, EPYC = "intel-r-xeon-r-processor", "amd-epyc"
 STEPS = {
     XEON: ("bfd98e4",),
@@ -90,8 +88,7 @@ PIPELINES = {
 
 def _rows(name: str, commits: Sequence[str]) -> list[Row]:
     """Clean rows of the commits, in this order, each commit's in the order of the file."""
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        clean = [row for row in csv.DictReader(file) if row["dirty"] == "0"]
+    clean = [row for row in read(RESULTS / f"{name}.csv") if row["dirty"] == "0"]
     return [row for c in commits for row in clean if row["commit"].startswith(c)]
 
 
@@ -241,8 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args(arguments).check
+    parser.add_argument("--record", action="store_true", help="write them into the documents")
+    record = parser.parse_args(arguments).record
     stale = 0
     for document, tables in TABLES.items():
         path: Path = ROOT / document
@@ -253,6 +250,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             stale += 1
             print(f"{document}: {name} is not that of the rows")
-            if not check:
+            if record:
                 path.write_text(text[: found.start()] + wanted + text[found.end() :])
-    return int(check and stale > 0)
+    return int(stale > 0 and not record)

@@ -106,7 +106,7 @@ class Verbs:
         _give_grads(self.params, _dtype(workload.dtypes.grads))
         self._optimizer.step()
         self._inputs: StepInputs = self._optimizer._step_inputs()
-        self._backend, self._plan = self._optimizer._current_plan()
+        self._backend, self._plan = self._optimizer._current_plan(self._inputs)
         if self._inputs.scalars[SKIP] != 0:
             raise RuntimeError(f"{workload} on {backend}: the step was skipped, nothing to measure")
 

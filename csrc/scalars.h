@@ -56,8 +56,9 @@ FUSEDOPT_FN double larger(double a, double b) { return b > a || b != b ? b : a; 
 FUSEDOPT_FN bool is_finite(double x) { return x - x == 0.0; }
 
 // total: sum of squares (norm 2) or maximum magnitude (norm inf) over all chunks. It is non-finite
-// exactly when some element is: a chunk's partial of finite elements never overflows. Counting a
-// skip is left to whoever can no longer fail.
+// exactly when some element is: a chunk's partial of finite elements never overflows. A scale that
+// has no finite reciprocal (0, below 2^-128, NaN) would make every param NaN: nobody can ask for
+// that. Counting a skip is left to whoever can no longer fail.
 FUSEDOPT_FN void decide(const StepOptions& o, double total, const float* grad_scale,
                         const float* found_inf, StepScalars& s) {
   const double norm = o.norm_type == NormType::kTwo ? sqrt(total) : total;
@@ -71,9 +72,11 @@ FUSEDOPT_FN void decide(const StepOptions& o, double total, const float* grad_sc
   s.grad_mult =
       static_cast<float>(static_cast<double>(s.clip_coef) * static_cast<double>(s.inv_scale));
   // `!= 0`, not `== 1`: GradScaler passes the sum of one flag per device.
-  const bool bad = (o.measured && !is_finite(total)) || (found_inf && *found_inf != 0.0f);
+  const bool bad_scale = !is_finite(static_cast<double>(s.inv_scale));
+  const bool bad =
+      bad_scale || (o.measured && !is_finite(total)) || (found_inf && *found_inf != 0.0f);
   s.found_inf = bad ? 1.0f : 0.0f;
-  s.skip = bad && o.skip_nonfinite ? 1.0f : 0.0f;
+  s.skip = bad_scale || (bad && o.skip_nonfinite) ? 1.0f : 0.0f;
 }
 
 }  // namespace fusedopt

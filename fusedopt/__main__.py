@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,9 @@ from typing import Any
 import torch
 
 import fusedopt
-from fusedopt import backends
+from fusedopt import backends, installation
 
 MAPS = Path("/proc/self/maps")
-
-
-def build_record() -> dict[str, Any]:
-    """What setup.py wrote; empty when the package runs from sources that nobody built."""
-    try:
-        from fusedopt._build_config import BUILD_CONFIG
-    except ImportError:
-        return {}
-    return dict(BUILD_CONFIG)
 
 
 def openmp_libraries(maps: str) -> list[str]:
@@ -67,14 +59,17 @@ def self_test(device: torch.device) -> tuple[str, str]:
 
 def examine(device: torch.device, name: str) -> dict[str, str]:
     try:
-        backend, problem = self_test(device)
+        with warnings.catch_warnings():
+            # the report has a line of its own for it
+            warnings.simplefilter("ignore", fusedopt.FusedOptFallbackWarning)
+            backend, problem = self_test(device)
     except Exception as error:  # a report that ends in a traceback reports nothing
         backend, problem = "none", f"{type(error).__name__}: {error}"
     return {"name": name, "backend": backend, "self_test": problem or "ok"}
 
 
 def collect() -> dict[str, Any]:
-    build = build_record()
+    build = installation.build_config()
     examined = {str(device): examine(device, name) for device, name in devices()}
     return {
         "fusedopt": fusedopt.__version__,
@@ -95,11 +90,11 @@ def collect() -> dict[str, Any]:
 
 def warnings_in(report: dict[str, Any]) -> list[str]:
     found = []
-    if report["build"] is None:
-        found.append(
-            "this is a source tree that was not built: `pip install -e .` builds it, and outside "
-            "this directory Python finds the installed package"
-        )
+    cpu = report["backends"]["cpu"]
+    if not cpu["available"]:
+        found.append(f"the CPU backend is not available ({cpu['reason']}). {cpu['remedy']}".strip())
+    for name in installation.stale():
+        found.append(f"{name} is older than the sources in csrc/; {installation.remedy()}")
     if len(report["openmp_libraries"] or []) > 1:
         found.append(
             "several OpenMP runtimes are loaded; where the threads of two are at work, both are "
@@ -110,6 +105,14 @@ def warnings_in(report: dict[str, Any]) -> list[str]:
         if facts["self_test"] != "ok":
             found.append(f"the self-test failed on {device}: {facts['self_test']}")
     return found
+
+
+def failed(report: dict[str, Any]) -> bool:
+    """Whether something is broken. A module that the build left out, and says why, is not."""
+    cpu_is_broken = not report["backends"]["cpu"]["available"]
+    cpu_is_broken &= installation.recorded_reason("_cpu") is None
+    wrong = any(facts["self_test"] != "ok" for facts in report["devices"].values())
+    return cpu_is_broken or wrong
 
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -138,7 +141,8 @@ def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fusedopt", description="Environment report.")
+    about = "Environment report. Exits with 1 where something is broken."
+    parser = argparse.ArgumentParser(prog="python -m fusedopt", description=about)
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
     report = collect()
@@ -152,8 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:<{width}}  {text}")
         for warning in report["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
-    failed = any(facts["self_test"] != "ok" for facts in report["devices"].values())
-    return 1 if failed else 0
+    return 1 if failed(report) else 0
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.optim.adam import Adam
 
-from .optimizer import FusedOptimizer
-from .options import Options
+from .optimizer import FusedOptimizer, torch_defaults
+from .options import Options, flag, number
 from .plan import Group
 
 _OPTIONS = struct.Struct("=5d3q")  # AdamW::Options in csrc/rules.h
@@ -59,6 +59,7 @@ class FusedAdamW(FusedOptimizer):
     """
 
     rule = "adamw"
+    numbers = ("lr", "betas", "eps", "weight_decay")
 
     def __init__(
         self,
@@ -83,14 +84,14 @@ class FusedAdamW(FusedOptimizer):
         amp_scaling: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        # torch's own class checks its arguments and names the group keys: same errors, any version.
-        torch_twin = torch.optim.Adam(
-            [torch.zeros(0)],
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
+        defaults = torch_defaults(
+            Adam,
+            self.numbers,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
             maximize=maximize,
             foreach=foreach,
             capturable=capturable,
@@ -107,7 +108,7 @@ class FusedAdamW(FusedOptimizer):
             amp_scaling,
             backend,
         )
-        super().__init__(params, torch_twin.defaults, options)
+        super().__init__(params, defaults, options)
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
         names = ("exp_avg", "exp_avg_sq")
@@ -122,8 +123,8 @@ class FusedAdamW(FusedOptimizer):
             self._number(group["weight_decay"], offset + 8),
             self._number(beta1, offset + 16),
             self._number(beta2, offset + 24),
-            float(group["eps"]),
-            bool(group["decoupled_weight_decay"]),
-            bool(group["maximize"]),
-            bool(group["amsgrad"]),
+            number(group["eps"]),
+            flag(group["decoupled_weight_decay"]),
+            flag(group["maximize"]),
+            flag(group["amsgrad"]),
         )

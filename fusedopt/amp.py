@@ -13,16 +13,19 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
+from torch._C._autograd import _record_function_with_args_enter, _record_function_with_args_exit
+from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .options import Options
-from .plan import FOUND_INF, Plan, is_fsdp1_shard
+from .modes import durable, untraced
+from .options import is_number
+from .plan import FOUND_INF, is_fsdp1_shard, served_params
+from .shared import ScalerExchange, Shared
 
 
 @dataclass
@@ -36,27 +39,22 @@ class AmpInputs:
 class AmpAttributes:
     """``grad_scale``, ``found_inf`` and ``_step_supports_amp_scaling`` of an optimizer."""
 
-    _options: Options
-    _scalars: Tensor
-    _plan: Plan | None
+    _shared: Shared
     param_groups: list[dict[str, Any]]
     _optimizer_step_pre_hooks: Any
 
-    def _amp_offer(self, grad_scale: Tensor, found_inf: Tensor) -> None:
+    @property
+    def _amp(self) -> ScalerExchange:
+        return self._shared.amp
+
+    def _amp_offer(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:
         """What a scaler that knows this class sets; ``_amp_withdraw`` takes it back."""
-        values = self._amp_values()
-        self.__dict__["_amp_before"] = dict(values)
-        self.__dict__["_amp_answered"] = False
-        values.update(grad_scale=grad_scale, found_inf=found_inf)
+        amp = self._amp
+        amp.before, amp.answered = dict(amp.values), False
+        amp.values.update(grad_scale=grad_scale, found_inf=found_inf)
 
     def _amp_withdraw(self) -> None:
-        values = self._amp_values()
-        values.pop("grad_scale", None)
-        values.pop("found_inf", None)
-
-    def _amp_values(self) -> dict[str, Any]:
-        values: dict[str, Any] = self.__dict__.setdefault("_amp", {})
-        return values
+        self._amp.values.clear()
 
     @property
     def grad_scale(self) -> Any:
@@ -65,23 +63,23 @@ class AmpAttributes:
         Tensor of one element, number or None. Raises AttributeError when nobody has set it.
         """
         try:
-            return self._amp_values()["grad_scale"]
+            return self._amp.values["grad_scale"]
         except KeyError:
             raise AttributeError("grad_scale") from None
 
     @grad_scale.setter
-    @_disable_dynamo  # which would lose what is noted here
+    @untraced  # which would lose what is noted here
     def grad_scale(self, value: Any) -> None:
-        values = self._amp_values()
-        self.__dict__["_amp_before"] = dict(values)
-        values["grad_scale"] = value
+        amp = self._amp
+        amp.before = dict(amp.values)
+        amp.values["grad_scale"] = value
 
     @grad_scale.deleter
-    @_disable_dynamo
+    @untraced
     def grad_scale(self) -> None:
-        if "grad_scale" not in self._amp_values():
+        if "grad_scale" not in self._amp.values:
             raise AttributeError("grad_scale")
-        del self._amp_values()["grad_scale"]
+        del self._amp.values["grad_scale"]
 
     @property
     def found_inf(self) -> Any:
@@ -90,51 +88,71 @@ class AmpAttributes:
         Between a GradScaler's call and the update it is the flag that the scaler set, or 0 if it
         left the question to the step; step post-hooks see the answer.
         """
-        values = self._amp_values()
-        if "found_inf" in values and not self.__dict__.get("_amp_answered"):
-            found_inf = values["found_inf"]
-            asked = self.__dict__.get("_inf_flag_due") and found_inf is self.__dict__["_inf_flag"]
+        amp = self._amp
+        if "found_inf" in amp.values and not amp.answered:
+            found_inf = amp.values["found_inf"]
+            asked = amp.due is not None and found_inf is amp.due
             return torch.zeros_like(found_inf) if asked else found_inf
-        return self._scalars[FOUND_INF].clone()
+        return self._shared.scalars[FOUND_INF].clone()
 
     @found_inf.setter
-    @_disable_dynamo  # which would lose what is noted here
+    @untraced  # which would lose what is noted here
     def found_inf(self, value: Any) -> None:
-        self.__dict__["_amp_answered"] = False
-        self._amp_values()["found_inf"] = value
+        self._amp.answered = False
+        self._amp.values["found_inf"] = value
 
     @found_inf.deleter
-    @_disable_dynamo
+    @untraced
     def found_inf(self) -> None:
-        if "found_inf" not in self._amp_values():
+        if "found_inf" not in self._amp.values:
             raise AttributeError("found_inf")
-        del self._amp_values()["found_inf"]
+        del self._amp.values["found_inf"]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler may leave unscaling, checking and skipping to ``step()``.
+        """Whether torch's GradScaler leaves unscaling, checking and skipping to ``step()``.
 
-        False when the user said ``amp_scaling=False``; when a subclass overrides ``step`` (it may
-        clip gradients there, which have to be unscaled by then); and for FSDP1 shards, where
-        torch's protocol lets ranks disagree about a skip.
+        torch's scaler, and every framework that reads this, then treats the gradients as scaled
+        until the step is over. So the answer is False, and we are a stock optimizer to them, unless
+        ``amp_scaling=True`` asks for it or some parameter is fp16, whose gradients ``unscale_``
+        refuses. ``fusedopt.GradScaler`` asks ``_takes_scaled_gradients`` instead.
         """
-        if self._options.amp_scaling is not None and not self._options.amp_scaling:
+        wanted = self._shared.options.amp_scaling
+        if wanted is False or self._is_fsdp1_sharded():
             return False
-        own_step: Callable[..., Any] = type(self).step  # type: ignore[attr-defined]
-        return _is_our_step(own_step) and not self._is_fsdp1_sharded()
+        if self._takes_scaled_gradients():
+            return wanted is True or self._has_fp16()
+        # The user says that the hook, or the step of their own, knows scaled gradients. We believe
+        # it where nobody else could unscale them.
+        return wanted is True and self._has_fp16()
+
+    def _takes_scaled_gradients(self) -> bool:
+        """Whether nothing but our own step sees the gradients between a scaler and the update.
+
+        A pre-hook or another ``step`` (of a subclass, or set on the instance) may clip or read
+        them, and has to find them unscaled. With FSDP1 shards ranks could disagree about a skip.
+        """
+        return (
+            not (self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
+            and _runs_our_step(self)
+            and not self._is_fsdp1_sharded()
+        )
+
+    def _has_fp16(self) -> bool:
+        return any(p.dtype == torch.float16 for p in served_params(self.param_groups))
 
     def _is_fsdp1_sharded(self) -> bool:
-        if self._plan is not None:
-            return self._plan.fsdp1_sharded
-        return any(is_fsdp1_shard(p) for g in self.param_groups for p in g["params"])
+        plan = self._shared.plan
+        if plan is not None:
+            return plan.fsdp1_sharded
+        return any(map(is_fsdp1_shard, served_params(self.param_groups)))
 
     def _flag_device(self, otherwise: torch.device) -> torch.device:
         """Where the step will run, which is where its flag has to be."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                device: torch.device = p.device
-                return device
-        return otherwise
+        plan = self._shared.plan
+        if plan is not None and plan.first is not None:
+            return plan.first.param.device
+        return next((p.device for p in served_params(self.param_groups)), otherwise)
 
     def _expect_inf_flag(self, device: torch.device, clear: bool, scaler: object) -> Tensor:
         """An fp32 flag that the next step fills in for ``scaler``; see ``fusedopt.GradScaler``.
@@ -143,46 +161,47 @@ class AmpAttributes:
         another scaler gets another one. Until the step it holds the last answer, unless ``clear``,
         or a hook that could look: on a GPU clearing is a launch of its own.
         """
-        flags: dict[int, Tensor] = self.__dict__.setdefault("_inf_flags", {})
-        flag = flags.get(id(scaler))  # of one that is gone, maybe: then nobody else has it
+        amp = self._amp
+        flag = amp.flags.get(scaler)
         if flag is None or flag.device != device:
-            with torch.inference_mode(False):  # for a step outside of it, too
-                flag = flags[id(scaler)] = torch.zeros((), dtype=torch.float32, device=device)
+            with durable():
+                flag = amp.flags[scaler] = torch.zeros((), dtype=torch.float32, device=device)
         elif clear or self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
             flag.zero_()
-        self.__dict__["_inf_flag"] = flag
-        self.__dict__["_inf_flag_due"] = True
+        amp.due = flag
         return flag
 
     def _amp_inputs(self, device: torch.device) -> AmpInputs:
-        values = self._amp_values()
-        flag = self.__dict__["_inf_flag"] if self.__dict__.get("_inf_flag_due") else None
-        found_inf = values.get("found_inf")
+        amp = self._amp
+        found_inf = amp.values.get("found_inf")
         return AmpInputs(
-            grad_scale=_one_float(values.get("grad_scale"), "grad_scale", device),
-            found_inf=None if found_inf is flag else _one_float(found_inf, "found_inf", device),
-            inf_flag=flag,
-            in_charge="found_inf" in values,
+            grad_scale=_one_float(amp.values.get("grad_scale"), "grad_scale", device),
+            found_inf=None if found_inf is amp.due else _one_float(found_inf, "found_inf", device),
+            inf_flag=amp.due,
+            in_charge="found_inf" in amp.values,
         )
 
     def _amp_decided(self) -> None:
         """The flag holds this step's answer."""
-        self.__dict__.pop("_inf_flag_due", None)
+        self._amp.due = None
 
     def _amp_undecided(self) -> None:
         """A flag in the scaler's books that nobody wrote says that nothing was found."""
-        if self.__dict__.pop("_inf_flag_due", False):
-            with suppress(RuntimeError):  # of a GPU past help, whose own error is on its way
-                self.__dict__["_inf_flag"].zero_()
+        flag, self._amp.due = self._amp.due, None
+        if flag is not None:
+            with suppress(RuntimeError):  # a GPU that has failed: its own error is being raised
+                flag.zero_()
 
     def _amp_done(self) -> None:
-        self.__dict__["_amp_answered"] = True
+        self._amp.answered = True
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """torch's wrapper around ``step`` (profiler, hooks), entered only where there is either.
 
-        An error in any of it restores the attributes.
+        The profiler's range is there in any case: torch's ``record_function`` in its shortest form,
+        since a range may be recorded where Python sees no profiler (``ExecutionTraceObserver``, a
+        profiler that is started from outside). An error in any of it restores the attributes.
         """
         hooked = Optimizer.profile_hook_step(func)
 
@@ -196,7 +215,14 @@ class AmpAttributes:
                 or torch.autograd.profiler._is_profiler_enabled
             )
             try:
-                return hooked(self, *args, **kwargs) if watched else func(self, *args, **kwargs)
+                if watched:
+                    return hooked(self, *args, **kwargs)
+                name = f"Optimizer.step#{self.__class__.__name__}.step"
+                profiled = _record_function_with_args_enter(name)
+                try:
+                    return func(self, *args, **kwargs)
+                finally:
+                    _record_function_with_args_exit(profiled)
             except BaseException:
                 self._amp_restore()
                 raise
@@ -208,9 +234,9 @@ class AmpAttributes:
 
     def _amp_restore(self) -> None:
         """After a failed step: the attributes as they were before the scaler set them."""
-        if "found_inf" in self._amp_values():  # a scaler sets both, grad_scale first
-            before = self.__dict__.get("_amp_before", {})
-            self.__dict__["_amp"] = {k: v for k, v in before.items() if k != "found_inf"}
+        amp = self._amp
+        if "found_inf" in amp.values:  # a scaler sets both, grad_scale first
+            amp.values = {k: v for k, v in amp.before.items() if k != "found_inf"}
         self._amp_undecided()
 
 
@@ -219,6 +245,21 @@ class AmpAttributes:
 _HOOKED: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = (
     weakref.WeakKeyDictionary()
 )
+
+
+def _runs_our_step(optimizer: Any) -> bool:
+    """Whether ``optimizer.step`` is FusedOptimizer's, and only that."""
+    step = optimizer.__dict__.get("step")
+    if step is None:
+        return _is_our_step(type(optimizer).step)
+    if isinstance(step, MethodType):  # taken off and put back
+        return step.__self__ is optimizer and _is_our_step(step.__func__)
+    # A scheduler sets a function on the instance that counts and calls the step it found there. It
+    # is known by its module's globals: functools.wraps copies names and attributes, not those.
+    if getattr(step, "__globals__", None) is vars(lr_scheduler):
+        cells = dict(zip(step.__code__.co_freevars, step.__closure__ or (), strict=True))
+        return "func" in cells and _is_our_step(cells["func"].cell_contents)
+    return False
 
 
 @functools.lru_cache(maxsize=64)
@@ -235,13 +276,13 @@ def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
     """``value`` as an fp32 tensor of one element on ``device``; no copy when it is one already."""
     if value is None:
         return None
+    if not is_number(value, nan=True):
+        raise RuntimeError(
+            f"optimizer.{name} is {value!r}; it must be a number or a tensor of one element: "
+            f"`del optimizer.{name}` takes it back"
+        )
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=torch.float32, device=device)
-    if value.numel() != 1:
-        raise RuntimeError(
-            f"optimizer.{name} has shape {tuple(value.shape)}; it must be a number or a tensor of "
-            "one element"
-        )
     if value.dtype == torch.float32 and value.device == device and not value.is_neg():
         return value
     return value.detach().resolve_neg().to(device=device, dtype=torch.float32)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +34,6 @@ from .state import (
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
 
-Names = Mapping[Tensor, "str | None"]
 Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: parameter and states
 Write = tuple[Tensor, Tensor]  # the tensor that is written to, and the one that is read
 
@@ -57,7 +54,7 @@ def check(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Wanted:
         names = optimizer._state_names({**optimizer.defaults, **saved})
         for i, (param, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
             if key in state_dict["state"]:
-                label = label_of(own, g, i, optimizer._names_given)
+                label = label_of(own, g, i, optimizer._shared.names)
                 _check_saved(label, key, param, state_dict["state"][key], names, saved)
                 wanted[key] = (param, names)
     return wanted
@@ -72,7 +69,7 @@ def _check_group(index: int, group: Group, defaults: dict[str, Any]) -> None:
         raise ValueError(
             f"param group {index} of the state_dict has no {', '.join(map(repr, missing))}: it is "
             "the checkpoint of another optimizer; to load it none the less, say what to go on "
-            f"with: state_dict['param_groups'][{index}].update({values})"
+            f"with: `state_dict['param_groups'][{index}].update({values})`"
         )
 
 
@@ -82,25 +79,17 @@ def _check_saved(
     if not isinstance(saved, dict):
         raise TypeError(
             f"{label}: state of one parameter must be a dict, got {type(saved).__name__}; "
-            "pass what optimizer.state_dict() returned"
+            f"pass what optimizer.state_dict() returned, or start it anew: "
+            f"`del state_dict['state'][{key!r}]`"
         )
     own = as_ours(saved, names)
     if STEP in group and STEP not in own and any(name in own for name in names):
         raise KeyError(
             f"{label}: the checkpoint counts the steps of a group, not of each parameter, as "
-            "Apex's does; write for g in state_dict['param_groups']: [state_dict['state'][i]"
-            ".update(step=g['step']) for i in g['params'] if i in state_dict['state']]"
+            "Apex's does; give each its own: `for g in state_dict['param_groups']: [state_dict"
+            "['state'][i].update(step=g['step']) for i in g['params'] if i in state_dict['state']]`"
         )
     check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]")
-
-
-def warn(message: str) -> None:
-    """A ``UserWarning`` at the line that called torch or this package."""
-    inside = (*torch.__path__, str(Path(__file__).parent))
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 # ---- how its values get in -----------------------------------------------------------------------
@@ -126,7 +115,7 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any], wanted: Wanted) 
             state[key] = copy.deepcopy(value)
     names = names_given(optimizer)
     _load_without_hooks(optimizer, {**state_dict, "state": state})
-    optimizer._names_given = names
+    optimizer._shared.names = names
     for key, value in optimizer.state.items():
         if isinstance(value, _Held):
             optimizer.state[key] = value.state
@@ -149,7 +138,7 @@ def _receive(
     if is_lazy(param):
         return copy.deepcopy(own), []  # the step converts it, once the parameter has a shape
     like = dense_like(param)
-    if not wants_master(param, optimizer._options.master_weights):
+    if not wants_master(param, optimizer._shared.options.master_weights):
         own.pop(MASTER, None)  # of a half parameter
     state: ParamState = {}
     writes: list[Write] = []
@@ -213,11 +202,11 @@ def _load_without_hooks(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -
 # ---- the names of parameters ---------------------------------------------------------------------
 
 
-def names_given(optimizer: FusedOptimizer) -> Names:
+def names_given(optimizer: FusedOptimizer) -> WeakTensorKeyDictionary:
     """By parameter. torch replaces a group's names by a checkpoint's, which may be in any order."""
-    names = WeakTensorKeyDictionary()
+    names, known = WeakTensorKeyDictionary(), optimizer._shared.names
     for group in optimizer.param_groups:
         in_group = group.get("param_names") or [None] * len(group["params"])
         for param, name in zip(group["params"], in_group, strict=False):
-            names[param] = optimizer._names_given.get(param, name)
+            names[param] = known.get(param, name)  # type: ignore[no-untyped-call]
     return names

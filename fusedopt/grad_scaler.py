@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._compile import _disable_dynamo
-from torch.amp.grad_scaler import OptState
+from torch.amp.grad_scaler import GradScaler as TorchGradScaler, OptState
 from torch.optim import Optimizer
 
+from .modes import untraced
 from .optimizer import FusedOptimizer
 
 
@@ -24,17 +24,23 @@ class _AsksTheOptimizer:
     _scale: torch.Tensor | None
     _per_optimizer_states: dict[int, dict[str, Any]]
 
-    @_disable_dynamo  # which would trace it, and lose what is noted in the optimizer
+    @untraced  # which would trace it, and lose what is noted in the optimizer
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch's, which for our optimizers comes down to handing over scale and flag."""
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
             return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
         own = self._per_optimizer_states[id(optimizer)]
-        flag = self._record_flag(optimizer, clear=False)
-        try:
-            preset = optimizer._amp_values().get("grad_scale")
+        preset = optimizer._amp.values.get("grad_scale")
+        if own["stage"] is OptState.READY:
             assert self._scale is not None  # or nobody could have asked
-            optimizer._amp_offer(self._scale if preset is None else self._scale * preset, flag)
+            found_inf = self._record_flag(optimizer, clear=False)
+            scale = self._scale if preset is None else self._scale * preset
+        else:  # unscale_() has looked already
+            device, found = optimizer._flag_device(torch.device("cpu")), own["found_inf_per_device"]
+            found_inf = sum(flag.to(device, non_blocking=True) for flag in found.values())
+            scale = preset
+        try:
+            optimizer._amp_offer(scale, found_inf)
             result = optimizer.step(*args)
         except BaseException:  # of a step in place of ours, maybe, which restores nothing
             optimizer._amp_restore()
@@ -48,11 +54,23 @@ class _AsksTheOptimizer:
         return (
             self._enabled
             and self._scale is not None
-            and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
-            and optimizer._step_supports_amp_scaling
+            and self._per_optimizer_states[id(optimizer)]["stage"] is not OptState.STEPPED
+            and optimizer._takes_scaled_gradients()
         )
 
-    @_disable_dynamo
+    def sweeps(self, optimizer: Optimizer) -> bool:
+        """Whether ``step(optimizer)`` would sweep over the gradients once more to check them.
+
+        False for the optimizers of this package. True for every other, also for a wrapper around
+        one of ours (``Lookahead(FusedAdamW(...))``), and while a step pre-hook or a ``step`` of
+        somebody else's has to find unscaled gradients. The step is right in either case.
+        """
+        return not (
+            isinstance(optimizer, FusedOptimizer)
+            and (optimizer._takes_scaled_gradients() or optimizer._step_supports_amp_scaling)
+        )
+
+    @untraced
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, torch.Tensor]:
         if not isinstance(optimizer, FusedOptimizer):
             found: dict[torch.device, torch.Tensor] = super()._check_inf_per_device(optimizer)  # type: ignore[misc]
@@ -68,7 +86,7 @@ class _AsksTheOptimizer:
         return flag
 
 
-class GradScaler(_AsksTheOptimizer, torch.amp.GradScaler):  # type: ignore[misc]
+class GradScaler(_AsksTheOptimizer, TorchGradScaler):  # type: ignore[misc]
     """:class:`torch.amp.GradScaler` without the extra sweep over the gradients.
 
     Same arguments, same scale after every step, same ``state_dict``. For the optimizers of this
@@ -79,7 +97,7 @@ class GradScaler(_AsksTheOptimizer, torch.amp.GradScaler):  # type: ignore[misc]
 
 
 _PLAIN_SCALERS = (
-    torch.amp.GradScaler,
+    TorchGradScaler,
     torch.cuda.amp.GradScaler,
     torch.cpu.amp.grad_scaler.GradScaler,
 )
@@ -104,13 +122,16 @@ def fuse_scaler(scaler: Any) -> Any:
     if isinstance(scaler, _AsksTheOptimizer):
         return scaler
     cls = type(scaler)
-    if not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {cls.__name__}")
+    if not isinstance(scaler, TorchGradScaler):
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler, got {cls.__name__}; a wrapper often has it "
+            "inside: `fusedopt.fuse_scaler(wrapper.scaler)`"
+        )
     if cls in _PLAIN_SCALERS:
         scaler.__class__ = GradScaler
         return scaler
     for name in ("_check_inf_per_device", "_unscale_grads_", "unscale_", "step"):
-        if getattr(cls, name) is not getattr(torch.amp.GradScaler, name):
+        if getattr(cls, name) is not getattr(TorchGradScaler, name):
             raise TypeError(
                 f"scaler: {cls.__name__} overrides {name}, which fuse_scaler would bypass; "
                 "use it as it is (the step is right, with one more sweep over the gradients)"

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
-from collections.abc import Callable
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import checkpoint
 from .amp import AmpAttributes
-from .backends import Backend, choose, requested_backend
-from .options import Options
+from .backends import Backend, choose, prepare
+from .modes import durable, refuse_tracing, untraced
+from .options import OPTION_NAMES, Options, check_group, number
 from .plan import (
     CLIP_COEF,
     GRAD_NORM,
@@ -32,39 +31,44 @@ from .plan import (
     SKIPPED_STEPS,
     Group,
     Plan,
+    Row,
     StepInputs,
+    is_served,
+    served_params,
 )
-from .rows import build_rows, check_param, label_of
+from .rows import check_param, checked_rows, complete_rows, label_of
+from .shared import Shared
 
 # Stands in the options table for a number that is on the device: a NaN that nobody else uses, so
 # that a table which holds a number again differs from it.
 ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))[0]
 
+_DOUBLES = struct.Struct(f"={OPTIONS_BYTES // 8}d")  # of one group; the flags in it read as tiny
+
+
+# Another thread may change gradients and states while a plan is being built.
+BUILDS = 8
+
 
 class FusedOptimizer(AmpAttributes, Optimizer):
     """Base class of the optimizers; see ``FusedAdamW`` and ``FusedSGD``.
 
-    A subclass names its rule, says which states a group needs and packs its hyper-parameters.
+    A subclass names its rule and its number options, says which states a group needs and packs its
+    hyper-parameters.
     """
 
     rule: str
+    numbers: tuple[str, ...]  # options of a param group that are a number, or a pair (`betas`)
 
-    # By parameter, once a checkpoint has brought its own names for the groups.
-    _names_given: checkpoint.Names = MappingProxyType({})
-
-    @_disable_dynamo
+    @untraced
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
         _refuse_differentiable(defaults, type(self).__name__)
-        self._options = options
-        requested_backend(options.backend)  # refuses a bad FUSEDOPT_BACKEND here, not in the step
-        with torch.inference_mode(False):  # for a step outside of it, too
-            self._scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
-        self._measured = False
-        self._options_table = bytearray()
-        self._device_numbers: list[tuple[int, Tensor]] = []
-        self._captured_plans: list[Plan] = []
-        self._drop_plan()
+        check_group(defaults, self.numbers)
+        with durable():
+            scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
+        self._shared = Shared(options, scalars)
         super().__init__(params, defaults)
+        prepare(options.backend, list(served_params(self.param_groups)))
 
     # ---- what a rule says about itself ----------------------------------------------------------
 
@@ -81,7 +85,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     # ---- the step -------------------------------------------------------------------------------
 
-    @_disable_dynamo  # the public torch.compiler.disable imports all of Dynamo right here
+    @untraced
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -101,47 +105,71 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        inputs = self._step_inputs()
-        backend, plan = self._current_plan()
+        with self._shared.turn:
+            grad_mode = torch.is_grad_enabled()
+            inputs = self._step_inputs()
+            try:
+                self._take(*self._current_plan(inputs), inputs)
+            except BaseException:
+                torch.set_grad_enabled(grad_mode)  # a signal may cut short torch.no_grad's exit
+                raise
+            finally:
+                inputs.held = None  # frees what nobody else has any more
+        return loss
+
+    _own_step = step  # whatever becomes of `step`, in a subclass or here
+
+    def _take(self, backend: Backend, plan: Plan, inputs: StepInputs) -> None:
+        """All or nothing: a signal's handler may raise anywhere, but inside of a native call."""
         plan.stage_params()
         if inputs.measured:
             backend.reduce(plan, inputs)
         backend.finalize(plan, inputs)
         self._amp_decided()
-        backend.update(plan, inputs)
+        try:
+            backend.update(plan, inputs)
+            self._settle(plan, inputs)
+        except BaseException:
+            self._settle(plan, inputs)  # whether there was an update or not
+            raise
+
+    def _settle(self, plan: Plan, inputs: StepInputs) -> None:
+        """What is left to do after the update. Done twice, it changes no more."""
         plan.write_back()
-        self._measured = inputs.measured
+        self._shared.measured = inputs.measured
         self._amp_done()
         updated = plan.updated_params()
         if updated:
             increment_version(updated)
-        return loss
-
-    _own_step = step  # whatever becomes of `step`, in a subclass or here
 
     def _step_inputs(self) -> StepInputs:
-        options = self._options
+        refuse_tracing()
+        try:
+            return self._step_inputs_now()
+        except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
+            self._check_containers()
+            raise
+
+    def _step_inputs_now(self) -> StepInputs:
+        shared = self._shared
+        options = shared.options
         clips = options.max_grad_norm is not None
         if clips and self._is_fsdp1_sharded():
             raise RuntimeError(
                 f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: each "
-                "rank sees only its part of the norm; pass max_grad_norm=None and call "
-                "FullyShardedDataParallel.clip_grad_norm_"
+                "rank sees only its part of the norm; set `optimizer.max_grad_norm = None`, and "
+                "call `model.clip_grad_norm_(max_norm)` before the step"
             )
-        device = self._flag_device(self._scalars.device)
-        if self._scalars.device != device:
-            with torch.inference_mode(False):
-                self._scalars = self._scalars.to(device)
-        if len(self._options_table) != OPTIONS_BYTES * len(self.param_groups):
-            self._options_table = bytearray(OPTIONS_BYTES * len(self.param_groups))
-        self._device_numbers.clear()
-        for i, group in enumerate(self.param_groups):
-            self._pack_options(group, self._options_table, i * OPTIONS_BYTES)
+        device = self._flag_device(shared.scalars.device)
+        if shared.scalars.device != device:
+            with durable():
+                shared.scalars = shared.scalars.to(device)
+        table = self._packed_options()
         amp = self._amp_inputs(device)
         return StepInputs(
             groups=self.param_groups,
-            options=self._options_table,
-            scalars=self._scalars,
+            options=table,
+            scalars=shared.scalars,
             norm_type=options.norm_type,
             max_grad_norm=options.max_grad_norm,
             max_grad_value=options.max_grad_value,
@@ -153,69 +181,135 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             device_numbers=self._device_numbers,
         )
 
+    def _packed_options(self) -> bytearray:
+        """The options table of this step. Everything that is wrong with a group is refused here."""
+        self._device_numbers: list[tuple[int, Tensor]] = []
+        groups = self.param_groups
+        table = bytearray(OPTIONS_BYTES * len(groups))
+        for i, group in enumerate(groups):
+            offset = i * OPTIONS_BYTES
+            try:
+                self._pack_options(group, table, offset)
+            except Exception:
+                self._check_containers()
+                self._check_options(i)
+                raise
+            total = sum(_DOUBLES.unpack_from(table, offset))
+            if total != total or group.get("differentiable") or not OPTION_NAMES.isdisjoint(group):
+                self._check_options(i)
+        return table
+
+    def _check_options(self, index: int) -> None:
+        group, where = self.param_groups[index], f"param group {index}"
+        for name in (*self.numbers, *self.defaults):
+            if name not in group:
+                raise RuntimeError(
+                    f"{where} has no option {name!r}; set it: "
+                    f"`optimizer.param_groups[{index}][{name!r}] = {self.defaults.get(name)!r}`"
+                )
+        check_group(group, self.numbers, f" in {where}", RuntimeError)
+        _refuse_differentiable(group, where)
+        self._take_out_options(group, where)
+
+    def _check_containers(self) -> None:
+        """Refuse what is no list of param groups, or no params in them."""
+        if not isinstance(self.param_groups, list):
+            raise RuntimeError(
+                f"optimizer.param_groups is a {type(self.param_groups).__name__}, not a list; use "
+                "`optimizer.param_groups = list(optimizer.param_groups)`"
+            )
+        for i, group in enumerate(self.param_groups):
+            if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+                raise RuntimeError(
+                    f"param group {i} is no dict with a list of params; take it out: "
+                    f"`del optimizer.param_groups[{i}]`"
+                )
+            for k, param in enumerate(group["params"]):
+                if not isinstance(param, Tensor):
+                    raise RuntimeError(
+                        f"param {k} of group {i} is a {type(param).__name__}, not a tensor; take "
+                        f"it out: `del optimizer.param_groups[{i}]['params'][{k}]`"
+                    )
+        if not isinstance(self.state, dict):
+            raise RuntimeError(
+                f"optimizer.state is a {type(self.state).__name__}, not a dict; "
+                "`optimizer.state = {}` starts all state anew"
+            )
+
     def _number(self, value: Any, offset: int) -> float:
         """``value`` for the eight bytes at ``offset`` of the options table.
 
         A tensor on the parameters' own device is left there: the kernels read it, and nobody waits.
         """
         if not isinstance(value, Tensor) or not self._stays_on_device(value):
-            return float(value)
+            return number(value)
         if value.numel() != 1:
-            raise RuntimeError(
-                f"an option of a param group is a tensor of shape {tuple(value.shape)}; use a "
-                "number or a tensor of one element"
-            )
+            raise TypeError(f"tensor of shape {tuple(value.shape)}")
         if value.dtype not in (torch.float32, torch.float64):
             value = value.double()
         self._device_numbers.append((offset // 8, value))
         return ON_DEVICE
 
     def _stays_on_device(self, value: Tensor) -> bool:
-        return not value.is_cpu and not self._scalars.is_cpu
+        return not value.is_cpu and not self._shared.scalars.is_cpu
 
     # ---- the plan -------------------------------------------------------------------------------
 
     def _drop_plan(self) -> None:
-        plan = self.__dict__.get("_plan")
-        if plan is not None and plan.captured:
-            self._captured_plans.append(plan)  # the graph may be replayed as long as we live
-        self._plan: Plan | None = None
-        self._backend: Backend | None = None
+        self._shared.drop_plans()
 
     def _layout(self) -> list[tuple[str, ...]]:
         return [self._state_names(group) for group in self.param_groups]
 
-    def _current_plan(self) -> tuple[Backend, Plan]:
-        plan, backend = self._plan, self._backend
-        if plan is None or backend is None or plan.layout != self._layout():
+    def _current_plan(self, inputs: StepInputs) -> tuple[Backend, Plan]:
+        shared, layout = self._shared, self._layout()
+        plan, backend = shared.plan, shared.backend
+        if plan is not None and backend is not None and plan.layout == layout:
+            inputs.held = plan.refresh(self.param_groups, self.state)
+            if inputs.held is not None:
+                return backend, plan
+        for backend, plan in shared.aside:
+            if plan.layout == layout:
+                inputs.held = plan.refresh(self.param_groups, self.state)
+                if inputs.held is not None:
+                    shared.set_aside(self.state)
+                    shared.aside = [each for each in shared.aside if each[1] is not plan]
+                    shared.backend, shared.plan = backend, plan
+                    return backend, plan
+        for _ in range(BUILDS):
             backend, plan = self._build_plan(every_param=False)
-        elif plan.refresh(self.param_groups, self.state):
-            return backend, plan
-        else:
-            backend, plan = self._build_plan(every_param=False)
-        if not plan.refresh(self.param_groups, self.state):
-            raise RuntimeError("parameters or gradients changed while step() was preparing")
-        return backend, plan
+            inputs.held = plan.refresh(self.param_groups, self.state)
+            if inputs.held is not None:
+                return backend, plan
+        raise RuntimeError("parameters or gradients changed while step() was preparing")
 
     def _build_plan(self, every_param: bool) -> tuple[Backend, Plan]:
         """A plan for the optimizer as it is now; creates what state is missing."""
-        # What is made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            return self._build_plan_now(every_param)
-
-    def _build_plan_now(self, every_param: bool) -> tuple[Backend, Plan]:
-        self._drop_plan()
-        groups, options = self.param_groups, self._options
-        params = [p for group in groups for p in group["params"]]
-        backend = choose(options.backend, params)
-        # Here and not in the step, which may be the first and captured.
-        self._scalars = self._scalars.to(self._flag_device(self._scalars.device))
+        self._check_containers()
         layout = self._layout()
-        rows = build_rows(
-            groups, self.state, layout, options.master_weights, every_param, self._names_given
-        )
-        plan = backend.plan(self.rule, rows, layout, groups, self.state)
-        self._backend, self._plan = backend, plan
+        rows = checked_rows(self.param_groups, self.state, layout, self._shared.names)
+        with durable(), torch.no_grad():
+            return self._build_plan_now(rows, layout, every_param)
+
+    def _build_plan_now(
+        self, rows: list[Row], layout: list[tuple[str, ...]], every_param: bool
+    ) -> tuple[Backend, Plan]:
+        groups, shared = self.param_groups, self._shared
+        former, former_backend = shared.plan, shared.backend
+        shared.set_aside(self.state)
+        backend = choose(shared.options.backend, [row.param for row in rows if row.served])
+        # Here and not in the step, which may be the first and captured.
+        shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
+        complete_rows(rows, self.state, layout, shared.options.master_weights, every_param)
+        kept = [row.own() for row in rows]  # another thread may drop some of it meanwhile
+        plan = former
+        known = former_backend is not None and former_backend.name == backend.name
+        same = plan is not None and known and plan.layout == layout
+        if plan is None or not same or not plan.rebind(rows, groups, self.state):
+            plan = backend.plan(self.rule, rows, layout, groups, self.state)
+        shared.aside = [each for each in shared.aside if each[1] is not plan]
+        del kept
+        shared.backend, shared.plan = backend, plan
         return backend, plan
 
     def init_state(self) -> None:
@@ -227,6 +321,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         Raises:
             RuntimeError: a parameter cannot be optimized, or there is not enough memory.
         """
+        self._step_inputs()  # refuses what the step would refuse
         self._build_plan(every_param=True)
 
     # ---- what the last step found ---------------------------------------------------------------
@@ -239,42 +334,43 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         ``max_grad_norm``, no ``skip_nonfinite``, no ``fusedopt.GradScaler``);
         ``max_grad_norm=float("inf")`` measures without clipping. No host sync.
         """
-        return self._scalars[GRAD_NORM].clone() if self._measured else None
+        shared = self._shared
+        return shared.scalars[GRAD_NORM].clone() if shared.measured else None
 
     @property
     def clip_coef(self) -> Tensor:
         """What the last step multiplied the unscaled gradients by: 0-dim fp32, a copy."""
-        if not self._measured:
-            return torch.ones((), dtype=torch.float32, device=self._scalars.device)
-        return self._scalars[CLIP_COEF].clone()
+        shared = self._shared
+        if not shared.measured:
+            return torch.ones((), dtype=torch.float32, device=shared.scalars.device)
+        return shared.scalars[CLIP_COEF].clone()
 
     @property
     def skipped_steps(self) -> Tensor:
         """Steps skipped because of non-finite gradients: 0-dim int64, a copy. Not checkpointed."""
-        return self._scalars[SKIPPED_STEPS].to(torch.int64)
+        return self._shared.scalars[SKIPPED_STEPS].to(torch.int64)
 
     @property
     def backend(self) -> dict[str, str]:
         """Name of the backend that serves each device; empty before the first step."""
-        if self._backend is None:
+        if self._shared.backend is None:
             return {}
-        devices = {str(p.device) for group in self.param_groups for p in group["params"]}
-        return dict.fromkeys(sorted(devices), self._backend.name)
+        devices = {str(p.device) for p in served_params(self.param_groups)}
+        return dict.fromkeys(sorted(devices), self._shared.backend.name)
 
     def memory_footprint(self) -> dict[str, int]:
-        """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``."""
-        sizes: dict[str, int] = {"param": 0, "grad": 0}
-        for group in self.param_groups:
-            for p in group["params"]:
-                sizes["param"] += p.numel() * p.element_size()
-                if p.grad is not None:
-                    sizes["grad"] += p.grad.numel() * p.grad.element_size()
-        for own in self.state.values():
-            for name, value in own.items():
+        """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``.
+
+        Counts the tensors that are there now: before the first step, or ``init_state()``, there is
+        no state yet. An entry of ``state`` that belongs to no parameter counts by its key.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        sizes = {"param": sum(map(_nbytes, params)), "grad": sum(_nbytes(p.grad) for p in params)}
+        for key, own in self.state.items():
+            for name, value in own.items() if isinstance(own, dict) else [(str(key), own)]:
                 if isinstance(value, Tensor):
-                    n_bytes = value.numel() * value.element_size()
-                    sizes[name] = sizes.get(name, 0) + n_bytes
-        sizes["plan"] = self._plan.nbytes() if self._plan is not None else 0
+                    sizes[name] = sizes.get(name, 0) + _nbytes(value)
+        sizes["plan"] = 0 if self._shared.plan is None else self._shared.plan.nbytes()
         sizes["total"] = sum(sizes.values())
         return sizes
 
@@ -282,17 +378,21 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def _option(name: str) -> property:  # type: ignore[misc]
         def read(self: FusedOptimizer) -> Any:
-            return getattr(self._options, name)
+            return getattr(self._shared.options, name)
 
-        @_disable_dynamo  # which would lose what is written
+        @untraced  # which would lose what is written
         def write(self: FusedOptimizer, value: Any) -> None:
-            self._options = self._options.changed(**{name: value})
+            options = self._shared.options.changed(**{name: value})
+            if options.master_weights != self._shared.options.master_weights:
+                self._drop_plan()
+            self._shared.options = options
 
         return property(read, write, doc=f"The option ``{name}``; assignment validates.")
 
     max_grad_norm = _option("max_grad_norm")
     norm_type = _option("norm_type")
     max_grad_value = _option("max_grad_value")
+    master_weights = _option("master_weights")
     skip_nonfinite = _option("skip_nonfinite")
     amp_scaling = _option("amp_scaling")
     del _option
@@ -300,50 +400,79 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     # ---- torch's Optimizer protocol -------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; raises before anything is changed, and refuses what no kernel can update."""
+        """As in torch; raises before anything is changed, and refuses what no kernel can update.
+
+        Raises:
+            ValueError: an option is no number, or NaN; a parameter is there twice; an option of the
+                whole optimizer differs from the optimizer's own (one that is equal is taken out).
+            TypeError: a parameter that requires grad cannot be updated.
+            RuntimeError: ``differentiable=True``.
+        """
+        index = len(self.param_groups)
         if isinstance(param_group, dict):
-            for name in Options.names():
-                if name in param_group:
-                    raise ValueError(
-                        f"{name}={param_group[name]!r} in a param group: it holds for all groups "
-                        f"together; pass {name} to {type(self).__name__}(...)"
-                    )
-            _refuse_differentiable(param_group, f"param group {len(self.param_groups)}")
+            where = f"param group {index}"
+            check_group(param_group, self.numbers, f" in {where}")
+            _refuse_differentiable(param_group, where)
+            self._take_out_options(param_group, where, ValueError)
+            _refuse_duplicates(param_group, where)
         super().add_param_group(param_group)
-        index = len(self.param_groups) - 1
         try:
             for i, p in enumerate(self.param_groups[index]["params"]):
-                check_param(label_of(self.param_groups[index], index, i), p)
+                if is_served(p):
+                    check_param(label_of(self.param_groups[index], index, i), p)
         except TypeError:
             del self.param_groups[index]
             raise
 
+    def _take_out_options(
+        self, group: dict[str, Any], where: str, error: type[Exception] = RuntimeError
+    ) -> None:
+        """Options of the whole optimizer get into a group where a wrapper passes its keyword
+        arguments on: no harm in a value that is the optimizer's own."""
+        options = self._shared.options
+        for name in OPTION_NAMES & group.keys():
+            value, own = group[name], getattr(options, name)
+            if getattr(options.changed(**{name: value}), name) != own:
+                raise error(
+                    f"{name}={value!r} in {where}: it holds for all groups together, where it is "
+                    f"{own!r}; take it out of the group, and pass it to the optimizer: "
+                    f"`{type(self).__name__}(params, {name}={value!r})`"
+                )
+            del group[name]
+
     def __repr__(self) -> str:
-        options = "".join(f"    {k}: {v}\n" for k, v in self._options.non_defaults().items())
+        non_defaults = self._shared.options.non_defaults()
+        options = "".join(f"    {k}: {v}\n" for k, v in non_defaults.items())
         text = super().__repr__()
         return text if not options else text[:-1] + "\nAll Groups\n" + options + ")"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"_options": self._options, "_scalars": self._scalars, "_measured": self._measured}
-        names = self._names_given
-        kept["_names_given"] = [
-            (p, names[p]) for group in self.param_groups for p in group["params"] if p in names
-        ]
+        shared = self._shared
+        names = shared.names
+        kept = {
+            "_options": shared.options,
+            "_scalars": shared.scalars,
+            "_measured": shared.measured,
+            "_names": [
+                (p, names[p]) for group in self.param_groups for p in group["params"] if p in names
+            ],
+        }
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "_options" in state:  # unpickled; load_state_dict comes here, too
+            self._shared = Shared(
+                state.pop("_options"), state.pop("_scalars"), measured=state.pop("_measured")
+            )
+            self._shared.names.update(state.pop("_names", ()))
         super().__setstate__(state)
-        if isinstance(self._names_given, list):  # as __getstate__ gave it
-            self._names_given = WeakTensorKeyDictionary(self._names_given)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        self._options_table = bytearray()
-        self._device_numbers = []
-        self.__dict__.setdefault("_captured_plans", [])  # load_state_dict comes here, too
         self._drop_plan()
 
-    @_disable_dynamo
+    @untraced
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch's SGD, Adam or AdamW. Everything is copied.
 
@@ -364,22 +493,69 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
-                state_dict = replaced
-        groups = state_dict["param_groups"]
+                state_dict = dict(replaced)
+        # Options of the whole optimizer, which a wrapper may have put there, stay as constructed.
+        groups = [
+            {name: value for name, value in group.items() if name not in OPTION_NAMES}
+            for group in state_dict["param_groups"]
+        ]
+        state_dict["param_groups"] = groups
         for i, group in enumerate(groups):
-            _refuse_differentiable(group, f"param group {i} of the state_dict")
+            where = f"param group {i} of the state_dict"
+            _refuse_differentiable(group, where)
+            check_group(group, self.numbers, f" in {where}")
         wanted = checkpoint.check(self, state_dict)
         self._check_loaded_groups(groups)
         self._drop_plan()
-        with torch.inference_mode(False), torch.no_grad():
+        with durable(), torch.no_grad():
             checkpoint.load(self, state_dict, wanted)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def torch_defaults(
+    twin: type[Optimizer], numbers: Sequence[str], **arguments: Any
+) -> dict[str, Any]:
+    """The group keys and defaults of torch's own class, which checks its arguments: same errors,
+    any version. What it lets pass, or refuses without a name, is refused here.
+
+    Raises:
+        ValueError: an argument is out of range, no number, or NaN.
+    """
+    try:
+        defaults = twin([torch.zeros(0)], **arguments).defaults
+    except ValueError:
+        raise
+    except Exception:  # torch has compared None with a number, say
+        check_group(arguments, numbers)
+        raise
+    return defaults
 
 
 def _refuse_differentiable(group: dict[str, Any], label: str) -> None:
     if group.get("differentiable"):
         raise RuntimeError(
             f"{label}: differentiable=True is not supported: the fused step is not recorded by "
-            "autograd; set it to False, or use torch.optim for a differentiable optimizer"
+            "autograd; set `differentiable=False`, or use torch.optim for what has to be recorded"
         )
+
+
+def _refuse_duplicates(group: dict[str, Any], where: str) -> None:
+    """torch warns, and the second row of a parameter would be refused by the first step."""
+    params = group.get("params")
+    if params is None or isinstance(params, (Tensor, set)):  # a set is refused by torch
+        return
+    group["params"] = params = list(params)
+    first: dict[int, int] = {}
+    for i, entry in enumerate(params):
+        param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if id(param) in first:
+            raise ValueError(
+                f"param {i} of {where} is param {first[id(param)]} again; list each parameter "
+                "once: `params = list(dict.fromkeys(params))`"
+            )
+        first[id(param)] = i
+
+
+def _nbytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or is_lazy(tensor) else tensor.numel() * tensor.element_size()

@@ -1,13 +1,17 @@
-"""Options that hold for a whole optimizer, as opposed to one param group."""
+"""Options: those of a whole optimizer, and the checks of those that belong to a param group."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 BACKEND_NAMES = ("auto", "cuda", "triton", "cpu", "reference")
+# Options of a param group that are true or false, of every rule.
+FLAG_NAMES = frozenset({"amsgrad", "decoupled_weight_decay", "maximize", "nesterov"})
 
 
 @dataclass(frozen=True)
@@ -53,34 +57,102 @@ class Options:
         """Make the option a float, if it can be one and is allowed."""
         value = getattr(self, name)
         try:
-            number = float(value)
+            converted = number(value)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: torch's
             raise _invalid(name, value, remedy) from error
-        if not allowed(number):
-            raise _invalid(name, number, remedy)
-        object.__setattr__(self, name, number)
+        if not allowed(converted):
+            raise _invalid(name, converted, remedy)
+        object.__setattr__(self, name, converted)
 
     def _flag(self, name: str, remedy: str) -> None:
         """Make the option a bool, if it is equal to one."""
         value = getattr(self, name)
-        try:
-            flag = value in (True, False)
-        except (TypeError, ValueError, RuntimeError) as error:  # several elements: numpy's, torch's
-            raise _invalid(name, value, remedy) from error
-        if not flag:
+        if not _is_flag(value):
             raise _invalid(name, value, remedy)
         object.__setattr__(self, name, bool(value))
 
     def changed(self, **changes: Any) -> Options:
         return replace(self, **changes)
 
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        return tuple(cls.__dataclass_fields__)
-
     def non_defaults(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if v != getattr(Options, k)}
 
 
-def _invalid(name: str, value: object, remedy: str) -> ValueError:
-    return ValueError(f"Invalid {name} value: {value!r}; {remedy}")
+OPTION_NAMES = frozenset(Options.__dataclass_fields__)
+
+
+def _invalid(
+    name: str, value: object, remedy: str, where: str = "", error: type[Exception] = ValueError
+) -> Exception:
+    return error(f"Invalid {name} value: {value!r}{where}; {remedy}")
+
+
+def number(value: Any) -> float:
+    """``value`` as a float; a string is no number, although ``float()`` would read it."""
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
+
+
+def flag(value: Any) -> bool:
+    """``value`` as a bool, if it is equal to one; not the truth of a string or of None."""
+    if value is True or value is False:
+        return bool(value)
+    if not _is_flag(value):
+        raise TypeError(f"{value!r} is neither True nor False")
+    return bool(value)
+
+
+def check_group(
+    group: Mapping[str, Any],
+    numbers: Sequence[str],
+    where: str = "",
+    error: type[Exception] = ValueError,
+) -> None:
+    """Refuse hyper-parameters of a param group that are no numbers, or NaN, or no bools.
+
+    Args:
+        group: the options, of which some may be absent.
+        numbers: names of the rule's number options; ``betas`` is a pair of them.
+        where: says which group it is, for the message.
+        error: the exception to raise; it names the option, its value and the group.
+    """
+    for name in numbers:
+        value = group.get(name, 0.0)
+        if name == "betas" and name in group:
+            if not _is_pair(value):
+                raise _invalid(name, value, "use a pair of numbers", where, error)
+        elif not is_number(value):
+            raise _invalid(name, value, "use a number, or a tensor of one element", where, error)
+    for name in FLAG_NAMES & group.keys():
+        if not _is_flag(group[name]):
+            raise _invalid(name, group[name], "use True or False", where, error)
+
+
+def is_number(value: Any, nan: bool = False) -> bool:
+    """Whether it is one, and not NaN unless that is allowed.
+
+    Of a tensor on a device only the shape is looked at: nobody waits for its value.
+    """
+    if isinstance(value, Tensor):
+        known = value.numel() == 1 and not value.is_complex()
+        return known and (nan or not (value.is_cpu and math.isnan(value)))
+    try:
+        as_float = number(value)
+        return nan or not math.isnan(as_float)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _is_pair(value: Any) -> bool:
+    try:
+        return len(value) == 2 and all(map(is_number, value))
+    except TypeError:
+        return False
+
+
+def _is_flag(value: Any) -> bool:
+    try:
+        return bool(value in (True, False))
+    except (TypeError, ValueError, RuntimeError):  # several elements: numpy's, torch's
+        return False

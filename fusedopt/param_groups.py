@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
@@ -12,13 +14,33 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-_BIAS_WORDS = {"bias", "biases"}
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_WEIGHT_LAYERS = (
+    *_EMBEDDINGS,
+    nn.Linear,
+    nn.Bilinear,
+    nn.modules.conv._ConvNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
-# Layers that only carry "Norm" in their name, such as a NormedLinear with a
-# normalised weight: what they hold is a weight, not a norm's scale.
-_WEIGHT_LAYERS = (*_EMBEDDINGS, nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
-_WEIGHT_LAYER_WORDS = ("Embedding", "Linear", "Bilinear", "Conv")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # RMSNorm: RMS, Norm; Conv2d: Conv, d
+_BIAS_WORDS = {"bias", "biases"}
+# Layers and blocks whose own parameters are weights, also after a norm: LayerNormMLP.
+_LAYER_WORDS = {
+    *("linear", "bilinear", "dense", "conv", "embedding", "embed", "projection", "proj"),
+    *("attention", "attn", "mlp", "ffn", "expert", "rnn", "lstm", "gru", "cell"),
+    *("head", "classifier", "softmax", "loss", "block", "encoder", "decoder", "transformer"),
+    *("net", "network", "model"),
+}
+
+# What a wrapper puts into the names of the parameters inside it.
+_OF_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
+    r"|(?<![^.])parametrizations\.(?=\w+\.original\d*$)|(?<=\w)\.original\d*$"
+)
 
 
 def param_groups(
@@ -32,18 +54,29 @@ def param_groups(
 
     * it has fewer than two dimensions;
     * its own name has the word ``bias`` in it (``bias``, ``in_proj_bias``, ``bias_k``);
-    * the module that owns it is a norm: its class, or a class it derives from, has ``Norm`` in
-      its name (``nn.LayerNorm``, ``nn.BatchNorm2d``, a ``MyRMSNorm`` of your own). Only what
-      the norm itself owns counts, so a ``PreNorm`` around a linear layer takes nothing from
-      that layer; a ``NormedLinear`` that derives from ``nn.Linear`` is a linear layer;
-    * ``decay_embeddings=False`` and an ``nn.Embedding`` or ``nn.EmbeddingBag`` owns it.
+    * the module that owns it is a norm, as below;
+    * ``decay_embeddings=False`` and an ``nn.Embedding`` or ``nn.EmbeddingBag`` owns it;
+    * the model asks for it: a module's ``no_weight_decay()`` returns the parameter's name within
+      that module (timm; ``*`` stands for any text), ``no_weight_decay_keywords()`` a part of the
+      name (Swin), or the parameter has a true attribute ``_no_weight_decay`` (Mamba).
+
+    Torch's norms and what derives from them are norms, torch's layers with weights (``nn.Linear``,
+    convolutions, attention and so on) are not. Of another class the name decides: the last word
+    that means a norm (``Norm``, ``Layernorm``, ``Normalization``) or a layer (``Linear``, ``Conv``,
+    ``MLP``, ``Head`` and so on). ``MyRMSNorm``, ``BatchNormAct2d`` and ``ConvLayerNorm`` are norms;
+    ``LayerNormMLP``, ``NormHead`` and ``NormalizingFlow`` are not. If a name has no such word, the
+    class that it derives from is asked. Only what the norm itself owns counts, so a ``PreNorm``
+    around a linear layer takes nothing from that layer.
 
     The originals of a parametrized weight (``torch.nn.utils.parametrize``) count as that weight.
     Of a scripted or traced module only the name of its class is known, and that name decides.
+    Shards count by the shape of the whole parameter: DTensors (FSDP2, tensor parallel), FSDP1 with
+    ``use_orig_params=True``, DeepSpeed ZeRO-3. ``fully_shard`` drops the attributes of parameters:
+    set ``_no_weight_decay`` again after it.
 
     Every parameter is in exactly one group, frozen ones too, so that thawing one later needs
-    no new group. A parameter with several owners (tied weights) is left out of weight decay if
-    any of its owners says so.
+    no new group; a frozen one may be of any dtype and layout, or without a shape yet. A parameter
+    with several owners (tied weights) is left out of weight decay if any of its owners says so.
 
     Args:
         model: the module to take the parameters of.
@@ -57,9 +90,11 @@ def param_groups(
         groups to the optimizer.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module`` or ``weight_decay`` is no number.
-        ValueError: ``weight_decay`` is negative or not finite, or a parameter of a lazy module
-            has no shape yet.
+        TypeError: ``model`` is no ``nn.Module``, ``weight_decay`` is no number, or what
+            ``no_weight_decay()`` or ``no_weight_decay_keywords()`` returns is no set of str.
+        ValueError: ``weight_decay`` is negative or not finite, one of those names is empty, or the
+            shape of a parameter that is not frozen cannot be told: it is of a lazy module, of FSDP1
+            with ``use_orig_params=False``, or the model is a module inside an FSDP1 model.
 
     Example:
         >>> groups = fusedopt.param_groups(model, weight_decay=0.1)
@@ -67,8 +102,10 @@ def param_groups(
     """
     _check(model, weight_decay)
     decays: dict[nn.Parameter, bool] = {}
-    for module, name, param in _owned_parameters(model):
-        decays[param] = decays.get(param, True) and _decays(module, name, param, decay_embeddings)
+    exempt = _exempt(model)
+    for module, name, dims, param in _owned_parameters(model):
+        decay = param not in exempt and _decays(module, name, dims, decay_embeddings)
+        decays[param] = decays.get(param, True) and decay
     groups: list[dict[str, Any]] = [
         {"params": [p for p, decay in decays.items() if decay], "weight_decay": weight_decay},
         {"params": [p for p, decay in decays.items() if not decay], "weight_decay": 0.0},
@@ -80,43 +117,132 @@ def _check(model: nn.Module, weight_decay: float) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"param_groups: model must be a torch.nn.Module, got {type(model).__name__}: pass "
-            "the module itself, not its parameters, for only the module knows which are norms"
+            "the module itself, `fusedopt.param_groups(model, 0.01)`, and not its parameters: only "
+            "the module knows which are norms"
         )
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, Real):
         raise TypeError(
             f"param_groups: weight_decay must be a float, got {weight_decay!r}: "
-            "pass a number of at least 0, such as 0.01"
+            "pass a number of at least 0, such as `weight_decay=0.01`"
         )
     if not 0.0 <= weight_decay < math.inf:
         raise ValueError(
             f"param_groups: weight_decay must be at least 0 and finite, got {weight_decay!r}: "
-            "pass 0.0 for no decay"
+            "pass `weight_decay=0.0` for no decay"
         )
 
 
-def _owned_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Every (owner, name within the owner, parameter); a tied parameter comes once per owner."""
+def _owned_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, int, nn.Parameter]]:
+    """Every (owner, name within the owner, number of dimensions, parameter).
+
+    A tied parameter comes once per owner.
+    """
     parametrized: dict[nn.Module, tuple[nn.Module, str]] = {}  # by the module of its originals
+    unflattened = _dims_before_fsdp(model)
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for weight, originals in module.get_submodule("parametrizations").named_children():
                 if isinstance(originals, parametrize.ParametrizationList):
                     parametrized[originals] = (module, weight)
-        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            if is_lazy(param):
-                raise ValueError(
-                    f"param_groups: parameter {f'{path}.{name}'.lstrip('.')!r} of a lazy module "
-                    "has no shape yet: run the model once before you make the groups"
-                )
-            yield *parametrized.get(module, (module, name)), param
+        params = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        dims = {}
+        for name, param in params.items():
+            known = unflattened.get((module, name))
+            dims[name] = _dims(f"{path}.{name}".lstrip("."), param) if known is None else known
+        for name, param in params.items():
+            if module in parametrized:  # the scale of weight_norm has fewer than the weight
+                yield *parametrized[module], max(dims.values()), param
+            else:
+                yield module, name, dims[name], param
 
 
-def _decays(module: nn.Module, name: str, param: nn.Parameter, decay_embeddings: bool) -> bool:
-    if param.ndim < 2 or not _BIAS_WORDS.isdisjoint(name.split("_")):
+def _dims(label: str, param: nn.Parameter) -> int:
+    """Dimensions of the whole parameter, of which this process may hold a shard."""
+    flat = getattr(param, "_fsdp_flattened", False)
+    if not (flat or is_lazy(param)):
+        shape: torch.Size = getattr(param, "ds_shape", param.shape)  # DeepSpeed ZeRO-3
+        return len(shape)
+    if not param.requires_grad:
+        return 2  # its owner and its name decide
+    if not flat:
+        raise ValueError(
+            f"param_groups: parameter {label!r} of a lazy module has no shape yet: "
+            "run the model once before you make the groups: `model(inputs)`"
+        )
+    if getattr(param, "_is_flat_param", False):
+        raise ValueError(
+            f"param_groups: parameter {label!r} is weights and biases that FSDP made into one: "
+            "wrap the model by `FullyShardedDataParallel(model, use_orig_params=True)`"
+        )
+    raise ValueError(
+        f"param_groups: parameter {label!r} is a shard, and only its FSDP module knows the whole "
+        "shape: give param_groups the FullyShardedDataParallel model, not a module inside it"
+    )
+
+
+def _dims_before_fsdp(model: nn.Module) -> dict[tuple[nn.Module, str], int]:
+    """Dimensions of what FSDP1 with use_orig_params=True flattened, by owner and name."""
+    dims: dict[tuple[nn.Module, str], int] = {}
+    for module in model.modules():
+        flat = getattr(getattr(module, "_handle", None), "flat_param", None)
+        if not getattr(flat, "_is_flat_param", False):
+            continue
+        for info, shape in zip(
+            getattr(flat, "_param_infos", ()), getattr(flat, "_shapes", ()), strict=True
+        ):
+            dims[info.module, info.param_name] = len(shape)
+        for tied in getattr(flat, "_shared_param_infos", ()):
+            dims[tied.module, tied.param_name] = dims[tied.prim_module, tied.prim_param_name]
+    return dims
+
+
+def _exempt(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that the model itself asks to leave out of weight decay."""
+    exempt = {param for param in model.parameters() if getattr(param, "_no_weight_decay", False)}
+    for module in model.modules():
+        patterns = _names_from(module, "no_weight_decay")
+        keywords = _names_from(module, "no_weight_decay_keywords")
+        if not (patterns or keywords):
+            continue
+        for wrapped_name, param in module.named_parameters(remove_duplicate=False):
+            name = _OF_WRAPPERS.sub("", wrapped_name)
+            if any(fnmatchcase(name, one) for one in patterns) or any(k in name for k in keywords):
+                exempt.add(param)
+    return exempt
+
+
+def _names_from(module: nn.Module, method: str) -> list[str]:
+    """What a method of the module returns, if the module has the method."""
+    ask = getattr(module, method, None)
+    if not callable(ask):
+        return []
+    names: Any = ask()
+    listed: list[Any] = (
+        list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [None]
+    )
+    if not all(isinstance(name, str) for name in listed):
+        raise TypeError(
+            f"param_groups: {method}() of {type(module).__name__} must return a set of names, "
+            f"got {names!r}: return {{'pos_embed'}}, say, or set() for none"
+        )
+    if "" in listed:
+        raise ValueError(
+            f"param_groups: {method}() of {type(module).__name__} must return names that are not "
+            f"empty, got {names!r}: return set() for none"
+        )
+    return listed
+
+
+def _decays(module: nn.Module, name: str, dims: int, decay_embeddings: bool) -> bool:
+    if dims < 2 or not _BIAS_WORDS.isdisjoint(_words(name)):
         return False
     if _is_embedding(module):
         return decay_embeddings
     return not _is_norm(module)
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(name)]
 
 
 def _is_embedding(module: nn.Module) -> bool:
@@ -127,12 +253,19 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    scripted = _scripted_class(module)
-    if scripted is not None:
-        return "Norm" in scripted and not any(word in scripted for word in _WEIGHT_LAYER_WORDS)
+    """By class where torch defines it, else by the last word that tells a norm from a layer."""
     if isinstance(module, _WEIGHT_LAYERS):
         return False
-    return any("Norm" in cls.__name__ for cls in type(module).__mro__)
+    if isinstance(module, _NORMS):
+        return True
+    scripted = _scripted_class(module)
+    names = [cls.__name__ for cls in type(module).__mro__] if scripted is None else [scripted]
+    for word in (word for name in names for word in reversed(_words(name))):
+        if word.endswith("norm") or word in ("normalization", "normalisation"):
+            return True
+        if word in _LAYER_WORDS or word.removesuffix("s") in _LAYER_WORDS:
+            return False
+    return False
 
 
 def _scripted_class(module: nn.Module) -> str | None:

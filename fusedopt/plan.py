@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +30,21 @@ GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Group = dict[str, Any]
 
 
+def is_served(param: Tensor) -> bool:
+    """Whether a step may have to do with ``param``: frozen parameters without gradient are left
+    alone, whatever they are."""
+    return param.requires_grad or param.grad is not None
+
+
+def served_params(groups: list[Group]) -> Iterator[Tensor]:
+    return (param for group in groups for param in group["params"] if is_served(param))
+
+
 class Row:
     """One parameter in the plan.
+
+    ``served`` is False of a frozen parameter without gradient: nothing but its ``.grad`` is looked
+    at until it has one, and the other attributes have no meaning.
 
     ``dense`` is what the kernels update: the parameter itself, or a copy without gaps that is
     written back after the update. ``states`` are in the rule's order.
@@ -41,7 +55,8 @@ class Row:
 
     def __init__(self, param: Tensor, label: str, group: int) -> None:
         self.param, self.label, self.group = param, label, group
-        self.dense = param
+        self.served = is_served(param)
+        self.dense = param if self.served else torch.empty(0, device="cpu")
         self.awaits_state = False
         self.set_state((), None, None)
 
@@ -66,19 +81,50 @@ class Row:
 
     @property
     def staged(self) -> bool:
-        return self.dense.data_ptr() != self.param.data_ptr()
+        return self.served and self.dense.data_ptr() != self.param.data_ptr()
 
     def memory(self) -> list[Tensor]:
         """Everything a step on this row touches, to be kept by who must."""
-        refs = [ref for ref in (*self._states, self._master, self._step) if ref is not None]
-        own = [tensor for ref in refs if (tensor := ref()) is not None]
-        return [self.param.detach(), self.dense.detach(), *own]
+        return [self.param.detach(), self.dense.detach(), *self.own()]
+
+    def own(self) -> list[Tensor]:
+        """Its state, as far as it is alive."""
+        return [tensor for ref in self._refs() if (tensor := ref()) is not None]
+
+    def is_in(self, state: dict[Tensor, Any]) -> bool:
+        """Whether its state is what ``state`` holds for it."""
+        values = [id(value) for value in state.get(self.param, {}).values()]
+        return all(ref() is not None and id(ref()) in values for ref in self._refs())
+
+    def form(self) -> tuple[Any, ...]:
+        """All that a plan's tables depend on, but for addresses."""
+        dense, states = self.dense, len(self._states)
+        which = (self.served, self.awaits_state, self.group, states, self._master is None)
+        return (*which, dense.numel(), dense.dtype, dense.device)
+
+    def _refs(self) -> list[weakref.ref[Tensor]]:
+        refs = (*self._states, self._master, self._step)
+        return [ref for ref in refs if ref is not None]
 
 
 def _alive(ref: weakref.ref[Tensor]) -> Tensor:
     tensor = ref()
-    assert tensor is not None  # a plan that was just refreshed has all its state
+    if tensor is None:  # never of a plan that was just refreshed: its step holds all state
+        raise RuntimeError("parameters or gradients changed while step() was preparing")
     return tensor
+
+
+class Held(Protocol):
+    """What a step owns while it runs: the gradients that it began with, and the state's tensors.
+
+    Another thread may drop any of them meanwhile.
+    """
+
+    def grad(self, row: int) -> Tensor | None:
+        """The row's gradient; ``None`` where there is none."""
+
+    def release(self) -> None:
+        """Before its time, where an error's frames would keep it alive."""
 
 
 @dataclass(slots=True)
@@ -98,6 +144,12 @@ class StepInputs:
     inf_flag: Tensor | None  # fp32; where our own GradScaler expects the answer
     # Options that the user keeps on the device: which double of the options table, one element.
     device_numbers: list[tuple[int, Tensor]]
+    held: Held | None = None  # once the plan has been refreshed
+
+    def grad(self, row: int) -> Tensor | None:
+        """The gradient of the plan's row in this step; ``None``: takes no part in it."""
+        assert self.held is not None
+        return self.held.grad(row)
 
     @property
     def clip_threshold(self) -> float:
@@ -110,17 +162,32 @@ class StepInputs:
         return math.inf if self.max_grad_value is None else self.max_grad_value
 
 
+# Rows whose gradient needs care, rows that have none, and what the step has to hold.
+Look = tuple[Sequence[int], Sequence[int], Held]
+
+
 class Plan(ABC):
-    """Rows of one parameter set, and the gradient of each (``None``: takes no part in the step)."""
+    """Rows of one parameter set. Of gradients it keeps copies at most, and addresses."""
 
     def __init__(self, rule: str, rows: Sequence[Row], layout: object) -> None:
         self.rule = rule
-        self.rows = list(rows)
         self.layout = layout
-        self.fsdp1_sharded = any(is_fsdp1_shard(row.param) for row in self.rows)
+        self._captured: list[Tensor] = []
+        self._take(rows)
+
+    def _take(self, rows: Sequence[Row]) -> None:
+        self.rows = list(rows)
+        self.first = next((row for row in self.rows if row.served), None)
+        self.fsdp1_sharded = any(is_fsdp1_shard(row.param) for row in self.rows if row.served)
         self._staged_grads: dict[int, Tensor] = {}
         self._staged_params = [row for row in self.rows if row.staged]
-        self._captured: list[Tensor] = []
+        self._absent: Sequence[int] = ()  # rows without a gradient in this step
+        self._confirmed = False
+        self._of_inference = [
+            i
+            for i, row in enumerate(self.rows)
+            if any(map(is_of_inference, (row.param, *row.own())))
+        ]
 
     @property
     def captured(self) -> bool:
@@ -131,30 +198,69 @@ class Plan(ABC):
         """From now on the plan keeps all memory alive that its tables name."""
         self._captured = [tensor for row in self.rows for tensor in row.memory()]
 
-    def refresh(self, groups: list[Group], state: dict[Tensor, Any]) -> bool:
-        """Note where the gradients are; ``False`` when the plan has to be rebuilt.
+    def rebind(self, rows: Sequence[Row], groups: list[Group], state: dict[Tensor, Any]) -> bool:
+        """Use this plan for ``rows``, where nothing but addresses differs from what it was made
+        for: its tables and buffers stay. False where more differs, or a CUDA graph uses them."""
+        same = [row.form() for row in rows] == [row.form() for row in self.rows]
+        if not same or self.captured or any(row.staged for row in (*rows, *self.rows)):
+            return False
+        self._take(rows)
+        self._rebound(groups, state)
+        return True
+
+    @abstractmethod
+    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+        """Look at other tensors from now on, and write their addresses into the tables."""
+
+    def holds_only(self, state: dict[Tensor, Any]) -> bool:
+        """Whether all that the plan keeps alive is in ``state``, too."""
+        return all(row.param in state and row.is_in(state) for row in self.rows if row.served)
+
+    def refresh(self, groups: list[Group], state: dict[Tensor, Any]) -> Held | None:
+        """Note where the gradients are; ``None`` when the plan has to be rebuilt.
+
+        Returns:
+            What the step has to hold until it is over, and then release.
 
         Raises:
             RuntimeError: a gradient cannot be used (sparse, complex, of another shape or device).
         """
-        odd = self._look(groups, state)
-        if odd is None:
+        # Another thread may have replaced states between the making of the rows and of the look.
+        self._confirmed = self._confirmed or all(row.is_in(state) for row in self.rows)
+        if not self._confirmed:
+            return None
+        look = self._look(groups, state)
+        if look is None:
+            return None
+        odd, self._absent, held = look
+        if self._of_inference and self._forbids(held):
+            return None
+        try:
+            for index in odd:
+                self._accept(index, held.grad(index))
+        except BaseException:
+            held.release()
+            raise
+        return held
+
+    def _forbids(self, held: Held) -> bool:
+        """Whether the step is not allowed to write; a new plan then refuses by name."""
+        if torch.is_inference_mode_enabled():
             return False
-        for index in odd:
-            self._accept(index)
-        return True
+        return any(held.grad(index) is not None for index in self._of_inference)
 
     @abstractmethod
-    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
-        """Fill in the gradients that need no care; return the rows of the others, or ``None``."""
+    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
+        """Fill in the gradients that need no care; ``None`` when the plan has to be rebuilt."""
 
     @abstractmethod
-    def _set_grad(self, index: int, grad: Tensor) -> None:
-        """Use ``grad`` as the row's gradient in this step."""
+    def _use_grad(self, index: int, grad: Tensor) -> None:
+        """Prepare for a gradient that needs care; it has been checked."""
 
-    @abstractmethod
     def updated_params(self) -> list[Tensor]:
-        """The parameters whose gradient is present."""
+        """The parameters that had a gradient when the step began."""
+        absent = set(self._absent)
+        return [row.param for i, row in enumerate(self.rows) if i not in absent]
 
     @abstractmethod
     def nbytes(self) -> int:
@@ -166,17 +272,15 @@ class Plan(ABC):
             row.dense.copy_(row.param.detach())
 
     def write_back(self) -> None:
-        """The way back from ``stage_params``."""
-        for row in self._staged_params:
-            row.param.detach().copy_(row.dense)
+        """The way back from ``stage_params``; may be gone twice."""
+        if rows := self._staged_params:
+            copy_all([row.param.detach() for row in rows], [row.dense for row in rows])
 
-    def _accept(self, index: int) -> None:
+    def _accept(self, index: int, grad: Tensor | None) -> None:
         row = self.rows[index]
-        grad = row.param.grad
-        if grad is None:
-            return
+        assert grad is not None
         check_grad(row.label, row.param, grad)
-        self._set_grad(index, self._dense_grad(index, grad))
+        self._use_grad(index, grad)
 
     def _dense_grad(self, index: int, grad: Tensor) -> Tensor:
         """``grad`` laid out like the row's ``dense`` tensor, in a buffer kept for the next step."""
@@ -193,6 +297,22 @@ class Plan(ABC):
         return sum(t.numel() * t.element_size() for t in staged)
 
 
+def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """All or none: the loop is C's, in which no signal's handler runs."""
+    deque(map(Tensor.copy_, targets, values), maxlen=0)
+
+
+def is_of_inference(tensor: Tensor) -> bool:
+    """Whether it may be written to in inference mode alone.
+
+    ``is_inference()`` says something else once ``tensor.data`` has been assigned.
+    """
+    try:
+        return tensor._version < 0
+    except RuntimeError:
+        return True
+
+
 def is_fsdp1_shard(param: Tensor) -> bool:
     return bool(getattr(param, "_fsdp_flattened", False))
 
@@ -203,28 +323,29 @@ def check_grad(label: str, param: Tensor, grad: Tensor) -> None:
     if is_traceable_wrapper_subclass(wrapper):
         raise RuntimeError(
             f"{label}: gradients of type {type(wrapper).__name__} are not supported, their memory "
-            "is not their values; assign a plain tensor"
+            "is not their values; assign a plain tensor, or none: `param.grad = None`"
         )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{label}: fusedopt does not support sparse gradients (layout {grad.layout}); "
-            "create the module with sparse=False, or densify the gradient before step()"
+            "create the module with sparse=False, or `param.grad = param.grad.to_dense()`"
         )
     freed = grad.untyped_storage().nbytes() == 0 and not grad._is_zerotensor()
     if grad.numel() > 0 and freed and grad.device.type != "meta":
         raise RuntimeError(
-            f"{label}: the gradient's storage was resized to nothing; set .grad to None, or run "
-            "backward() again"
+            f"{label}: the gradient's storage was resized to nothing; set `param.grad = None`, or "
+            "run backward() again"
         )
     if grad.dtype not in GRAD_DTYPES or (
         grad.dtype == torch.float64 and param.dtype != torch.float64
     ):
         raise RuntimeError(
             f"{label}: gradient dtype {grad.dtype} does not go with parameter dtype {param.dtype}; "
-            "use float32, float16 or bfloat16 gradients"
+            "convert it: `param.grad = param.grad.to(param.dtype)`"
         )
     if grad.shape != param.shape or grad.device != param.device:
         raise RuntimeError(
             f"{label}: gradient has shape {tuple(grad.shape)} on {grad.device}, parameter has "
-            f"{tuple(param.shape)} on {param.device}; clear .grad after replacing p.data"
+            f"{tuple(param.shape)} on {param.device}; clear it after replacing the parameter's "
+            "data: `param.grad = None`"
         )

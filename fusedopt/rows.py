@@ -8,11 +8,12 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .memory import is_dense, overlaps_itself
-from .plan import Group, Row, check_grad
+from .plan import Group, Row, check_grad, is_of_inference
 from .state import (
     MASTER,
     STEP,
@@ -35,22 +36,24 @@ def check_param(label: str, param: Tensor) -> None:
     if is_traceable_wrapper_subclass(wrapper):
         raise TypeError(
             f"{label}: {type(wrapper).__name__} is not supported, its memory is not its values; "
-            "pass plain tensors (for a DTensor, its local shard with max_grad_norm=None)"
+            "freeze it (`param.requires_grad_(False)`), or give it to another optimizer "
+            "(`optimizer = torch.optim.AdamW([param])`)"
         )
     if param.layout != torch.strided:
         raise TypeError(
             f"{label}: sparse parameters (layout {param.layout}) are not supported; "
-            "optimize param.to_dense()"
+            "use a dense one: `param = torch.nn.Parameter(param.detach().to_dense())`"
         )
     if param.is_complex():
         raise TypeError(
             f"{label}: complex parameters ({param.dtype}) are not supported; "
-            "optimize torch.view_as_real(param)"
+            "keep it as real numbers, `param = torch.nn.Parameter(torch.view_as_real("
+            "param.detach()))`, and use torch.view_as_complex(param) in forward()"
         )
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(
-            f"{label}: parameter dtype {param.dtype} is not supported; "
-            "use float32, float16, bfloat16 or float64"
+            f"{label}: parameter dtype {param.dtype} is not supported; use float32, float16, "
+            "bfloat16 or float64: `param.data = param.data.float()`"
         )
 
 
@@ -71,40 +74,63 @@ def label_of(
     return text if name is None else f"{text} ({name!r})"
 
 
-def build_rows(
+def checked_rows(
     groups: Sequence[Group],
     state: dict[Tensor, ParamState],
     names: Sequence[tuple[str, ...]],
-    master_weights: bool | None,
-    every_param: bool,
     names_given: Mapping[Tensor, str | None],
 ) -> list[Row]:
-    """Rows of all params in order. Validates first; only then creates the state that is missing.
+    """Rows of all params in order, as far as they can be used; nothing is created yet.
 
     Args:
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``.
         names: state names the rule wants, for each group.
-        master_weights: as given by the user.
-        every_param: create state for every parameter that requires grad, not only for those that
-            have a gradient now.
         names_given: what messages call the parameters, where the groups' names are not theirs.
 
     Raises:
-        RuntimeError: some parameter, gradient or state cannot be used; nothing has been changed.
+        RuntimeError: some parameter, gradient or state cannot be used.
     """
     rows = [
         Row(p, label_of(group, g, i, names_given), g)
         for g, group in enumerate(groups)
         for i, p in enumerate(group["params"])
     ]
-    for row in rows:
+    served = [row for row in rows if row.served]
+    inference = torch.is_inference_mode_enabled()
+    for row in served:
         own = state.get(row.param, {})
         _check_dict(row.label, own)
         _check_row(row, own, names[row.group])
-    _check_disjoint(rows)
-    _complete(rows, state, names, master_weights, every_param)
-    for row in rows:
+        if row.param.grad is not None and not inference:
+            _check_writable(row, own, names[row.group])
+    _check_disjoint(served)
+    return rows
+
+
+def complete_rows(
+    rows: Sequence[Row],
+    state: dict[Tensor, ParamState],
+    names: Sequence[tuple[str, ...]],
+    master_weights: bool | None,
+    every_param: bool,
+) -> None:
+    """Create the state that is missing, and refer to it.
+
+    Args:
+        rows: of ``checked_rows``.
+        state: ``optimizer.state``.
+        names: state names the rule wants, for each group.
+        master_weights: as given by the user.
+        every_param: create state for every parameter that requires grad, not only for those that
+            have a gradient now.
+
+    Raises:
+        RuntimeError: there is not enough memory; nothing has been changed.
+    """
+    served = [row for row in rows if row.served]
+    _complete(served, state, names, master_weights, every_param)
+    for row in served:
         if not is_readable(row.param):
             row.dense = dense_like(row.param)
         own = state.get(row.param, {})
@@ -114,7 +140,6 @@ def build_rows(
             continue
         states = [own[name] for name in names[row.group]]
         row.set_state(states, own[MASTER] if master else None, own[STEP] if states else None)
-    return rows
 
 
 def _check_dict(label: str, own: ParamState) -> None:
@@ -122,7 +147,7 @@ def _check_dict(label: str, own: ParamState) -> None:
     if not isinstance(own, dict) or type(own).__getitem__ is not dict.__getitem__:
         raise RuntimeError(
             f"{label}: its state is a {type(own).__name__}, not a dict with a dict's own access; "
-            "use optimizer.state[param] = dict(...)"
+            "use `optimizer.state[param] = dict(optimizer.state[param])`"
         )
 
 
@@ -134,21 +159,28 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
         raise RuntimeError(str(error)) from error
     if is_lazy(param):
         raise RuntimeError(
-            f"{row.label} is not initialized; run a forward pass through the lazy module first"
+            f"{row.label} is not initialized; run a forward pass through the lazy module first: "
+            "`model(inputs)`"
+        )
+    if isinstance(param, FakeTensor):
+        raise RuntimeError(
+            f"{row.label} is a FakeTensor, which has no memory; make model and optimizer outside "
+            "of the FakeTensorMode"
         )
     if param.device.type == "meta":
         raise RuntimeError(
-            f"{row.label} is on the meta device; materialize the model before step()"
+            f"{row.label} is on the meta device; materialize the model before you make the "
+            "optimizer: `model.to_empty(device='cpu')`, and load its weights"
         )
     if param.numel() > 0 and param.data_ptr() == 0:
         raise RuntimeError(
             f"{row.label} has no memory (a zero tensor without storage, or a storage that was "
-            "resized to nothing); give it values before step()"
+            "resized to nothing); give it values before step(): `param.data = values`"
         )
     if overlaps_itself(param):
         raise RuntimeError(
             f"{row.label}: elements share memory (shape {tuple(param.shape)}, strides "
-            f"{param.stride()}); use param.detach().clone() as the parameter"
+            f"{param.stride()}); give it memory of its own: `param.data = param.detach().clone()`"
         )
     if param.grad is not None:
         check_grad(row.label, param, param.grad)
@@ -157,6 +189,23 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
     except (KeyError, TypeError, ValueError) as error:  # optimizer.state was edited
         raise RuntimeError(error.args[0]) from error
     check_shapes(row.label, param, own, names)
+
+
+def _check_writable(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
+    if is_of_inference(row.param):
+        raise RuntimeError(
+            f"{row.label} was made in inference mode and cannot be updated outside of it; call "
+            "step() in inference mode, or put another in its place: "
+            "`param = torch.nn.Parameter(param.detach().clone())`"
+        )
+    for name in (*names, MASTER, STEP):
+        value = own.get(name)
+        if isinstance(value, Tensor) and is_of_inference(value):
+            raise RuntimeError(
+                f"{row.label}: state {name!r} was made in inference mode and cannot be updated "
+                f"outside of it: `optimizer.state[param][{name!r}] = "
+                f"optimizer.state[param][{name!r}].clone()`"
+            )
 
 
 def _check_disjoint(rows: Sequence[Row]) -> None:
@@ -214,7 +263,7 @@ def _check_cluster(cluster: Sequence[_Span]) -> None:
 def _shared(first: Row, second: Row) -> RuntimeError:
     return RuntimeError(
         f"{first.label} and {second.label} share memory; list each parameter once, and tie weights "
-        "by using one Parameter object in both places"
+        "by one Parameter object in both places: `second.weight = first.weight`"
     )
 
 

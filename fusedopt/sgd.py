@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.optim.sgd import SGD
 
-from .checkpoint import warn
-from .optimizer import FusedOptimizer
-from .options import Options
+from .callers import users_level
+from .optimizer import FusedOptimizer, torch_defaults
+from .options import Options, flag, number
 from .plan import Group
 
 _OPTIONS = struct.Struct("=4d4q")  # SGD::Options in csrc/rules.h
@@ -48,6 +49,7 @@ class FusedSGD(FusedOptimizer):
     """
 
     rule = "sgd"
+    numbers = ("lr", "momentum", "dampening", "weight_decay")
 
     def __init__(
         self,
@@ -71,14 +73,14 @@ class FusedSGD(FusedOptimizer):
         amp_scaling: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        # torch's own class checks its arguments and names the group keys: same errors, any version.
-        torch_twin = torch.optim.SGD(
-            [torch.zeros(0)],
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
+        defaults = torch_defaults(
+            SGD,
+            self.numbers,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
             maximize=maximize,
             foreach=foreach,
             differentiable=differentiable,
@@ -93,7 +95,7 @@ class FusedSGD(FusedOptimizer):
             amp_scaling,
             backend,
         )
-        defaults = {**torch_twin.defaults, "decoupled_weight_decay": decoupled_weight_decay}
+        defaults["decoupled_weight_decay"] = decoupled_weight_decay
         super().__init__(params, defaults, options)
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
@@ -104,13 +106,14 @@ class FusedSGD(FusedOptimizer):
             decay, momentum = saved["weight_decay"], saved["momentum"]
             same = "decoupled_weight_decay" in saved or decay == 0 or momentum == 0
             if own["decoupled_weight_decay"] and not same:
-                warn(
+                warnings.warn(
                     f"param group {index} of the state_dict has no decoupled_weight_decay, like "
                     f"torch.optim.SGD's: it was trained with weight_decay={decay} in the gradient. "
                     f"With momentum={momentum} that is up to 1 / (1 - momentum) times as strong as "
-                    "here. FusedSGD(..., decoupled_weight_decay=False) goes on as it was trained; "
-                    "to go on with decoupled_weight_decay=True, say so: "
-                    "for g in state_dict['param_groups']: g.update(decoupled_weight_decay=True)"
+                    "here. `FusedSGD(params, decoupled_weight_decay=False)` goes on as it was "
+                    "trained; to go on with decoupled_weight_decay=True, say so: "
+                    "`for g in state_dict['param_groups']: g.update(decoupled_weight_decay=True)`",
+                    stacklevel=users_level(),
                 )
                 return
 
@@ -120,10 +123,10 @@ class FusedSGD(FusedOptimizer):
             offset,
             self._number(group["lr"], offset),
             self._number(group["weight_decay"], offset + 8),
-            float(group["momentum"]),
-            float(group["dampening"]),
-            bool(group["decoupled_weight_decay"]),
-            bool(group["maximize"]),
-            bool(group["nesterov"]),
+            number(group["momentum"]),
+            number(group["dampening"]),
+            flag(group["decoupled_weight_decay"]),
+            flag(group["maximize"]),
+            flag(group["nesterov"]),
             0,
         )

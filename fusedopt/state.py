@@ -130,18 +130,18 @@ def check_state(
     if names and missing and found:
         raise KeyError(
             f"{label}: its state has {_listed(found)} and lacks {_listed(missing)}; add what is "
-            f"missing, or start it anew by {anew}"
+            f"missing, or start it anew: `{anew}`"
         )
     for name in (*names, MASTER, STEP):
         value = own.get(name)
         if name != STEP and value is not None:
             _check_tensor(label, name, value, anew)
         if isinstance(value, Tensor) and _has_no_memory(value, param):
-            raise RuntimeError(f"{label}: state {name!r} has no memory; start it anew by {anew}")
+            raise RuntimeError(f"{label}: state {name!r} has no memory; start it anew: `{anew}`")
     if names and STEP in own and not _is_count(own[STEP]):
         raise ValueError(
             f"{label}: state 'step' is {own[STEP]!r}, and has to be a number of steps, at least 0; "
-            f"set it, or start it anew by {anew}"
+            f"set it, or start it anew: `{anew}`"
         )
 
 
@@ -159,7 +159,7 @@ def _check_tensor(label: str, name: str, value: object, anew: str) -> None:
         kind = f"a {type(value).__name__}"
     raise TypeError(
         f"{label}: state {name!r} is {kind}, not a plain tensor of floating-point numbers; "
-        f"convert it, or start it anew by {anew}"
+        f"convert it, or start it anew: `{anew}`"
     )
 
 
@@ -189,7 +189,8 @@ def check_shapes(label: str, param: Tensor, state: ParamState, names: Sequence[s
         if isinstance(value, Tensor) and value.shape != param.shape:
             raise RuntimeError(
                 f"{label}: state {name!r} has shape {tuple(value.shape)}, the parameter has "
-                f"{tuple(param.shape)}; delete optimizer.state[param] or give it that shape"
+                f"{tuple(param.shape)}; give it that shape, or start it anew: "
+                "`del optimizer.state[param]`"
             )
 
 

@@ -27,6 +27,7 @@ def _load(name: str):
 
 
 build_compilers = _load("build_compilers")
+build_cuda = _load("build_cuda")
 build_native = _load("build_native")
 SHAPING = (*build_compilers.VARIABLES, "MAX_JOBS", "NVCC_THREADS")
 ENV = {k: v for k, v in os.environ.items() if k not in SHAPING and not k.startswith("FUSEDOPT_")}
@@ -55,6 +56,14 @@ extern "C" __attribute__((visibility("default"))) int value() { return VALUE + E
 """
 
 
+INIT = """
+#include <Python.h>
+static PyModuleDef module = {{PyModuleDef_HEAD_INIT, "{0}", nullptr, -1,
+    nullptr, nullptr, nullptr, nullptr, nullptr}};
+PyMODINIT_FUNC PyInit_{0}() {{ return PyModule_Create(&module); }}
+"""
+
+
 class StandIn:
     """A module of one source and one header; each build goes into a file of its own name."""
 
@@ -65,9 +74,13 @@ class StandIn:
         self.module = build_native.Module(
             "_stand_in",
             "FUSEDOPT_STAND_IN",
-            (build_native.Unit(f"csrc/{self.source}", **unit),),
+            (
+                build_native.Unit(f"csrc/{self.source}", **unit),
+                build_native.Unit("csrc/init.cpp", python=True),
+            ),
             openmp=suffix == ".cpp",
         )
+        self.write("init.cpp", INIT.format("_stand_in"))
         self.write(self.source, source)
         self.write("value.h", "#define VALUE 1\n")
 
@@ -106,7 +119,8 @@ class Project:
     def __init__(self, root: Path, modules):
         self.root = root
         for name in (
-            "setup.py", "build_native.py", "build_compilers.py", "pyproject.toml", "LICENSE",
+            "setup.py", "build_native.py", "build_compilers.py", "build_cuda.py", "pyproject.toml",
+            "LICENSE",
         ):  # fmt: skip
             shutil.copy(ROOT / name, root)
         (root / "README.md").touch()
@@ -118,6 +132,8 @@ class Project:
         for source in self.sources:
             source.parent.mkdir(parents=True, exist_ok=True)
             source.write_text("")
+        for module in modules:
+            (root / f"csrc/{module.name[1:]}/bindings.cpp").write_text(INIT.format(module.name))
 
     def run(self, *words: str, **env: str):
         words = (sys.executable, *words)

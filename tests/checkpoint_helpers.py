@@ -1,6 +1,7 @@
 """Optimizers of every kind of state, for the tests of checkpoints, state dicts and copies."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -67,8 +68,8 @@ def refused_load(opt, params, state_dict, error, match):
     return raised.value.args[0]
 
 
-def remedy_in(message, after=" by "):
-    return message.rpartition(after)[2]
+def remedy_in(message):
+    return re.findall(r"`([^`]+)`", message)[-1]
 
 
 def run_all(opt):

@@ -104,7 +104,7 @@ def _numbers_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusedopt.optimizer import FusedOptimizer
 
     def stays(self: FusedOptimizer, value: Tensor) -> bool:
-        return self._options.backend == name
+        return self._shared.options.backend == name
 
     monkeypatch.setattr(FusedOptimizer, "_stays_on_device", stays)
 

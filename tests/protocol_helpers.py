@@ -61,6 +61,11 @@ def make_ours(kind="adamw", dtype=torch.float32, **options):
     return params, build(True, kind, params, **options)
 
 
+def make_scaled(kind="adamw", dtype=torch.float32, **options):
+    """One that takes scaled gradients from torch's scaler, too; from ours it does in any case."""
+    return make_ours(kind, dtype, amp_scaling=True, **options)
+
+
 def make_theirs(kind="adamw", **options):
     params = make_params()
     return params, build(False, kind, params, **options)

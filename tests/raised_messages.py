@@ -9,8 +9,10 @@ from pathlib import Path
 import fusedopt
 
 PACKAGE = Path(fusedopt.__file__).parent
-CALLS = ("ValueError", "TypeError", "KeyError", "RuntimeError", "ImportError")
-CALLS += ("warnings.warn", "warn")
+CALLS = {
+    *("ValueError", "TypeError", "RuntimeError", "KeyError", "ImportError", "warnings.warn"),
+    "error",  # where the type is an argument
+}
 
 
 def words_of(node: ast.expr) -> str:

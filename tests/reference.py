@@ -48,6 +48,13 @@ def unscale(grad: Tensor, grad_scale: float) -> Tensor:
     return torch.where(overflows, torch.inf * unscaled.sign(), unscaled)
 
 
+def is_useless(grad_scale: float | None) -> bool:
+    """Whether fp32 has no reciprocal of the scale."""
+    if grad_scale is None:
+        return False
+    return not bool(torch.tensor(grad_scale, dtype=torch.float64).reciprocal().float().isfinite())
+
+
 class Slot:
     """One param: its float64 value, its stored (possibly half) value, its state and step count."""
 
@@ -130,14 +137,15 @@ class Oracle:
         A `clip_coef` given is used for the update in place of the oracle's own: the coefficient is
         judged by itself, and its last bit, common to all elements, does not blur their errors.
         """
-        unscaled = [None if g is None else unscale(g, grad_scale or 1.0) for g in grads]
+        scale = 1.0 if grad_scale is None else grad_scale
+        unscaled = [None if g is None else unscale(g, scale) for g in grads]
         present = [g for g in unscaled if g is not None]
         self.grad_norm = global_norm(present, self.norm_type)
         self.clip_coef = torch.ones((), dtype=torch.float64)
         if self.max_grad_norm is not None:
             self.clip_coef = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         finite = all(bool(g.isfinite().all()) for g in present)
-        self.found_inf = not finite or bool(found_inf)
+        self.found_inf = not finite or bool(found_inf) or is_useless(grad_scale)
         has_scaler = grad_scale is not None or found_inf is not None
         if self.found_inf and (has_scaler or self.skip_nonfinite):
             self.skipped_steps += 1
@@ -254,7 +262,9 @@ class TorchStep:
         found_inf: float | None = None,
         clip_coef: float | None = None,
     ) -> None:
-        inv_scale = 1.0 / (grad_scale or 1.0)
+        if is_useless(grad_scale):
+            return
+        inv_scale = 1.0 / (1.0 if grad_scale is None else grad_scale)
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = None if grad is None else grad.to(param.dtype).contiguous() * inv_scale
         finite = all(bool(p.grad.isfinite().all()) for p in self.params if p.grad is not None)

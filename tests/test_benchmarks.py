@@ -144,9 +144,19 @@ def result(ratio: float, target: float | None, *, wrong: bool = False) -> report
 
 def test_table_tells_met_from_not_met() -> None:
     results = [result(4.0, 3.5), result(3.0, 3.5), result(9.0, None), result(1, 2, wrong=True)]
-    lines = report.table(results).splitlines()[2:]
+    lines = report.table(results, goals=True).splitlines()[2:6]
     assert [line.split("|")[-2].strip() for line in lines] == ["yes", "NO", "-", ""]
     assert "not measured: different" in lines[3]
+
+
+def test_goals_are_for_those_who_ask_and_explained() -> None:
+    results = [result(3.0, 3.5), result(1, 2, wrong=True)]
+    told, asked = report.table(results), report.table(results, goals=True)
+    assert not [word for word in ("NO", "met?", "goal", "3.5x") if word in told]
+    assert report.GOALS_SAY in asked and report.RATIOS_SAY in told
+    for text in (told, asked):
+        header, _, *lines = text.partition("\n\n")[0].splitlines()
+        assert {line.count("|") for line in lines} == {header.count("|")}
 
 
 def test_append_keeps_one_header_and_refuses_other_columns(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ OURS = "fusedopt_adamw"
 PROGRAM = "import fusedopt, sys; sys.path.append(sys.argv.pop(1)); "
 
 
-def run(folder: Path, *arguments: str) -> list[dict[str, str]]:
-    """The rows of a run in a process of its own, which may use one thread."""
+def run(folder: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
+    """Rows and output of a run in a process of its own, which may use one thread."""
     out = folder / "results.csv"
     program = PROGRAM + "from benchmarks import cpu_step; sys.exit(cpu_step.main(sys.argv[1:]))"
     fixed = ("--quick", "--threads", "1", "--out", str(out))
@@ -53,7 +53,7 @@ def run(folder: Path, *arguments: str) -> list[dict[str, str]]:
     assert "different steps" not in done.stdout
     assert "sample" not in done.stderr, "a bar is noise where there is no terminal"
     with out.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return list(csv.DictReader(file)), done.stdout
 
 
 def compared(rows: list[dict[str, str]]) -> set[tuple[str, str, str]]:
@@ -61,7 +61,9 @@ def compared(rows: list[dict[str, str]]) -> set[tuple[str, str, str]]:
 
 
 def test_quick_run_writes_rows(cpu_backend: str, tmp_path: Path) -> None:
-    rows = run(tmp_path)
+    rows, told = run(tmp_path)
+    assert "goal" not in told and "NO" not in told
+    assert f"rows in {tmp_path / 'results.csv'}" in told
     assert list(rows[0]) == report.COLUMNS
     assert compared(rows) == {
         (case.name, c.pipeline, c.reference)
@@ -84,13 +86,13 @@ def test_quick_run_writes_rows(cpu_backend: str, tmp_path: Path) -> None:
 
 def test_kept_gradients_of_the_readme(cpu_backend: str, tmp_path: Path) -> None:
     cases = ("adamw-tiny", "adamw-gpt-1M")
-    rows = run(tmp_path, "--grads", "kept", "--cases", *cases, "--rounds", "1")
+    rows, _ = run(tmp_path, "--grads", "kept", "--cases", *cases, "--rounds", "1")
     assert {row["grads"] for row in rows} == {"kept"}
     assert {(case, OURS, "adamw_fused") for case in cases} <= compared(rows)
 
 
 def test_any_list_with_any_pipelines_on_any_backend(cpu_backend: str, tmp_path: Path) -> None:
-    rows = run(
+    rows, _ = run(
         tmp_path, "--params", "tiny-1000x8", "equal-300x1k", "--backend", "reference",
         "--pipelines", OURS, "adamw_foreach", "adamw_fused", "--rounds", "1",
     )  # fmt: skip
@@ -132,11 +134,6 @@ def test_every_dtype_has_pipelines_of_its_own(dtype: str) -> None:
     for comparison in case.comparisons:
         for name in (comparison.pipeline, comparison.reference):
             assert case.dtype in KINDS[name].dtypes
-
-
-def test_rows_go_to_the_results_of_this_machine_unless_quick() -> None:
-    assert cpu_step.parse([]).out == report.results_path()
-    assert cpu_step.parse(["--quick"]).out is None
 
 
 @pytest.mark.parametrize(
@@ -282,9 +279,9 @@ def test_the_ceiling_is_taken_before_and_after_each_case(
 def test_disturbed_samples_are_no_ground_for_a_verdict(disturbed: bool, verdict: str) -> None:
     case = all_cases()["adamw-tiny"]
     summary = summarize([Trial(1.0, 2.0, disturbed)] * 3 + [Trial(1.0, 2.0, True)])
-    told = report.table([report.Result(case, case.comparisons[0], summary)])
+    told = report.table([report.Result(case, case.comparisons[0], summary)], goals=True)
     assert ("(disturbed)" in told) is disturbed
-    assert told.endswith(verdict)
+    assert told.splitlines()[2].endswith(verdict)
 
 
 def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_two_devices_share_norm_and_decision(shim, monkeypatch, name, bad_row):
     expected = train(name, "cpu", bad_row, max_grad_norm=1.0)
     monkeypatch.setattr(DevicePlan, "device_of", by_position)
     split = train(name, "cuda", bad_row, max_grad_norm=1.0)
-    assert len(split[1]._plan.parts) == 2
+    assert len(split[1]._shared.plan.parts) == 2
     assert split[2][-1][2] == (bad_row is not None)
     assert_same(expected, split)
 
@@ -120,13 +120,13 @@ def test_options_kept_in_tensors_on_the_device(shim, monkeypatch, name, dtype):
 
 def test_a_captured_plan_outlives_its_replacement(shim):
     _, opt, _ = train("adamw", "cuda", max_grad_norm=1.0)
-    plan = opt._plan
+    plan = opt._shared.plan
     plan.capture()  # as begin() notes while a graph is being captured
     opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(20_000))]})
     opt.param_groups[-1]["params"][0].grad = torch.ones(20_000)
     opt.step()
-    assert opt._plan is not plan
-    assert plan in opt._captured_plans
+    assert opt._shared.plan is not plan
+    assert plan in opt._shared.captured_plans
     states = [weakref.ref(value) for own in opt.state.values() for value in own.values()]
     opt.state.clear()
     gc.collect()

@@ -147,7 +147,7 @@ def test_the_host_leaves_device_memory_alone(shim: cuda_shim.CudaShim) -> None:
     """What it read there would be what an earlier step left, or have to be waited for."""
     for case, dtype in itertools.product(FULL_CASES, (torch.float32, torch.bfloat16)):
         twins = ShimTwins.of_lengths(case, [3 * CHUNK, 3 * CHUNK + 5], dtype)
-        twins.opt._scalars = paged(0.0, 8)
+        twins.opt._shared.scalars = paged(0.0, 8)
         twins.run(steps=1)  # states and masters are made by torch, which is the host here
         for step in range(1, 3):
             twins.give(grads_like(twins.params, step))
@@ -156,7 +156,7 @@ def test_the_host_leaves_device_memory_alone(shim: cuda_shim.CudaShim) -> None:
             twins.opt.grad_scale, twins.opt.found_inf = small = paged(3.0), paged(0.0)
             states = [s for p in twins.params for s in twins.opt.state[p].values() if s.dim() > 0]
             grads = [p.grad for p in twins.params if p.grad is not None]
-            for tensor in [twins.opt._scalars, *small, *twins.params, *grads, *states]:
+            for tensor in [twins.opt._shared.scalars, *small, *twins.params, *grads, *states]:
                 guard(shim, tensor)
             twins.opt.step()
             shim.reset()

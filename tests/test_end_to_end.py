@@ -5,13 +5,12 @@ No test asserts a time.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import figure_helpers
@@ -29,14 +28,12 @@ sys.path.append(str(ROOT))
 
 from benchmarks import (  # noqa: E402
     figures,
-    memory,
     pipelines,
     profile_training,
     report,
     traces,
     training_cases,
 )
-from benchmarks.__main__ import COMMANDS  # noqa: E402
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 EXAMPLES = ("common", "train_digits", "train_char_transformer")
@@ -286,10 +283,3 @@ def test_tables_read_as_documents_write_figures() -> None:
         "| a | torch_fused | 2.00 ms [1.40\u20132.60] | 1.50x [1.50\u20131.50] | - |",
         "| a | fusedopt | 1.00 ms [1.00\u20131.00] | - | 5 |",
     ]
-
-
-@pytest.mark.parametrize(("name", "command"), [("profile", profile_training), ("memory", memory)])
-def test_default_file_is_named_after_machine_and_command(name: str, command: ModuleType) -> None:
-    assert importlib.import_module(f"benchmarks.{COMMANDS[name]}") is command
-    assert command.parse([]).out == report.results_path(f"-{name}")
-    assert command.parse(["--quick"]).out is None

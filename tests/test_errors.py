@@ -25,6 +25,15 @@ REFUSED_DTYPES += [torch.float8_e4m3fn]
 @pytest.mark.parametrize("dtype", REFUSED_DTYPES, ids=str)
 def test_param_dtype(cls, dtype):
     bad = torch.zeros(3, dtype=dtype)
+    good = param(2)
+    opt = cls([good, bad])  # frozen: left alone
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return
+    bad.requires_grad_()
+    good.grad, bad.grad = torch.ones(2), torch.ones_like(bad)
+    with pytest.raises(RuntimeError, match=str(dtype)):
+        opt.step()
+    assert good.eq(1).all() and not opt.state
     with pytest.raises(TypeError, match=str(dtype)):
         cls([param(2), bad])
     opt = cls([param(2)])

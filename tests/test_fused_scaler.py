@@ -268,24 +268,19 @@ def test_two_scalers_of_one_optimizer(bad):
     assert scales[0] == scales[1] and scales[1] != [8.0, 4.0]
 
 
-# A step that somebody put in place of ours
-
-
 def test_no_answer_before_the_step():
-    """A wrapper that looks at found_inf sees that nothing is known, not the last step's answer."""
-    params, opt = make_ours("sgd")
-    scaler, inner, seen = make_scaler("ours"), opt.step, []
-
-    def step(*args):
-        seen.append(float(opt.found_inf))
-        return inner(*args)
-
-    opt.step = step
+    """A hook that looks at found_inf sees that nothing is known, not the last step's answer."""
+    params, opt = make_ours("sgd", torch.float16, amp_scaling=True)
+    scaler, seen = make_scaler("ours"), []
+    opt.register_step_pre_hook(lambda o, *_: seen.append(float(o.found_inf)))
     answers = []
     for i, bad in enumerate((INF, None, None)):
         scale_after(scaler, opt, params, i, bad)
         answers.append(float(opt.found_inf))
     assert seen == [0.0, 0.0, 0.0] and answers == [1.0, 0.0, 0.0]
+
+
+# A step that somebody put in place of ours
 
 
 def test_an_error_in_place_of_the_step():

@@ -160,7 +160,8 @@ def run_in(folder: Path, module: str, *arguments: str) -> subprocess.CompletedPr
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, str]]]:
     folder = tmp_path_factory.mktemp("dry-run")
-    done = run_in(folder, "gpu.step", "--dry-run", "--out", "rows.csv", "--cases", *DRY_CASES)
+    options = ["--dry-run", "--goals", "--out", "rows.csv"]
+    done = run_in(folder, "gpu.step", *options, "--cases", *DRY_CASES)
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout
     with (folder / "rows.csv").open(newline="") as file:
         return done.stdout, list(csv.DictReader(file))
@@ -215,7 +216,8 @@ def test_nothing_in_a_dry_run_looks_like_a_measurement(cpu_backend, dry_run):
     assert output.count("DRY RUN, a tiny list") == len(DRY_CASES)
     verdicts = [line for line in output.splitlines() if line.startswith("| ") and "open" in line]
     assert len(verdicts) == len(gpu_targets.TARGETS)
-    assert "MISSED" not in output and "| met |" not in output
+    assert "MISSED |" not in output and "| met |" not in output
+    assert gpu_report.GOALS_SAY in output
 
 
 @pytest.mark.parametrize(
@@ -298,7 +300,6 @@ def test_host_time_is_that_of_steps_that_launch_nothing(cpu_backend, uploads, mo
 
 
 def test_host_time_writes_rows_only_where_it_is_told_to(cpu_backend, tmp_path, capsys):
-    assert host_time.parse(["--quick"]).out is None
     out = tmp_path / "rows.csv"
     host_time.main(["--quick", "--rounds", "1", "--out", str(out)])
     assert triton._driver is None or type(triton._driver) is not host_time.NoLaunches
@@ -309,11 +310,14 @@ def test_host_time_writes_rows_only_where_it_is_told_to(cpu_backend, tmp_path, c
         assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
         assert row["case"] == "host-300x1k" and int(row["tensors"]) == 300
         assert row["ratio_p50"] == row["reference"] == ""
-    assert capsys.readouterr().out.count("\n") == 2 + len(rows)
+    assert capsys.readouterr().out.count("\n") == 3 + len(rows)
 
 
 def test_script_is_well_formed_bash():
     script = ROOT / "benchmarks" / "gpu.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
     done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True)
-    assert done.returncode == 2 and "--dry-run" in done.stdout
+    assert done.returncode == 2 and "--dry-run" in done.stdout and "--record" in done.stdout
+    command = ["bash", str(script), "--record", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "measures nothing" in done.stderr

@@ -13,6 +13,7 @@ from protocol_helpers import (
     every_scaler,
     give_grads,
     make_ours,
+    make_scaled,
     make_scaler,
     make_theirs,
     on_every_backend,
@@ -74,9 +75,12 @@ BAD_STEPS = {0: INF, 3: -INF, 4: NAN, 9: INF}
 @every_scaler
 @every_kind
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_order_trains_as_torch(scaler_name, kind, order):
+@pytest.mark.parametrize("amp_scaling", [None, True, False])
+def test_every_order_trains_as_torch(scaler_name, kind, order, amp_scaling):
     our_call, options, their_call = ORDERS[order]
-    ours, theirs = make_ours(kind, **options), make_theirs(kind)
+    ours = make_ours(kind, amp_scaling=amp_scaling, **options)
+    theirs = make_theirs(kind)
+    asked = scaler_name != "torch" or amp_scaling is True  # to skip by itself
     scaler, stock = make_scaler(scaler_name), make_scaler("torch")
     for step in range(16):
         bad = BAD_STEPS.get(step)
@@ -85,7 +89,7 @@ def test_every_order_trains_as_torch(scaler_name, kind, order):
         before = snapshot(*ours)
         our_call(scaler, ours[1], ours[0])
         their_call(stock, theirs[1], theirs[0])
-        assert bool(ours[1].found_inf) == (bad is not None)
+        assert bool(ours[1].found_inf) == (asked and bad is not None)
         scaler.update()
         stock.update()
         assert scaler.get_scale() == stock.get_scale()
@@ -94,7 +98,7 @@ def test_every_order_trains_as_torch(scaler_name, kind, order):
             assert_unmoved(before, *ours)
         assert_same(ours, theirs)
         assert not hasattr(ours[1], "grad_scale")
-    assert int(ours[1].skipped_steps) == len(BAD_STEPS)
+    assert int(ours[1].skipped_steps) == (len(BAD_STEPS) if asked else 0)
     assert all(float(ours[1].state[p]["step"]) == 16 - len(BAD_STEPS) for p in ours[0])
 
 
@@ -104,7 +108,7 @@ def test_random_orders(scaler_name, seed):
     """Stages and overflows mixed: no flag or scale of one iteration is left for the next."""
     gen = torch.Generator().manual_seed(seed)
     calls = [step_only, unscale_first, edit_grads, clip_once]
-    ours, theirs = make_ours("sgd"), make_theirs("sgd")
+    ours, theirs = make_scaled("sgd"), make_theirs("sgd")
     scaler, stock = make_scaler(scaler_name), make_scaler("torch")
     for step in range(25):
         call = calls[int(torch.randint(len(calls), (), generator=gen))]
@@ -121,7 +125,7 @@ def test_random_orders(scaler_name, seed):
 
 @every_scaler
 def test_scale_that_is_no_power_of_two(scaler_name):
-    ours, theirs = make_ours("sgd", max_grad_norm=0.7), make_theirs("sgd")
+    ours, theirs = make_scaled("sgd", max_grad_norm=0.7), make_theirs("sgd")
     scaler, stock = (make_scaler(n, init_scale=1234.567) for n in (scaler_name, "torch"))
     for step in range(5):
         scale = scaler.get_scale()
@@ -139,7 +143,7 @@ def test_scale_that_is_no_power_of_two(scaler_name):
 @every_scaler
 @every_kind
 def test_gradients_are_left_as_backward_left_them(scaler_name, kind):
-    params, opt = make_ours(kind, max_grad_norm=0.1, max_grad_value=0.01)
+    params, opt = make_scaled(kind, max_grad_norm=0.1, max_grad_value=0.01)
     scaler = make_scaler(scaler_name)
     for step, bad in enumerate((None, INF, None)):
         give_grads(params, step, 8.0, bad)
@@ -154,23 +158,20 @@ def test_gradients_are_left_as_backward_left_them(scaler_name, kind):
 
 
 @every_scaler
-def test_hooks_run_and_see_the_skip(scaler_name):
-    params, opt = make_ours(max_grad_norm=1.0)
-    scaler, flags, seen = make_scaler(scaler_name), [], []
-    opt.register_step_pre_hook(lambda o, *_: flags.append(bool(o.found_inf)))
+def test_post_hooks_run_and_see_the_skip(scaler_name):
+    params, opt = make_scaled(max_grad_norm=1.0)
+    scaler, seen = make_scaler(scaler_name), []
     opt.register_step_post_hook(lambda o, *_: seen.append(bool(o.found_inf)))
     for step, bad in enumerate((None, INF, None)):
         give_grads(params, step, scaler.get_scale(), bad)
         scaler.step(opt)
         scaler.update()
     assert seen == [False, True, False]
-    # before the step it is what the scaler set: torch's has looked by then, ours has not
-    assert flags == ([False, True, False] if scaler_name == "torch" else [False] * 3)
 
 
 @every_scaler
 def test_return_value_is_passed_on(scaler_name):
-    params, opt = make_ours()
+    params, opt = make_scaled()
     scaler = make_scaler(scaler_name)
     give_grads(params, 0, 8.0)
     assert scaler.step(opt, None) is None
@@ -184,7 +185,7 @@ def test_return_value_is_passed_on(scaler_name):
 @pytest.mark.parametrize("bad_one", [None, 0, 1, 2])
 def test_several_optimizers_one_scaler(scaler_name, first, bad_one):
     """Two of ours and one of torch's; each skips for itself, the scale falls for all."""
-    mixed = [make_ours("sgd"), make_ours("adamw"), make_theirs("sgd")]
+    mixed = [make_scaled("sgd"), make_scaled("adamw"), make_theirs("sgd")]
     stock_all = [make_theirs("sgd"), make_theirs("adamw"), make_theirs("sgd")]
     scaler, stock = make_scaler(scaler_name), make_scaler("torch")
     for step in range(4):
@@ -203,7 +204,7 @@ def test_several_optimizers_one_scaler(scaler_name, first, bad_one):
 
 @every_scaler
 def test_optimizer_without_gradients_beside_another(scaler_name):
-    idle, busy = make_ours("adamw", max_grad_norm=1.0), make_ours("sgd")
+    idle, busy = make_scaled("adamw", max_grad_norm=1.0), make_scaled("sgd")
     scaler = make_scaler(scaler_name)
     before = snapshot(*idle)
     give_grads(busy[0], 0, 8.0)
@@ -247,7 +248,7 @@ def test_accumulation_through_autograd(scaler_name, kind):
 
 @pytest.mark.parametrize("scaler_name", SCALERS)
 def test_disabled_scaler(scaler_name):
-    ours, theirs = make_ours("sgd", max_grad_norm=0.7), make_theirs("sgd")
+    ours, theirs = make_scaled("sgd", max_grad_norm=0.7), make_theirs("sgd")
     scaler = make_scaler(scaler_name, enabled=False)
     assert not scaler.is_enabled() and scaler.get_scale() == 1.0 and scaler.state_dict() == {}
     for step in range(3):
@@ -273,7 +274,7 @@ def test_disabled_scaler(scaler_name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_gradients(scaler_name, kind, dtype):
     """Unscaled in fp32: a gradient of 1e-6 survives, which in fp16 it would not."""
-    params, opt = make_ours(kind, dtype)
+    params, opt = make_scaled(kind, dtype)
     theirs = [torch.nn.Parameter(p.detach().float()) for p in params]
     _, their_cls, kwargs, _ = KINDS[kind]
     their_opt = their_cls(theirs, **kwargs)
@@ -304,7 +305,7 @@ def test_half_gradients(scaler_name, kind, dtype):
 @every_kind
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}])
 def test_large_finite_gradient_is_no_overflow(scaler_name, kind, options):
-    params, opt = make_ours(kind, **options)
+    params, opt = make_scaled(kind, **options)
     scaler = make_scaler(scaler_name, init_scale=2.0)
     give_grads(params, 0, 2.0)
     params[1].grad.fill_(1e30)

@@ -233,10 +233,6 @@ def test_rules_and_dtypes_are_combined() -> None:
     assert kernels.parse([]).workloads == kernels.DEFAULT
 
 
-def test_quick_writes_no_rows() -> None:
-    assert kernels.parse(["--quick"]).out is None
-
-
 def test_a_row_is_of_the_medians() -> None:
     spread = timing.Spread
     summary = timing.Summary(spread(1.0, 2.0, 4.0), spread(3.0, 5.0, 7.0), spread(1.5, 2.5, 3.5),

@@ -33,7 +33,7 @@ def test_coupled_decay_that_would_become_decoupled_is_warned_of():
         opt.load_state_dict(saved)
     assert len(warned) == 1 and warned[0].filename == __file__
     assert "weight_decay=0.0005" in str(warned[0].message)
-    exec(remedy_in(str(warned[0].message), "say so: "), {"state_dict": saved})
+    exec(remedy_in(str(warned[0].message)), {"state_dict": saved})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.load_state_dict(saved)

@@ -66,9 +66,10 @@ def test_no_allocation_after_the_first_step(kind, dtype, options, cpu_backend):
 
 
 @pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fusedopt.GradScaler])
-def test_no_allocation_under_a_scaler(scaler_class, cpu_backend):
+def test_no_allocation_under_a_scaler(scaler_class, cpu_backend, monkeypatch):
     """The scaler itself makes a few scalars; the step adds nothing."""
-    params, opt = make(backend="cpu", max_grad_norm=1.0)
+    monkeypatch.setattr(fusedopt.amp, "_runs_our_step", lambda _: True)  # and what counts around it
+    params, opt = make(backend="cpu", max_grad_norm=1.0, amp_scaling=True)
     scaler = scaler_class("cpu", init_scale=8.0)
     scaler.scale(torch.zeros(()))
     inner = []
@@ -138,8 +139,8 @@ def test_init_state_moves_nothing(kind, dtype, backend):
 
 
 def large_pair():
-    """A transposed and a plain parameter whose moments are 2 MiB each, and their optimizer."""
-    params = [torch.nn.Parameter(torch.ones(1024, 512).t()), torch.nn.Parameter(torch.ones(2**19))]
+    """A transposed and a plain parameter whose states are 4 MiB each, and their optimizer."""
+    params = [torch.nn.Parameter(torch.ones(1024, 1024).t()), torch.nn.Parameter(torch.ones(2**20))]
     give_grads(params)
     return params, fusedopt.FusedAdamW(params, lr=0.01)
 
@@ -162,10 +163,9 @@ def test_huge_pages_are_asked_for_before_memory_is_touched(monkeypatch, cpu_back
     """For whole ones within a state, of 2 MiB each."""
     asked = []
     monkeypatch.setattr("fusedopt.memory._madvise", lambda: lambda *args: asked.append(args))
-    params = [torch.nn.Parameter(torch.ones(n)) for n in (2**20, 7, 2**20 + 5)]
-    opt = fusedopt.FusedAdamW(params)
+    params, opt = large_pair()
     opt.init_state()
-    states = [v for p in params[::2] for k, v in opt.state[p].items() if k != "step"]
+    states = [v for p in params for k, v in opt.state[p].items() if k != "step"]
     assert len(asked) == len(states) == 4
     for (start, n_bytes, _), state in zip(asked, states, strict=True):
         assert start % 2**21 == n_bytes % 2**21 == 0 and n_bytes >= 2**21

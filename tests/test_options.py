@@ -121,29 +121,18 @@ def test_bad_environment(cls, monkeypatch):
     assert_names(caught.value, "FUSEDOPT_BACKEND", "nonsense")
 
 
-GLOBAL_OPTIONS = {
-    "max_grad_norm": 1.0,
-    "norm_type": 2.0,
-    "max_grad_value": 1.0,
-    "master_weights": False,
-    "skip_nonfinite": True,
-    "amp_scaling": False,
-    "backend": "reference",
-}
-
-
 @every_class
-@pytest.mark.parametrize("name", GLOBAL_OPTIONS)
-def test_global_option_in_a_group(cls, name):
-    value = GLOBAL_OPTIONS[name]
-    with pytest.raises(ValueError) as caught:
-        cls([{"params": [param(3)], name: value}])
-    assert_names(caught.value, name, value)
-    opt = cls([param(3)])
-    before = copy.deepcopy(opt.param_groups)
-    with pytest.raises(ValueError, match=name):
-        opt.add_param_group({"params": [param(4)], name: value})
-    assert len(opt.param_groups) == 1 and set(opt.param_groups[0]) == set(before[0])
+def test_masters_can_be_given_up_and_taken_on(cls):
+    p = param(3, dtype=torch.bfloat16)
+    opt = cls([p], lr=0.1)
+    for wanted in (None, False, True):
+        opt.master_weights = wanted
+        p.grad = torch.ones_like(p)
+        opt.step()
+        assert ("master_param" in opt.state[p]) == (wanted is not False)
+        assert opt.master_weights is wanted
+    with pytest.raises(AttributeError):
+        opt.backend = "reference"
 
 
 @every_class

@@ -20,7 +20,7 @@ pytest.importorskip("tqdm")
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import memory, peak_memory, report  # noqa: E402
+from benchmarks import memory, peak_memory, row_files  # noqa: E402
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 READINGS = {  # of a scripted meter, in bytes
@@ -176,7 +176,7 @@ def test_memory_on_a_gpu(
     monkeypatch.setattr(memory, "run_child", run_child)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(row_files, "RESULTS", tmp_path)
     assert memory.main(["--device", "cuda"]) == 0
     assert [(dtype, sorted(names), device) for dtype, names, device in checked] == [
         (dtype, sorted(peak_memory.PIPELINES), CUDA) for dtype in ("fp32", "bf16")
@@ -184,7 +184,7 @@ def test_memory_on_a_gpu(
     assert {job.device for job in jobs} == {"cuda"}
     assert len(jobs) == 2 * 4 * 3  # dtypes, pipelines, runs
     assert memory.processes_at_a_time("llama-3.2-1B", CUDA) == 1
-    rows = read(tmp_path / "nvidia-h100-80gb-memory.csv")
+    rows = read(tmp_path / "local" / "nvidia-h100-80gb-memory.csv")
     assert {row["machine"] for row in rows} == {"NVIDIA H100 80GB"}
     wanted = set(memory.COLUMNS) | {f"reserved_{name}" for name in memory.COLUMNS[1:]}
     assert {row["figure"] for row in rows} == wanted

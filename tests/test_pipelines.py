@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
+import fusedopt  # the installed one, before the checkout is on the path
 
 pytest.importorskip("numpy")
 ROOT = Path(__file__).parent.parent
@@ -181,6 +181,24 @@ def test_every_named_pipeline_takes_the_same_step(
         assert pipeline.describe() == "backend reference"
 
 
+OURS = [param for param in NAMED if param.id.startswith("fusedopt")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), OURS)
+def test_the_name_tells_whose_scaler_it_is(name: str, dtype: torch.dtype, cpu_backend: str) -> None:
+    """Either leaves unscaling to the step, whatever the default of `amp_scaling` is."""
+    torchs = "_amp_scaling" in name
+    label = registry.KINDS[name].label
+    assert label.endswith(", torch's scaler, amp_scaling=True") is torchs
+    pipeline = built(name, dtype, param_sets.Gradients(ENOUGH, dtype))
+    assert type(pipeline.scaler) is (torch.amp.GradScaler if torchs else fusedopt.GradScaler)
+    assert pipeline.optimizer.amp_scaling is (True if torchs else None)
+    pipeline.prepare()
+    scaled = [param.grad.clone() for param in pipeline.params]
+    pipeline.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(pipeline.params, scaled, strict=True))
+
+
 def test_a_backend_that_cannot_serve_is_named() -> None:
     grads = param_sets.Gradients(SHAPES, torch.float32)
     params = param_sets.make_params(SHAPES, torch.float32)
@@ -218,7 +236,7 @@ def test_one_table_for_both_devices() -> None:
 
 
 def test_bytes_per_param_are_those_of_the_documentation() -> None:
-    names = ("fusedopt_adamw", "fusedopt_adamw_stock_scaler", "fusedopt_sgd", "adamw_fused",
+    names = ("fusedopt_adamw", "fusedopt_adamw_amp_scaling", "fusedopt_sgd", "adamw_fused",
              "adamw_foreach", "sgd_fused", "adamw_bf16_torch_ops")  # fmt: skip
     found = [registry.KINDS[name].bytes_per_param for name in names]
     assert found == [32, 40, 24, 48, 100, 40, 60]

@@ -2,6 +2,7 @@
 
 import gc
 import struct
+import weakref
 
 import pytest
 import torch
@@ -83,11 +84,11 @@ KEEP += [in_place_writes, save, skipped_step, scheduler]
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_plan_is_kept(change, backend):
     params, opt = fresh(backend)
-    plan = opt._plan
+    plan = opt._shared.plan
     for _ in range(3):
         change(params, opt)
         opt.step()
-    assert opt._plan is plan
+    assert opt._shared.plan is plan
 
 
 def new_data(params, opt):
@@ -144,20 +145,91 @@ def no_momentum(params, opt):
     opt.param_groups[0]["momentum"] = 0
 
 
-REBUILD = [new_data, new_dtype, new_strides, new_param, fewer_params, other_order, new_group]
-REBUILD += [new_state_tensor, new_state_data, new_step, no_state, loaded, no_momentum]
+REBUILD = [new_dtype, new_param, fewer_params, other_order, new_group, loaded, no_momentum]
 
 
 @pytest.mark.parametrize("change", REBUILD, ids=lambda f: f.__name__)
 def test_plan_is_rebuilt_once(change, backend):
     params, opt = fresh(backend)
-    plan = opt._plan
+    plan = opt._shared.plan
     change(params, opt)
     opt.step()
-    rebuilt = opt._plan
+    rebuilt = opt._shared.plan
     assert rebuilt is not plan
     opt.step()
-    assert opt._plan is rebuilt
+    assert opt._shared.plan is rebuilt
+
+
+REBIND = [new_data, new_strides, new_state_tensor, new_state_data, new_step, no_state]
+
+
+def count_plans(monkeypatch, backend):
+    """How many plans are made from now on."""
+    made, cls = [], type(backend)
+    real = cls.plan
+    monkeypatch.setattr(cls, "plan", lambda *args: made.append(1) or real(*args))
+    return made
+
+
+@pytest.mark.parametrize("change", REBIND, ids=lambda f: f.__name__)
+def test_plan_is_kept_where_only_addresses_move(change, backend, monkeypatch):
+    params, opt = fresh(backend)
+    twins, twin = fresh(backend)
+    made = count_plans(monkeypatch, opt._shared.backend)
+    for step in range(3):
+        change(params, opt)
+        change(twins, twin)
+        twin._drop_plan()
+        give_grads(params, step)
+        give_grads(twins, step)
+        opt.step()
+        twin.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+    assert len(made) == 3  # the twin's
+    opt.step()
+    assert opt._shared.plan.holds_only(opt.state)
+
+
+def by_groups(opt):
+    """As DeepSpeed's ZeRO steps: one group at a time, each in a list of its own."""
+    groups = opt.param_groups
+    for group in groups:
+        opt.param_groups = [group]
+        opt.step()
+    opt.param_groups = groups
+
+
+def two_groups(backend, n=30):
+    params = [torch.nn.Parameter(randn((size,), size)) for size in (n, n + 1, n - 1)]
+    return params, build("adamw", [{"params": params[:1]}, {"params": params[1:]}], backend=backend)
+
+
+def test_groups_that_take_turns_have_a_plan_each(backend, monkeypatch):
+    (params, opt), (twins, twin) = two_groups(backend), two_groups(backend)
+    for step in range(6):
+        give_grads(params, step)
+        give_grads(twins, step)
+        by_groups(opt)
+        twin.step()
+        if step == 2:
+            made = count_plans(monkeypatch, opt._shared.backend)
+    assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+    assert made == []
+
+
+def test_plans_set_aside_keep_nothing_alive(backend):
+    params, opt = two_groups(backend, 20_000)  # see SecondOwner in csrc/cpu/watch.h
+    for step in range(3):
+        give_grads(params, step)
+        by_groups(opt)
+    assert opt._shared.aside
+    alive = [weakref.ref(params[0]), weakref.ref(opt.state[params[0]]["exp_avg"])]
+    del opt.state[params[0]], opt.param_groups[0], params[0]
+    assert alive[1]() is None
+    give_grads(params, 5)
+    opt.step()
+    gc.collect()
+    assert alive[0]() is None
 
 
 def test_first_gradient_of_a_param_rebuilds_the_plan_once(backend):
@@ -169,7 +241,7 @@ def test_first_gradient_of_a_param_rebuilds_the_plan_once(backend):
         if step < 2:
             params[1].grad = None
         opt.step()
-        plans.append(opt._plan)
+        plans.append(opt._shared.plan)
     assert plans[0] is plans[1] is not plans[2]
     assert all(plan is plans[2] for plan in plans[2:])
 
@@ -196,7 +268,7 @@ def test_dropped_optimizer_frees_everything(backend):
     gc.collect()
     params, opt = fresh(backend)
     alive = [weakref.ref(opt.state[p]["momentum_buffer"]) for p in params]
-    plan = weakref.ref(opt._plan)
+    plan = weakref.ref(opt._shared.plan)
     del opt
     gc.collect()
     assert plan() is None and all(ref() is None for ref in alive)
@@ -248,7 +320,7 @@ def test_rows_hold_the_addresses_of_the_tensors(cpu_backend):
     opt.step()
     params[3].grad = None
     opt.step()
-    plan = opt._plan
+    plan = opt._shared.plan
     rows = list(ROW.iter_unpack(bytes(plan._rows.tolist())))
     grads = list(GRAD.iter_unpack(bytes(plan._inputs)))
     codes = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -272,4 +344,4 @@ def test_options_table_fits_the_rules(cpu_backend):
         opt = build(kind, [{"params": [p]} for p in params], backend="cpu")
         give_grads(params, 0)
         opt.step()
-        assert len(opt._options_table) == 3 * 64
+        assert len(opt._packed_options()) == 3 * 64

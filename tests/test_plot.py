@@ -150,6 +150,18 @@ def test_rows_of_a_gpu(tmp_path: Path) -> None:
     assert "A GPU" in plot.read(path).caption
 
 
+@pytest.mark.parametrize(
+    ("options", "folder"), [([], "benchmarks/results/local"), (["--record"], "docs/pictures")]
+)
+def test_pictures_of_the_documents_are_drawn_on_request(
+    options: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr(plot, "draw", lambda name, rows, path: drawn.append(path))
+    assert plot.main([str(write(tmp_path / "rows.csv", steps())), *options]) == 0
+    assert {path.parent for path in drawn} == {ROOT / folder}
+
+
 @pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents are not here")
 def test_there_are_pictures() -> None:
     assert len(PICTURES) >= len(plot.PICTURE_OF)

@@ -195,7 +195,8 @@ def test_compiled_function_with_a_scaler(kind, scaler_name, options):
     results = []
     for compile_it in (False, True):
         params = make_params()
-        opt, scaler = build(True, kind, params, **options), make_scaler(scaler_name)
+        opt = build(True, kind, params, amp_scaling=True, **options)
+        scaler = make_scaler(scaler_name)
 
         def step(opt=opt, scaler=scaler):
             scaler.step(opt)

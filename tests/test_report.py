@@ -12,7 +12,7 @@ import torch
 
 import fusedopt
 import fusedopt.__main__ as report
-from fusedopt import backends
+from fusedopt import backends, installation
 
 MAPS = """\
 7f00-7f01 r-xp 0000 08:01 11 /venv/torch/lib/libgomp.so.1
@@ -68,7 +68,7 @@ def test_the_build_record_is_told(monkeypatch, capsys):
     other = {"built": False, "reason": "no nvcc", "compiler": "", "flags": [], "simd": []}
     modules = {"_cpu": module, "_cuda": cuda, "_x": other}
     record = {"version": "0", "commit": "0123abc", "modules": modules}
-    monkeypatch.setattr(report, "build_record", lambda: record)
+    monkeypatch.setattr(installation, "build_config", lambda: record)
     report.main([])
     out = capsys.readouterr().out
     assert "commit 0123abc" in out
@@ -91,14 +91,6 @@ def test_two_thread_pools_are_a_warning(monkeypatch, tmp_path, capsys):
     maps.write_text(TWO_POOLS)
     assert report.main([]) == 0
     assert "warning: several OpenMP runtimes" in capsys.readouterr().err
-
-
-def test_no_build_record(monkeypatch, capsys):
-    monkeypatch.setattr(report, "build_record", dict)
-    assert report.main([]) == 0
-    told = capsys.readouterr()
-    assert "commit unknown" in told.out
-    assert "warning: this is a source tree that was not built" in told.err
 
 
 def broken_step(self, closure=None):

@@ -12,7 +12,7 @@ from protocol_helpers import (
     every_kind,
     every_scaler,
     give_grads,
-    make_ours,
+    make_scaled,
     make_scaler,
     make_theirs,
     on_every_backend,
@@ -39,7 +39,7 @@ FLAGS = {
 @pytest.mark.parametrize("scale", [None, torch.tensor(4.0), torch.tensor([4.0])], ids=str)
 @pytest.mark.parametrize("flag", FLAGS)
 def test_attribute_protocol(kind, scale, flag):
-    (params, opt), theirs = make_ours(kind), make_theirs(kind)
+    (params, opt), theirs = make_scaled(kind), make_theirs(kind)
     value, skips = copy.deepcopy(FLAGS[flag])
     give_grads(params, 0, 1.0 if scale is None else 4.0)
     give_grads(theirs[0], 0, 1.0)
@@ -62,7 +62,7 @@ def test_attribute_protocol(kind, scale, flag):
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
 def test_own_check_counts_when_the_flag_is_stale(kind, options):
     """found_inf says zero, the gradients say otherwise (an edit after unscale_): nothing moves."""
-    params, opt = make_ours(kind, **options)
+    params, opt = make_scaled(kind, **options)
     give_grads(params, 0, 1.0, NAN)
     before = snapshot(params, opt)
     opt.grad_scale, opt.found_inf = None, torch.tensor(0.0)
@@ -77,7 +77,7 @@ def test_own_check_counts_when_the_flag_is_stale(kind, options):
 @pytest.mark.parametrize("unscale", [False, True])
 def test_preset_grad_scale(scaler_name, preset, unscale):
     """READY: the product divides. UNSCALED: the preset is the only divisor."""
-    ours, theirs = make_ours("sgd"), make_theirs("sgd")
+    ours, theirs = make_scaled("sgd"), make_theirs("sgd")
     scaler = make_scaler(scaler_name)
     for step in range(2):
         give_grads(ours[0], step, 8.0 * 2.0)
@@ -93,7 +93,7 @@ def test_preset_grad_scale(scaler_name, preset, unscale):
 
 
 def test_grad_scale_without_a_scaler_divides_and_stays():
-    ours, theirs = make_ours("sgd"), make_theirs("sgd")
+    ours, theirs = make_scaled("sgd"), make_theirs("sgd")
     ours[1].grad_scale = torch.tensor(16.0)
     for step in range(3):
         give_grads(ours[0], step, 16.0)
@@ -134,7 +134,7 @@ BREAKS = {
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("where", BREAKS)
 def test_error_in_step_leaves_no_scale_behind(scaler_name, unscale, where):
-    ours, theirs = make_ours("sgd"), make_theirs("sgd")
+    ours, theirs = make_scaled("sgd"), make_theirs("sgd")
     params, opt = ours
     scaler = make_scaler(scaler_name)
     give_grads(params, 0, 8.0)
@@ -160,7 +160,7 @@ def test_error_in_step_leaves_no_scale_behind(scaler_name, unscale, where):
 
 @every_scaler
 def test_error_in_step_keeps_the_users_grad_scale(scaler_name):
-    params, opt = make_ours("sgd")
+    params, opt = make_scaled("sgd")
     scaler = make_scaler(scaler_name)
     give_grads(params, 0, 16.0)
     opt.grad_scale = 2.0
@@ -178,7 +178,7 @@ def test_error_in_step_keeps_the_users_grad_scale(scaler_name):
 
 @every_scaler
 def test_misuse_raises_as_in_torch(scaler_name):
-    params, opt = make_ours()
+    params, opt = make_scaled()
     scaler = make_scaler(scaler_name)
     give_grads(params, 0, 8.0)
     with pytest.raises(RuntimeError, match="Closure use is not currently supported"):

@@ -36,11 +36,12 @@ SWEEP = "tests/test_gpu_benchmark.py", "def test_dry_sweep_of_the_kernels_has_ro
 APPLY = "awk '/^```$/ { on = 0 } on; /^```diff$/ { on = 1 }' docs/adding_"
 # The file that runs the line, what stands there, and how what runs is different.
 ELSEWHERE = {
-    "pip install torch==2.13.0 '.[examples]' && python examples/train_digits.py": (
+    "pip install torch==2.13.0 -e '.[examples]' && python examples/train_digits.py": (
         ".ci/run", "readme_command main", "fewer steps"),
-    "pip install torch==2.13.0 '.[test]' && pytest -q -n 2": (*TEST, ""),
+    "pip install torch==2.13.0 -e '.[test]' && pytest -q -n 2": (*TEST, ""),
     "pip install torch==2.13.0": (".ci/run", "pip install -q torch==2.13.0", ""),
-    "pip install .": (*INSTALL, "with extras"),
+    "pip install -e .": (*INSTALL, "with extras"),
+    "pip install torch==2.13.0 -e '.[test]'": (*INSTALL, "and pytest after it"),
     "pip install -e '.[dev]'": (".ci/run", "pip install -q '.[dev]'", "not editable"),
     "pip install -e '.[examples,bench]'": (*INSTALL, "the extra for tests, which has these"),
     "python -m venv .venv && . .venv/bin/activate": (".ci/run", "-m venv", "another folder"),
@@ -68,6 +69,8 @@ ELSEWHERE = {
     "bash benchmarks/gpu.sh --quick": (*GPU, "the programs it starts, as dry runs"),
     "bash benchmarks/gpu.sh --dry-run": (*GPU, "the programs it starts"),
     "bash benchmarks/gpu.sh --logs DIR": (*GPU, "the programs it starts, as dry runs"),
+    "bash benchmarks/gpu.sh --goals": (*GPU, "the programs it starts, as dry runs"),
+    "bash benchmarks/gpu.sh --record": (*GPU, "the programs it starts, as dry runs"),
     "python -m benchmarks kernels --backends cuda triton": (*SWEEP, "a dry run"),
     "python -m benchmarks kernels --backends cuda triton --quick": (*SWEEP, "a dry run"),
     "python -m benchmarks kernels --backends cuda --rules adamw sgd --dtypes all --sizes 20:30:1": (

@@ -68,7 +68,7 @@ def test_a_stale_table_is_told_and_written(
     (tmp_path / "README.md").write_text(text)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "TABLES", {"README.md": {"steps": lambda: "| new |"}})
-    assert tables.main(["--check"]) == 1 and (tmp_path / "README.md").read_text() == text
-    assert tables.main([]) == 0 and tables.main(["--check"]) == 0
+    assert tables.main([]) == 1 and (tmp_path / "README.md").read_text() == text
+    assert tables.main(["--record"]) == 0 and tables.main([]) == 0
     assert (tmp_path / "README.md").read_text() == text.replace("old", "new")
     assert "README.md: steps" in capsys.readouterr().out

@@ -78,7 +78,7 @@ class Verbs:
             param.grad = values(step + 2, DTYPES[options.grads or options.params])
             self._optimizer.step()
         self._inputs = self._optimizer._step_inputs()
-        self._backend, self._plan = self._optimizer._current_plan()
+        self._backend, self._plan = self._optimizer._current_plan(self._inputs)
         (row,) = self._plan.rows
         names = STATES[options.optimizer]
         self.arrays: dict[str, Tensor] = {"grad": param.grad, "param": row.dense.detach()}
@@ -212,12 +212,16 @@ def torch_optimizer(options: Options, flag: str) -> Callable[[list[Tensor]], Any
     return lambda p: torch.optim.SGD(p, lr=0.1, **kwargs)
 
 
+@pytest.mark.parametrize("amp_scaling", [None, True])
 @pytest.mark.parametrize(("clip", "scaler"), WANTED)
-def test_the_norm_is_read_where_it_is_counted(cpu_backend: str, clip: bool, scaler: str) -> None:
-    """And torch's scaler goes over the gradients where it is counted."""
+def test_the_norm_is_read_where_it_is_counted(
+    cpu_backend: str, clip: bool, scaler: str, amp_scaling: bool | None
+) -> None:
+    """And torch's scaler goes over the gradients where it is counted, whoever unscales."""
     options = Options(clip=clip, scaler=scaler)
     param = torch.nn.Parameter(values(1, torch.float32))
-    opt = fusedopt.FusedAdamW([param], max_grad_norm=1.0 if clip else None, backend="cpu")
+    norm = 1.0 if clip else None
+    opt = fusedopt.FusedAdamW([param], max_grad_norm=norm, amp_scaling=amp_scaling, backend="cpu")
     param.grad = values(2, torch.float32)
     opt.init_state()
     make = fusedopt.GradScaler if scaler == "ours" else torch.amp.GradScaler

@@ -132,7 +132,7 @@ def test_two_devices_share_norm_and_decision(
             twins.check()
             steady = ["reduce"] * 2 + ["finalize"] * 2 + ["update"] * 2
             assert verbs(interpreter) == steady
-        assert len(twins.opt._plan.parts) == 2
+        assert len(twins.opt._shared.plan.parts) == 2
         assert twins.opt.skipped_steps == (bad_row is not None)
 
 
@@ -155,10 +155,10 @@ def test_options_in_tensors_on_several_devices(monkeypatch: pytest.MonkeyPatch) 
 def test_a_captured_plan_outlives_its_replacement() -> None:
     twins = TritonTwins.of_lengths(FULL_CASES[0], [30])
     twins.run(steps=1)
-    plan = twins.opt._plan
+    plan = twins.opt._shared.plan
     plan.capture()  # as begin() notes while a graph is being captured
     twins.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
     twins.opt.param_groups[-1]["params"][0].grad = torch.ones(3)
     twins.opt.step()
-    assert twins.opt._plan is not plan
-    assert plan in twins.opt._captured_plans
+    assert twins.opt._shared.plan is not plan
+    assert plan in twins.opt._shared.captured_plans

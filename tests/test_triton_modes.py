@@ -66,7 +66,7 @@ def test_a_table_and_the_kernel_that_reads_it_change_together(
     def fail(grads: Any) -> None:
         for param, grad in zip(twins.params, grads, strict=True):
             param.grad = grad
-        (part,) = twins.opt._plan.parts
+        (part,) = twins.opt._shared.plan.parts
         with monkeypatch.context() as patch:
             patch.setattr(backend, "SPARE", spare)
             patch.setattr(backend._Upload, "_new_buffer", no_memory)

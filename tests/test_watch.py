@@ -28,11 +28,18 @@ class Look:
         self.table = torch.full((max(len(scene.params), 1) * GRAD.size,), 0x5A, dtype=torch.uint8)
         self.address = self.table.data_ptr()
 
+    def hold(self) -> Any:
+        return self.watch.refresh(self.scene.groups, self.scene.state, self.address)
+
     def refresh(self) -> tuple[list[int], int] | None:
-        answer: tuple[list[int], int] | None = self.watch.refresh(
-            self.scene.groups, self.scene.state, self.address
-        )
-        return answer
+        answer = self.hold()
+        if answer is None:
+            return None
+        odd, absent, held = answer
+        for row, param in enumerate(self.scene.params):
+            assert held.grad(row) is param.grad or isinstance(param, Elsewhere)
+            assert (row in absent) is (param.grad is None)
+        return odd, len(absent)
 
     def assert_table(self, odd: list[int]) -> None:
         expected = b""
@@ -121,7 +128,7 @@ def test_a_look_goes_past_torch_function_modes(make: Callable[..., Any]) -> None
     """But for each param's ``.grad``, and whether what has a single element is negated."""
     look = Look(make, Scene())
     with Asked() as mode:
-        assert look.refresh() == KEPT[nothing]
+        assert look.hold() is not None
     assert mode.calls == len(look.scene.params) + 2
 
 
@@ -159,6 +166,30 @@ def test_no_params(make: Callable[..., Any], n_groups: int) -> None:
 def test_what_cannot_be_watched(make: Callable[..., Any], scene: Any, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         Look(make, scene)
+
+
+def test_what_a_step_holds_lives_until_it_is_released(make: Callable[..., Any]) -> None:
+    look = Look(make, Scene())
+    scene = look.scene
+    answer = look.hold()
+    assert answer is not None
+    held = answer[2]
+    grads = [weakref.ref(p.grad) for p in scene.params if p.grad is not None]
+    states = [weakref.ref(t) for own in scene.state.values() for t in tensors_in(own)]
+    for param in scene.params:
+        param.grad = None
+    scene.state.clear()
+    gc.collect()
+    assert None not in [ref() for ref in grads + states]
+    held.release()
+    assert {ref() for ref in grads} == {None}
+    held.release()  # nothing is left to release
+    look.watch = None  # which is another owner of small tensors
+    assert {ref() for ref in states} == {None}
+
+
+def tensors_in(own: Any) -> list[Tensor]:
+    return [t for t in own.values() if isinstance(t, Tensor)] if isinstance(own, dict) else []
 
 
 def test_gradients_are_not_kept_alive(make: Callable[..., Any]) -> None:

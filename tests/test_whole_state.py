@@ -104,7 +104,7 @@ def test_groups_of_another_rule_are_refused(kind, theirs, stepped):
     match = "param group 0 of the state_dict has no '(betas|momentum|dampening)'"
     message = refused_load(opt, params, state_dict, ValueError, match)
     state_dict["state"].clear()
-    exec(remedy_in(message, "go on with: "), {"state_dict": state_dict})
+    exec(remedy_in(message), {"state_dict": state_dict})
     state_dict["param_groups"][0]["decoupled_weight_decay"] = True
     opt.load_state_dict(state_dict)
     run(params, opt, [0])
@@ -121,7 +121,7 @@ def test_a_group_count_is_given_to_each_parameter():
     del saved["state"][2]  # never had a gradient
     other, other_opt = make("adamw", params=clone_params(params))
     message = refused_load(other_opt, other, saved, KeyError, "counts the steps of a group")
-    exec(remedy_in(message, "write "), {"state_dict": saved})
+    exec(remedy_in(message), {"state_dict": saved})
     other_opt.load_state_dict(saved)
     del opt.state[params[2]]
     run(params, opt, [3])
@@ -251,7 +251,7 @@ def refused_step(params, opt, match):
     assert float(opt.state[params[0]]["step"]) > 1
 
 
-@pytest.mark.parametrize("which", set(WITH_STATE) - {"Adamax", "a maximum alone"})
+@pytest.mark.parametrize("which", [w for w in WITH_STATE if w not in ("Adamax", "a maximum alone")])
 def test_edited_state_is_refused(which):
     params, opt = make("adamw")
     run(params, opt, range(2))

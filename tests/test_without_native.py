@@ -56,13 +56,13 @@ def trained(backend: str) -> tuple[type, dict[str, Tensor]]:
         if step == 2:
             params[2].data = params[2].data.clone()
         opt.step()
-        plans.append(opt._plan)
+        plans.append(opt._shared.plan)
     assert plans[0] is plans[1] is not plans[2] is plans[3]
     tensors = {f"param {i}": param.detach() for i, param in enumerate(params)}
     for i, param in enumerate(params):
         tensors |= {f"{name} of param {i}": value for name, value in opt.state[param].items()}
     assert opt.grad_norm is not None
-    return type(opt._plan._watch), {**tensors, "grad_norm": opt.grad_norm}
+    return type(opt._shared.plan._watch), {**tensors, "grad_norm": opt.grad_norm}
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

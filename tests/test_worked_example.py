@@ -28,7 +28,7 @@ SOURCES = (
     "README.md",
     "LICENSE",
 )
-BUILD = ("build_native.py", "build_compilers.py")
+BUILD = ("build_native.py", "build_compilers.py", "build_cuda.py")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "_build_config.py")
 
 # Of the tests that take every rule: accuracy, the roundings to the bit, skips, masters, Triton.

@@ -22,8 +22,8 @@ class TritonTwins(HostTwins):
 
     def tensors(self) -> list[Tensor]:
         """All that the kernels of ours may touch."""
-        plan = self.opt._plan
-        own = [self.opt._scalars, *self.params]
+        plan = self.opt._shared.plan
+        own = [self.opt._shared.scalars, *self.params]
         own += [p.grad for p in self.params if p.grad is not None]
         own += [t for p in self.params for t in self.opt.state.get(p, {}).values()]
         own += [row.dense for row in plan.rows] + list(plan._staged_grads.values())

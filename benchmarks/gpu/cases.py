@@ -48,11 +48,11 @@ class GpuCase(Case):
         return dataclasses.replace(self, shapes=tiny, label=label)
 
 
-_ADAMW = ("fusedopt_adamw", "fusedopt_adamw_triton", "fusedopt_adamw_stock_scaler",
+_ADAMW = ("fusedopt_adamw", "fusedopt_adamw_triton", "fusedopt_adamw_amp_scaling",
           "adamw_fused", "adamw_foreach")  # fmt: skip
 _COMPILED = ("fusedopt_adamw", "adamw_compiled")
 _SGD = ("fusedopt_sgd", "fusedopt_sgd_triton", "sgd_fused", "sgd_foreach")
-_FP16 = ("fusedopt_adamw_fp16", "fusedopt_adamw_fp16_triton", "fusedopt_adamw_fp16_stock_scaler",
+_FP16 = ("fusedopt_adamw_fp16", "fusedopt_adamw_fp16_triton", "fusedopt_adamw_fp16_amp_scaling",
          "megatron_fp16", "deepspeed_fp16")  # fmt: skip
 _BF16 = ("fusedopt_adamw_bf16", "fusedopt_adamw_bf16_triton", "adamw_bf16_torch_ops",
          "te_fused_adam", "apex_fused_adam", "flashoptim_adamw",

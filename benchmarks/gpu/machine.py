@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.report import ROOT
+from benchmarks.row_files import ROOT
 
 DRY_RUN = "DRY RUN - not a measurement"
 FLUSH_BYTES = 256 << 20  # several times the L2 cache

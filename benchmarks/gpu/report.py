@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from benchmarks.gpu.targets import (
     TARGETS,
     Prediction,
 )
-from benchmarks.report import RESULTS, check_header, provenance
+from benchmarks.report import check_header, provenance
+from benchmarks.row_files import RESULTS, destination
 from benchmarks.timing import Spread
 from benchmarks.verbs import VERBS, Workload
 
@@ -34,6 +34,9 @@ COLUMNS = [
     *("predicted_gpu_ms", "predicted_wall_ms", "launches", "samples", "note"),
     "measured_over_predicted",
 ]
+GOALS_SAY = """\
+goals: what the project works towards on an H200, written down before anything was measured there.
+MISSED is a result and no failure; on another GPU it says little. open: not measured."""
 _CLOCK_OF_RATIO = {"gpu_ratio": "gpu_ms", "wall_ratio": "wall_ms"}
 
 
@@ -131,8 +134,8 @@ class Report:
                 return float(str(row[column]))
         return None
 
-    def targets(self) -> str:
-        lines = ["| target | wanted | measured | |", "|---|---|---|---|"]
+    def goals(self) -> str:
+        lines = [GOALS_SAY, "", "| goal | wanted | measured | |", "|---|---|---|---|"]
         for target in TARGETS:
             wanted = f"{'>=' if target.at_least else '<='} {target.value:g}{target.unit}"
             measured = target.figure(self.lookup)
@@ -147,19 +150,23 @@ class Report:
         return "\n".join(lines)
 
 
-def output(out: Path | None, machine: Machine, quick: bool) -> Path | None:
+def output(args: argparse.Namespace, machine: Machine) -> Path | None:
     """Where the rows go."""
     if machine.dry:
-        out = out or Path(tempfile.mkdtemp(prefix="fusedopt-")) / "dry-run.csv"
-    elif out is None and not quick:
-        out = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', machine.name.lower()).strip('-')}.csv"
+        out = args.out or Path(tempfile.mkdtemp(prefix="fusedopt-")) / "dry-run.csv"
+    else:
+        out = destination(args, machine=machine.name)
     if out is not None:
         check_header(out, COLUMNS)
     return out
 
 
 def refuse_results(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.dry_run and args.out is not None and args.out.resolve().is_relative_to(RESULTS):
+    if not args.dry_run:
+        return
+    if args.record:
+        parser.error("--dry-run measures nothing: there is nothing to --record")
+    if args.out is not None and args.out.resolve().is_relative_to(RESULTS):
         parser.error(f"--dry-run measures nothing: --out {args.out} is where results are")
 
 
@@ -187,7 +194,8 @@ def _short(kernel: str) -> str:
 def table(rows: Iterable[Row]) -> str:
     """Rows of one kind, as measured; the prediction stands beside the figure."""
     lines = [
-        "| case | pipeline | GPU ms (predicted) | x ours | wall ms (predicted) | x ours | host us "
+        "| case | pipeline | GPU ms (H200: predicted) | x ours | wall ms (H200: predicted) "
+        "| x ours | host us "
         "| GB/s | of copy | launches |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

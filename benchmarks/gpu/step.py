@@ -1,8 +1,8 @@
 """Time complete optimizer steps on the current NVIDIA GPU, ours and the alternatives in turns.
 
-python -m benchmarks.gpu.step              every case, appended to benchmarks/results/<gpu>.csv
-python -m benchmarks.gpu.step --quick      a few cases in few rounds, printed only
-python -m benchmarks.gpu.step --dry-run    without a GPU: everything but the measuring
+python -m benchmarks gpu              every case; rows go to benchmarks/results/local
+python -m benchmarks gpu --quick      a few cases in few rounds, printed only
+python -m benchmarks gpu --dry-run    without a GPU: everything but the measuring
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -35,6 +34,7 @@ from benchmarks.gpu.report import (
 from benchmarks.gpu.streams import measure_streams
 from benchmarks.registry import gpu_kinds, unavailable_libraries
 from benchmarks.report import append
+from benchmarks.row_files import add_options, told
 from benchmarks.verbs import DTYPES, Workload
 
 ADAMW, FP16, SGD = Workload("adamw"), Workload("adamw", DTYPES["float16"]), Workload("sgd-momentum")
@@ -180,10 +180,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=positive_float, default=240.0, help="seconds for all (default 240)"
     )
-    parser.add_argument("--quick", action="store_true", help="default to a few small cases")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU; measures nothing")
-    parser.add_argument("--out", type=Path, help="CSV to append to (with --quick: none)")
-    parser.add_argument("--targets", type=Path, help="write the table of targets to this file too")
+    goals = "show what the project works towards on an H200, and what of it was met"
+    parser.add_argument("--goals", action="store_true", help=goals)
+    add_options(parser, "default to a few small cases")
     args = parser.parse_args(arguments)
     quick = [name for name, case in gpu_cases().items() if case.quick]
     args.cases = args.cases or (quick if args.quick else names)
@@ -199,7 +199,7 @@ def stop(*_: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     machine = find_machine(args.dry_run)
-    args.out = output(args.out, machine, args.quick)
+    args.out = output(args, machine)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
     signal.signal(signal.SIGTERM, stop)
     run = Run(args, machine)
@@ -208,10 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.all()
     finally:  # also when the time is up: what was measured is worth its table
         print("\n" + "\n".join(run.notes))
-        print(f"rows in {args.out}" if args.out else "no rows written")
-        print(run.report.targets(), flush=True)
-        if args.targets is not None:
-            args.targets.write_text(run.report.targets() + "\n")
+        print(told(args.out), flush=True)
+        if args.goals:
+            print("\n" + run.report.goals(), flush=True)
     return int(run.wrong)
 
 

@@ -97,6 +97,7 @@ void finalize_step(const Plan& plan, const std::string& rule, const py::buffer& 
 void update(const Plan& plan, const std::string& rule, const py::buffer& table,
             double max_grad_value, int num_threads) {
   const Options options(rule, table, plan);
+  count(plan.view, *plan.scalars);
   if (plan.scalars->skip != 0.0f) return;
   const UpdateArgs args = {options.rule, options.data, plan.scalars->grad_mult,
                            static_cast<float>(max_grad_value)};
@@ -106,11 +107,16 @@ void update(const Plan& plan, const std::string& rule, const py::buffer& table,
 
 py::object refresh(const Watch& watch, const py::object& groups, const py::object& state,
                    uintptr_t grads) {
-  Watch::Look look;
+  Watch::Look look = watch.new_look();
   const bool current =
       watch.refresh(groups.ptr(), state.ptr(), required<Grad>(grads, "grads"), look);
   if (!current) return py::none();
-  return py::make_tuple(look.odd, look.absent);
+  return py::make_tuple(look.odd, look.absent, std::move(look.held));
+}
+
+py::object grad_of_row(const Held& held, size_t row) {
+  PyObject* grad = held.grad(row);
+  return grad ? py::reinterpret_borrow<py::object>(grad) : py::none();
 }
 
 std::vector<std::string> simd_levels() {
@@ -141,6 +147,9 @@ PYBIND11_MODULE(_cpu, m) {
                }),
            py::arg("groups"), py::arg("state"), py::arg("kinds"))
       .def("refresh", &refresh, py::arg("groups"), py::arg("state"), py::arg("grads"));
+  py::class_<Held>(m, "Held")
+      .def("grad", &grad_of_row, py::arg("row"))
+      .def("release", &Held::release);
   m.def(
       "use_torch",
       [](const py::object& tensor_type, const py::object& parameter_type, const py::object& is_neg,

@@ -58,7 +58,7 @@ double total(const PlanView& plan, NormType norm_type) {
 
 // Tensors mostly share group and step count, so the last answer is usually the next one.
 template <class R>
-void count_steps(const PlanView& plan, const void* options) {
+void prepare_rows(const PlanView& plan, const void* options) {
   const auto* groups = static_cast<const typename R::Options*>(options);
   auto* row_scalars = static_cast<typename R::RowScalars*>(plan.row_scalars);
   typename R::RowScalars memo = {};
@@ -67,11 +67,7 @@ void count_steps(const PlanView& plan, const void* options) {
   for (int64_t r = 0; r < plan.n_rows; ++r) {
     const Row& row = plan.rows[r];
     if (!plan.grads[r].present) continue;
-    int64_t step = 0;
-    if (row.step) {
-      *row.step += 1.0f;
-      step = static_cast<int64_t>(*row.step);
-    }
+    const int64_t step = row.step ? static_cast<int64_t>(*row.step + 1.0f) : 0;
     if (row.group != memo_group || step != memo_step) {
       memo = R::row_scalars(groups[row.group], step);
       memo_group = row.group;
@@ -111,13 +107,20 @@ void finalize(const PlanView& plan, Rule rule, const void* options, const StepOp
   const DenormalsKept denormals_kept;
   const double sum = step_options.measured ? total(plan, step_options.norm_type) : 0.0;
   decide(step_options, sum, grad_scale, found_inf, scalars);
-  scalars.skipped_steps += scalars.skip;
   if (inf_flag) *inf_flag = scalars.found_inf;
   if (scalars.skip != 0.0f) return;
   if (rule == Rule::kAdamW) {
-    count_steps<AdamW>(plan, options);
+    prepare_rows<AdamW>(plan, options);
   } else {
-    count_steps<SGD>(plan, options);
+    prepare_rows<SGD>(plan, options);
+  }
+}
+
+void count(const PlanView& plan, StepScalars& scalars) {
+  scalars.skipped_steps += scalars.skip;
+  if (scalars.skip != 0.0f) return;
+  for (int64_t r = 0; r < plan.n_rows; ++r) {
+    if (plan.grads[r].present && plan.rows[r].step) *plan.rows[r].step += 1.0f;
   }
 }
 

@@ -16,10 +16,15 @@ bool select_kernels(const char* name);
 
 bool built_with_openmp();
 
-// Partials and counters -> StepScalars, step counts and RowScalars. inf_flag (may be null) is the
-// tensor GradScaler.update() will read.
+// Partials and counters -> StepScalars and RowScalars. inf_flag (may be null) is the tensor
+// GradScaler.update() will read.
 void finalize(const PlanView& plan, Rule rule, const void* options, const StepOptions& step_options,
               const float* grad_scale, const float* found_inf, float* inf_flag,
               StepScalars& scalars);
+
+// The rows' step counts, or the count of skipped steps. Belongs to the update, in the same call
+// from Python: a signal's handler may raise between two calls, and a step that raised has not
+// counted.
+void count(const PlanView& plan, StepScalars& scalars);
 
 }  // namespace fusedopt

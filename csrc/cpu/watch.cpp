@@ -118,6 +118,15 @@ void use_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* is_neg
   torch = {api, tensor_type, parameter_type, is_neg, getset_named(tensor_type, "grad")};
 }
 
+void Held::release() {
+  std::vector<PyRef> objects = std::move(objects_);
+  objects_.clear();
+  for (size_t i = 0; i < objects.size(); ++i) {
+    if (i + kAhead < objects.size()) __builtin_prefetch(objects[i + kAhead].get());
+    objects[i] = PyRef();
+  }
+}
+
 SecondOwner::SecondOwner(PyObject* tensor) {
   if (torch.exchange->managed_from_py_object(tensor, &managed_) != 0) {
     PyErr_Clear();
@@ -189,10 +198,12 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds) :
       WatchedRow row;
       row.param = PyRef::borrow(PySequence_Fast_GET_ITEM(params, i));
       row.kind = static_cast<RowKind>(kinds[rows_.size()]);
-      row.placement = place(row.param.get(), layouts);
-      FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
-                     " is not a strided tensor");
-      row.single_element = numel(row.placement) == 1;
+      if (row.kind != RowKind::kFrozen) {
+        row.placement = place(row.param.get(), layouts);
+        FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
+                       " is not a strided tensor");
+        row.single_element = numel(row.placement) == 1;
+      }
       rows_.push_back(std::move(row));
     }
   }
@@ -230,7 +241,7 @@ bool Watch::same_groups(PyObject* groups) const {
   return true;
 }
 
-bool Watch::same_state(PyObject* state) const {
+bool Watch::same_state(PyObject* state, Held& held) const {
   if (state != state_) return false;
   if (static_cast<size_t>(PyDict_Size(state)) != entries_.size()) return false;
   PyObject *key, *value;
@@ -249,7 +260,9 @@ bool Watch::same_state(PyObject* state) const {
     for (Py_ssize_t in = 0; PyDict_Next(value, &in, &name, &item); ++i) {
       const Item& watched = items_[i];
       if (name != watched.key.get() || item != watched.value) return false;
-      if (watched.placement.is_tensor && !in_place(watched.placement, item)) return false;
+      if (!watched.placement.is_tensor) continue;
+      if (!in_place(watched.placement, item)) return false;
+      held.keep(item);
     }
   }
   return true;
@@ -287,25 +300,27 @@ bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
 }
 
 bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) const {
-  if (!same_groups(groups) || !same_state(state)) return false;
+  if (!same_groups(groups) || !same_state(state, look.held)) return false;
   for (size_t r = 0; r < rows_.size(); ++r) {
     fetch_row(r + kAhead);
     const WatchedRow& row = rows_[r];
-    if (!in_place(row.placement, row.param.get())) return false;
+    const bool frozen = row.kind == RowKind::kFrozen;
+    if (!frozen && !in_place(row.placement, row.param.get())) return false;
     if (row.single_element && row.kind != RowKind::kStaged && negated(row.param.get()))
       return false;
-    const PyRef grad(grad_of(row.param.get()));
+    PyRef grad(grad_of(row.param.get()));
     if (!grad.get()) {
       PyErr_Clear();
       return false;
     }
     grads[r] = {nullptr, DType::kFloat32, 0};
     if (grad.get() == Py_None) {
-      ++look.absent;
+      look.absent.push_back(static_cast<int64_t>(r));
       continue;
     }
-    if (row.kind == RowKind::kAwaitsState) return false;
+    if (frozen || row.kind == RowKind::kAwaitsState) return false;
     if (!read_grad(row, grad.get(), &grads[r])) look.odd.push_back(static_cast<int64_t>(r));
+    look.held.keep_grad(r, std::move(grad));
   }
   return true;
 }

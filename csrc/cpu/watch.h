@@ -37,6 +37,30 @@ class PyRef {
   PyObject* object_ = nullptr;
 };
 
+// What a step owns while it runs: the gradient of each row and all tensors of the state. Another
+// thread may drop any of them while the kernels run without the GIL.
+class Held {
+ public:
+  Held(size_t n_rows, size_t n_tensors) {
+    objects_.reserve(n_rows + n_tensors);
+    objects_.resize(n_rows);
+  }
+  Held(Held&&) = default;
+  ~Held() { release(); }
+
+  void keep_grad(size_t row, PyRef grad) { objects_[row] = std::move(grad); }
+  void keep(PyObject* borrowed) { objects_.push_back(PyRef::borrow(borrowed)); }
+
+  // Borrowed; null: the row has none, or all has been released.
+  PyObject* grad(size_t row) const { return row < objects_.size() ? objects_[row].get() : nullptr; }
+
+  // Needs the GIL. The objects are out of the cache after a sweep, so they are asked for ahead.
+  void release();
+
+ private:
+  std::vector<PyRef> objects_;  // the gradients by row, then the state's tensors
+};
+
 // Holds a tensor as a DLPack consumer does. A tensor that only Python owns pays for the exchange
 // with a hand-over of ownership there and back, which one that has another owner is spared. Only
 // for tensors so small that nobody misses their memory when it is freed later.
@@ -57,16 +81,20 @@ class SecondOwner {
 // object and changes the memory.
 class Watch {
  public:
-  enum class RowKind { kReady = 0, kAwaitsState = 1, kStaged = 2 };
+  // kFrozen: nothing is looked at but whether there is a gradient; it need not be a strided tensor.
+  enum class RowKind { kReady = 0, kAwaitsState = 1, kStaged = 2, kFrozen = 3 };
 
   // groups: optimizer.param_groups; state: optimizer.state; kinds: one RowKind a row, rows being
   // the params of all groups in order. Throws std::runtime_error.
   Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds);
 
   struct Look {
-    std::vector<int64_t> odd;  // rows whose gradient the kernels cannot read as it lies
-    int64_t absent = 0;        // number of rows whose .grad is None
+    std::vector<int64_t> odd;     // rows whose gradient the kernels cannot read as it lies
+    std::vector<int64_t> absent;  // rows whose .grad is None
+    Held held;
   };
+
+  Look new_look() const { return {{}, {}, Held(rows_.size(), items_.size())}; }
 
   // Fills grads[row] for every row, odd ones as absent. Returns false when the plan no longer
   // describes the optimizer.
@@ -109,7 +137,7 @@ class Watch {
 
   Placement place(PyObject* object, std::map<std::vector<int64_t>, size_t>& known_layouts);
   bool same_groups(PyObject* groups) const;
-  bool same_state(PyObject* state) const;
+  bool same_state(PyObject* state, Held& held) const;
   bool same_layout(const Placement& placement, const dlpack::Tensor& t) const;
   int64_t numel(const Placement& placement) const;
   bool in_place(const Placement& placement, PyObject* object) const;

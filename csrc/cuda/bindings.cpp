@@ -94,7 +94,8 @@ PYBIND11_MODULE(FUSEDOPT_CUDA_MODULE, m) {
            py::arg("n_device_numbers"), py::arg("stream"), py::arg("capturing"))
       .def("reduce", &DevicePlan::reduce, py::arg("finalizes"))
       .def("finalize", &DevicePlan::finalize)
-      .def("update", &DevicePlan::update);
+      .def("update", &DevicePlan::update)
+      .def_property_readonly("updates", &DevicePlan::updates);
   m.def("device_count", &device_count);
   m.def("versions", &versions, "CUDA versions as 1000 * major + 10 * minor.");
   m.attr("ROW_BYTES") = sizeof(Row);

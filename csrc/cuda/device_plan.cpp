@@ -116,6 +116,7 @@ void DevicePlan::finalize() {
 void DevicePlan::update() {
   const DeviceGuard guard(tables_.device);
   check(fusedopt::update(step_, amsgrad_, update_blocks_, stream_), "launch of update");
+  ++updates_;
 }
 
 int device_count() {

@@ -52,6 +52,9 @@ class DevicePlan {
   void finalize();
   void update();
 
+  // Launches of update that did not fail, so far.
+  int64_t updates() const { return updates_; }
+
  private:
   void write_inputs(size_t bytes);
 
@@ -61,6 +64,7 @@ class DevicePlan {
   int reduce_blocks_ = 0, update_blocks_ = 0;
   DeviceStep step_ = {};
   cudaStream_t stream_ = nullptr;
+  int64_t updates_ = 0;
   // What the device holds, by pages of kPayloadBytes, where that is known.
   std::vector<char> written_;
   std::vector<bool> known_;

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .. import installation
+from ..callers import users_level
 from ..plan import Group, Plan, Row, StepInputs
 
 BACKEND_VARIABLE = "FUSEDOPT_BACKEND"
@@ -68,6 +70,22 @@ def requested_backend(argument: str | None) -> str:
     return name
 
 
+def prepare(argument: str | None, params: Sequence[Tensor]) -> None:
+    """Import what will serve ``params``, so that the first step need not.
+
+    Raises:
+        ValueError: ``FUSEDOPT_BACKEND`` names no backend.
+    """
+    name = requested_backend(argument)
+    on_gpu = any(p.device.type == "cuda" for p in params)
+    candidates = _by_speed(on_gpu) if name == "auto" else [name]
+    usable = (each for each in candidates if each == REFERENCE or _missing(each) is None)
+    chosen = next(usable, REFERENCE)
+    fits = chosen == REFERENCE or _unfit(chosen, "cuda" if on_gpu else "cpu", params) is None
+    _module("watch")
+    _module(chosen if fits else REFERENCE)
+
+
 def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
     """The backend for ``params``.
 
@@ -84,7 +102,7 @@ def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
         obstacle = _missing(name) or _unfit(name, _device_type(name), params)
         if obstacle is not None:
             raise RuntimeError(
-                f"backend {name!r} cannot serve: {obstacle}; use backend='reference'"
+                f"backend {name!r} cannot serve: {obstacle}; use `backend='reference'`"
             )
     backend: Backend = getattr(_module(name), f"{name.capitalize()}Backend")()
     return backend
@@ -110,7 +128,7 @@ def _best(params: Sequence[Tensor]) -> str:
     if problem is not None:
         raise RuntimeError(
             f"the CUDA backend is installed and cannot use this GPU: {problem}; {UPDATE_DRIVER}, "
-            f"or use backend='reference' (plain torch operations); {obstacles[-1]}"
+            f"or use `backend='reference'` (plain torch operations); {obstacles[-1]}"
         )
     _announce(" and ".join(obstacles), REFERENCE, _remedy(names[0]))
     return REFERENCE
@@ -129,13 +147,20 @@ def _missing(name: str) -> str | None:
 
 
 def _remedy(name: str) -> str:
-    """What would make the backend available. Triton's reasons say that themselves."""
-    if name == "triton":
+    """What would make the backend available. Some reasons say that themselves."""
+    reason: str = _module(name).unavailable_reason()
+    if name == "triton" or any(words in reason for words in ("reinstall", "; use ", "Windows")):
         return ""
     compiler = "a C++ compiler" if name == "cpu" else "nvcc"
     remedy = f"reinstall fusedopt with {compiler} on PATH"
-    if name == "cuda" and _module("cuda").driver_problem() is not None:
+    if installation.obstacle(f"_{name}") is not None:
+        remedy = installation.remedy()
+    elif name == "cuda" and _module("cuda").driver_problem() is not None:
         remedy = UPDATE_DRIVER
+    elif "=0 was set" in reason:
+        remedy = f"reinstall fusedopt without {reason.split()[0]}"
+    elif "no C" not in reason:  # there was a compiler
+        remedy = "put that right and reinstall fusedopt"
     return f" For the {TITLES[name]} backend {remedy}."
 
 
@@ -168,9 +193,9 @@ def _announce(obstacle: str, name: str, remedy: str = "") -> None:
     title = TITLES.get(name, name)
     warnings.warn(
         f"fusedopt: {obstacle}; the {title} backend{slow} serves instead.{remedy} "
-        f"`python -m fusedopt` shows what is installed; backend={name!r} silences this.",
+        f"`python -m fusedopt` shows what is installed; `backend={name!r}` silences this.",
         FusedOptFallbackWarning,
-        stacklevel=5,
+        stacklevel=users_level(),
     )
 
 
@@ -181,5 +206,7 @@ def report() -> dict[str, dict[str, Any]]:
         reason = _module(name).unavailable_reason()
         available = {"available": reason is None, "reason": reason or ""}
         told[name] = {**available, **_module(name).details()}
+        if name == "cpu" and reason is not None:
+            told[name]["remedy"] = _remedy(name).strip()
     told[REFERENCE] = {"available": True, "reason": "", "note": "plain torch operations; slow"}
     return told

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import installation
 from ..plan import OPTIONS_BYTES
 from .device import (
     DEVICE_NUMBER,
@@ -26,7 +27,7 @@ from .tables import CHUNK_BYTES, CHUNK_ELEMENTS, GRAD, ROW, address
 try:
     from .. import _cuda
 
-    _import_error: str | None = None
+    _import_error: str | None = installation.strange(_cuda)
 except ImportError as error:
     _import_error = str(error)
 

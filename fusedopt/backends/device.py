@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from ..plan import HALF_DTYPES, N_STEP_SCALARS, OPTIONS_BYTES, Group, Plan, Row, StepInputs
-from .tables import ROW, TablePlan, address, chunk_table, pack_row
+from .tables import ROW, TablePlan, address, chunk_table, pack_rows
 
 DEVICE_NUMBER = struct.Struct("=Qii")  # data; field of the options table, fp64 (csrc/cuda/step.h)
 DEVICE_NUMBERS = 4  # of a group, at most
 ROW_STEP_BYTES = 32  # what finalize leaves for the update of one tensor
-EMPTY_ROW = bytes(ROW.size)  # a tensor of another device
 
 
 class Launches(Protocol):
@@ -51,6 +50,10 @@ class Launches(Protocol):
     def finalize(self) -> None: ...
 
     def update(self) -> None: ...
+
+    @property
+    def updates(self) -> int:
+        """Launches of ``update`` that did not fail, so far."""
 
 
 @dataclass
@@ -102,15 +105,14 @@ class _Part:
 
     def __init__(self, plan: DevicePlan, device: torch.device, number: int, count: int) -> None:
         self.device = device
-        rows = [row if plan.device_of(row) == device else None for row in plan.rows]
+        self._driver = plan.driver
+        rows = self._rows_of(plan)
         numels = [0 if row is None else row.dense.numel() for row in rows]
-        packed = b"".join(EMPTY_ROW if row is None else pack_row(row) for row in rows)
         chunks = chunk_table(numels)
         self.host_inputs = plan._inputs if number == 0 else bytearray(len(plan._inputs))
         self._host_view = torch.frombuffer(self.host_inputs, dtype=torch.uint8)  # pins its address
         self.tensors = self._allocate(device, len(rows), len(chunks), count)
-        if packed:
-            self.tensors["rows"].copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        self.write_rows(plan)
         self.tensors["chunks"][: len(chunks)].copy_(chunks)
         # The optimizer's own scalars live with the first part; others decide for themselves.
         self.scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device=device)
@@ -133,7 +135,20 @@ class _Part:
         self._kept: tuple[Tensor | None, ...] = ()
         self._streams = {plan.driver.stream(device)}
 
-    @torch.inference_mode(False)  # or a step outside could not write what was made inside
+    def _rows_of(self, plan: DevicePlan) -> list[Row | None]:
+        """Those of this device."""
+        here = [row.served and plan.device_of(row) == self.device for row in plan.rows]
+        return [row if own else None for row, own in zip(plan.rows, here, strict=True)]
+
+    def write_rows(self, plan: DevicePlan) -> None:
+        if plan.rows:
+            packed = torch.frombuffer(pack_rows(self._rows_of(plan)), dtype=torch.uint8)
+            self.tensors["rows"].copy_(packed)
+
+    @property
+    def on_one_stream(self) -> bool:
+        return self._streams == {self._driver.stream(self.device)}
+
     def _allocate(
         self, device: torch.device, n_rows: int, n_chunks: int, n_totals: int
     ) -> dict[str, Tensor]:
@@ -204,8 +219,18 @@ class DevicePlan(TablePlan):
         numbers_bytes = self.n_groups * DEVICE_NUMBERS * DEVICE_NUMBER.size
         before = self.numbers_at + numbers_bytes
         super().__init__(rule, rows, layout, groups, state, before, driver.step_bytes)
-        devices = list(dict.fromkeys(self.device_of(row) for row in self.rows))
+        devices = list(dict.fromkeys(self.device_of(row) for row in self.rows if row.served))
         self.parts = [_Part(self, d, number, len(devices)) for number, d in enumerate(devices)]
+
+    def rebind(self, rows: Sequence[Row], groups: list[Group], state: dict[Tensor, Any]) -> bool:
+        """Another stream could still read the table of rows, which is written on this one."""
+        usable = all(part.on_one_stream for part in self.parts)
+        return usable and super().rebind(rows, groups, state)
+
+    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+        self._look_at(groups, state)
+        for part in self.parts:
+            part.write_rows(self)
 
     def device_of(self, row: Row) -> torch.device:
         return row.dense.device
@@ -273,6 +298,19 @@ class DeviceBackend:
             part.launches.finalize()
 
     def update(self, plan: Plan, step: StepInputs) -> None:
+        """On all devices or on none: what a signal's handler raises between two is raised later."""
         assert isinstance(plan, DevicePlan)
-        for part in plan.parts:
-            part.launches.update()
+        before = [part.launches.updates for part in plan.parts]
+        try:
+            for part in plan.parts:
+                part.launches.update()
+        except BaseException:
+            left = [
+                part.launches
+                for part, count in zip(plan.parts, before, strict=True)
+                if part.launches.updates == count
+            ]
+            if len(left) < len(plan.parts):
+                for launches in left:
+                    launches.update()
+            raise

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import installation
 from ..plan import Group, Plan, Row, StepInputs
 from .tables import (
     CHUNK_BYTES,
@@ -18,13 +19,13 @@ from .tables import (
     TablePlan,
     address,
     chunk_table,
-    pack_row,
+    pack_rows,
 )
 
 try:
     from .. import _cpu
 
-    _import_error: str | None = None
+    _import_error: str | None = installation.strange(_cpu)
 except ImportError as error:
     _import_error = str(error)
 
@@ -39,13 +40,8 @@ def unavailable_reason() -> str | None:
 
 
 def reason_not_built(module: str) -> str | None:
-    """What setup.py wrote down about a module that it left out."""
-    try:
-        from .._build_config import BUILD_CONFIG
-    except ImportError:
-        return None
-    reason: str | None = BUILD_CONFIG.get("modules", {}).get(module, {}).get("reason")
-    return reason or None
+    """Why there is no such module: what setup.py wrote down, or what the folder shows."""
+    return installation.recorded_reason(module) or installation.obstacle(module)
 
 
 def details() -> dict[str, Any]:
@@ -105,7 +101,7 @@ class CpuPlan(TablePlan):
         super().__init__(rule, rows, layout, groups, state)
         n = len(self.rows)
         self._rows = torch.frombuffer(
-            bytearray(b"".join(pack_row(row) for row in self.rows) or ROW.size), dtype=torch.uint8
+            pack_rows(self.rows) or bytearray(ROW.size), dtype=torch.uint8
         )
         self._row_scalars = torch.zeros(max(n, 1), 2, dtype=torch.float32, device="cpu")
         numels = [row.dense.numel() for row in self.rows]
@@ -115,6 +111,11 @@ class CpuPlan(TablePlan):
         self._n_elements = sum(numels)
         self._native: Any = None
         self._scalars: Tensor | None = None
+
+    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+        self._look_at(groups, state)
+        if self.rows:
+            self._rows.copy_(torch.frombuffer(pack_rows(self.rows), dtype=torch.uint8))
 
     def native(self, scalars: Tensor) -> Any:
         """The ``_cpu.Plan`` whose finalize writes to ``scalars``."""

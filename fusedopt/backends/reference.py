@@ -3,6 +3,10 @@
 Slow and obvious. Serves where no kernel does (no compiler, float64, devices without a backend) and
 shows what the kernels compute. It rounds where torch's operations round, so it agrees with the
 kernels within the tolerance policy, not to the bit; and it reads the skip flag on the host.
+
+All new values are worked out before the first is written, and then all are written at once: a
+step that runs out of memory, or is interrupted by a signal, has moved nothing. So while it runs
+there is one more copy of the updated params and their states.
 """
 
 from __future__ import annotations
@@ -23,17 +27,19 @@ from ..plan import (
     SKIP,
     SKIPPED_STEPS,
     Group,
+    Look,
     Plan,
     Row,
     StepInputs,
+    copy_all,
 )
-from .watch import Snapshot
+from .watch import Held, Snapshot
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 
 
 class ReferencePlan(Plan):
-    """A plan that keeps the gradients as tensors."""
+    """A plan without tables: the operations take tensors."""
 
     def __init__(
         self,
@@ -44,31 +50,32 @@ class ReferencePlan(Plan):
         state: dict[Tensor, Any],
     ) -> None:
         super().__init__(rule, rows, layout)
-        self.grads: list[Tensor | None] = [None] * len(self.rows)
         # What reduce leaves for finalize: a norm (fp64) and a flag a row.
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
         self.grad_mult = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._snapshot = Snapshot(groups, state)
+        self._rebound(groups, state)
 
-    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
-        if not self._snapshot.is_current(groups, state):
+    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+        self._snapshot = Snapshot(groups, state, [row.served for row in self.rows])
+
+    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
+        items = self._snapshot.current_items(groups, state)
+        if items is None:
             return None
-        self.grads = [None] * len(self.rows)
-        odd = [i for i, row in enumerate(self.rows) if row.param.grad is not None]
-        return None if any(self.rows[i].awaits_state for i in odd) else odd
+        grads = [row.param.grad for row in self.rows]
+        present = [i for i, grad in enumerate(grads) if grad is not None]
+        if any(self.rows[i].awaits_state or not self.rows[i].served for i in present):
+            return None
+        absent = [i for i, grad in enumerate(grads) if grad is None]
+        return present, absent, Held(grads, items)
 
-    def _dense_grad(self, index: int, grad: Tensor) -> Tensor:
-        return grad  # torch's operations take any layout
+    def _use_grad(self, index: int, grad: Tensor) -> None:
+        """torch's operations take any layout."""
 
-    def _set_grad(self, index: int, grad: Tensor) -> None:
-        self.grads[index] = grad.detach()
-
-    def active(self) -> list[tuple[Row, Tensor]]:
-        return [(r, g) for r, g in zip(self.rows, self.grads, strict=True) if g is not None]
-
-    def updated_params(self) -> list[Tensor]:
-        return [row.param for row, _ in self.active()]
+    def active(self, step: StepInputs) -> list[tuple[Row, Tensor]]:
+        grads = [step.grad(i) for i in range(len(self.rows))]
+        return [(r, g.detach()) for r, g in zip(self.rows, grads, strict=True) if g is not None]
 
     def nbytes(self) -> int:
         return self.norms.numel() * self.norms.element_size() + self.staging_nbytes()
@@ -114,9 +121,13 @@ def _decayed(p: Tensor, grad: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     return p, grad + weight_decay * p
 
 
-def adamw(p: Tensor, grad: Tensor, row: Row, group: Group, step: int) -> Tensor:
+# Of a rule: param, gradient, states (changed in place), group, step count -> the new param.
+Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Group, int], Tensor]
+
+
+def adamw(p: Tensor, grad: Tensor, states: Sequence[Tensor], group: Group, step: int) -> Tensor:
     """Twin of ``AdamW::update`` in csrc/rules.h."""
-    exp_avg, exp_avg_sq = row.states[:2]
+    exp_avg, exp_avg_sq = states[:2]
     weight1 = round_to(1.0 - float(group["betas"][0]), p.dtype)
     weight2 = round_to(1.0 - float(group["betas"][1]), p.dtype)
     beta2 = round_to(float(group["betas"][1]), p.dtype)
@@ -125,19 +136,19 @@ def adamw(p: Tensor, grad: Tensor, row: Row, group: Group, step: int) -> Tensor:
     exp_avg_sq.mul_(beta2).add_(weight2 * grad * grad)
     second_moment = exp_avg_sq
     if group["amsgrad"]:
-        second_moment = torch.maximum(row.states[2], exp_avg_sq, out=row.states[2])
+        second_moment = torch.maximum(states[2], exp_avg_sq, out=states[2])
     step_size = float(group["lr"]) / (weight1 * geometric_sum(1.0 - weight1, step))
     bias_correction2 = weight2 * geometric_sum(beta2, step)
     denom = second_moment.sqrt() / math.sqrt(bias_correction2) + float(group["eps"])
     return p - step_size * exp_avg / denom
 
 
-def sgd(p: Tensor, grad: Tensor, row: Row, group: Group, step: int) -> Tensor:
+def sgd(p: Tensor, grad: Tensor, states: Sequence[Tensor], group: Group, step: int) -> Tensor:
     """Twin of ``SGD::update`` in csrc/rules.h."""
     p, grad = _decayed(p, grad, group)
     momentum = float(group["momentum"])
     if momentum != 0.0:
-        (buffer,) = row.states
+        (buffer,) = states
         if step <= 1:
             buffer.copy_(grad)
         else:
@@ -146,7 +157,7 @@ def sgd(p: Tensor, grad: Tensor, row: Row, group: Group, step: int) -> Tensor:
     return p - float(group["lr"]) * grad
 
 
-RULES: dict[str, Callable[[Tensor, Tensor, Row, Group, int], Tensor]] = {"adamw": adamw, "sgd": sgd}
+RULES: dict[str, Rule] = {"adamw": adamw, "sgd": sgd}
 
 
 class ReferenceBackend:
@@ -170,7 +181,7 @@ class ReferenceBackend:
         device = step.scalars.device
         inv_scale = _inverse_scale(step)
         norms, finite = [], []
-        for row, grad in plan.active():
+        for row, grad in plan.active(step):
             x = grad.to(opmath(row.param.dtype)) * inv_scale.to(grad.device)
             norms.append(vector_norm(x, step.norm_type).to(device))
             finite.append(x.isfinite().all().to(device))
@@ -183,7 +194,9 @@ class ReferenceBackend:
         assert isinstance(plan, ReferencePlan)
         scalars = step.scalars
         clip_coef = torch.ones((), dtype=torch.float64, device=scalars.device)
-        bad = torch.zeros((), dtype=torch.bool, device=scalars.device)
+        inv_scale = _inverse_scale(step)
+        bad_scale = ~inv_scale.isfinite()
+        bad = bad_scale
         norm = clip_coef * math.nan
         if step.measured:
             norm = vector_norm(plan.norms, step.norm_type)
@@ -192,31 +205,31 @@ class ReferenceBackend:
                 clip_coef = (step.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
         if step.found_inf is not None:
             bad = bad | (step.found_inf.reshape(()) != 0)
-        inv_scale = _inverse_scale(step)
         plan.grad_mult = clip_coef * inv_scale
         scalars[GRAD_NORM] = norm
         scalars[CLIP_COEF] = clip_coef
         scalars[GRAD_MULT] = plan.grad_mult
         scalars[INV_SCALE] = inv_scale
         scalars[FOUND_INF] = bad
-        scalars[SKIP] = bad & step.skip_nonfinite
-        scalars[SKIPPED_STEPS] += scalars[SKIP]
+        scalars[SKIP] = bad_scale | (bad & step.skip_nonfinite)
         if step.inf_flag is not None:
             step.inf_flag.copy_(scalars[FOUND_INF])
-        if scalars[SKIP] == 0:
-            for row, _ in plan.active():
-                if row.step is not None:
-                    row.step.add_(1)
 
     @torch.no_grad()
     def update(self, plan: Plan, step: StepInputs) -> None:
         assert isinstance(plan, ReferencePlan)
         if step.scalars[SKIP] != 0:
+            step.scalars[SKIPPED_STEPS].add_(1)
             return
-        for row, grad in plan.active():
-            self._update_row(plan, row, grad, step)
+        new: list[tuple[Tensor, Tensor]] = []
+        for row, grad in plan.active(step):
+            new += self._updated(plan, row, grad, step)
+        copy_all([target for target, _ in new], [value for _, value in new])
 
-    def _update_row(self, plan: ReferencePlan, row: Row, grad: Tensor, step: StepInputs) -> None:
+    def _updated(
+        self, plan: ReferencePlan, row: Row, grad: Tensor, step: StepInputs
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Every tensor of the row that changes, and its new value."""
         group = step.groups[row.group]
         dtype = opmath(row.param.dtype)
         grad = grad.to(dtype) * plan.grad_mult.to(grad.device, dtype)
@@ -228,11 +241,15 @@ class ReferenceBackend:
         if row.master is not None:
             unwritten = row.dense == row.master.to(row.dense.dtype)
             p = torch.where(unwritten, row.master, p)
-        count = int(row.step.item()) if row.step is not None else 0
-        p = RULES[plan.rule](p, grad, row, group, count)
+        states = [state.clone() for state in row.states]
+        counted = None if row.step is None else row.step + 1
+        p = RULES[plan.rule](p, grad, states, group, 0 if counted is None else int(counted.item()))
+        new = [(row.dense, p.to(row.dense.dtype)), *zip(row.states, states, strict=True)]
         if row.master is not None:
-            row.master.copy_(p)
-        row.dense.copy_(p)
+            new.append((row.master, p))
+        if row.step is not None and counted is not None:
+            new.append((row.step, counted))
+        return new
 
 
 def _inverse_scale(step: StepInputs) -> Tensor:

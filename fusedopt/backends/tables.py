@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Group, Plan, Row
+from ..plan import Group, Look, Plan, Row
 
 CHUNK_ELEMENTS = 8192  # kChunk
 ROW = struct.Struct("=6Qqii")  # param, master, state[3], step; numel; group, dtype
 GRAD = struct.Struct("=Qii")  # data; dtype, present
+EMPTY_ROW = bytes(ROW.size)
 CHUNK_BYTES = 16
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_STATES = 3
 
-READY, AWAITS_STATE, STAGED = range(3)  # RowKind in csrc/cpu/watch.h
+READY, AWAITS_STATE, STAGED, FROZEN = range(4)  # RowKind in csrc/cpu/watch.h
 
 
 def address(tensor: Tensor | None) -> int:
@@ -41,6 +42,11 @@ def chunk_table(numels: Sequence[int]) -> Tensor:
     before_row = torch.cumsum(lengths, 0) - lengths
     position = before_row[row] + index * CHUNK_ELEMENTS
     return torch.stack([row | (index << 32), position], dim=1).contiguous()
+
+
+def pack_rows(rows: Sequence[Row | None]) -> bytearray:
+    """The table of rows; of ``None``, a row that is not for this device, an empty record."""
+    return bytearray(b"".join(EMPTY_ROW if row is None else pack_row(row) for row in rows))
 
 
 def pack_row(row: Row) -> bytes:
@@ -89,12 +95,16 @@ class TablePlan(Plan):
         grads_bytes = max(len(self.rows), 1) * GRAD.size
         self._inputs = bytearray(before_grads + grads_bytes + after_grads)
         self._inputs_view = torch.frombuffer(self._inputs, dtype=torch.uint8)
+        self._look_at(groups, state)
+
+    def _look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         self._watch = _watch(groups, state, [self._kind(row) for row in self.rows])
         self._params = [row.param for row in self.rows]
-        self._n_absent = 0
 
     @staticmethod
     def _kind(row: Row) -> int:
+        if not row.served:
+            return FROZEN
         if row.awaits_state:
             return AWAITS_STATE
         return STAGED if row.staged else READY
@@ -102,19 +112,14 @@ class TablePlan(Plan):
     def _grads_address(self) -> int:
         return address(self._inputs_view) + self._grads_at
 
-    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Sequence[int] | None:
-        look = self._watch.refresh(groups, state, self._grads_address())
-        if look is None:
-            return None
-        odd: Sequence[int]
-        odd, self._n_absent = look
-        return odd
+    def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
+        look: Look | None = self._watch.refresh(groups, state, self._grads_address())
+        return look
 
-    def _set_grad(self, index: int, grad: Tensor) -> None:
+    def _use_grad(self, index: int, grad: Tensor) -> None:
+        dense = self._dense_grad(index, grad)
         offset = self._grads_at + index * GRAD.size
-        GRAD.pack_into(self._inputs, offset, address(grad), DTYPE_CODES[grad.dtype], 1)
+        GRAD.pack_into(self._inputs, offset, address(dense), DTYPE_CODES[dense.dtype], 1)
 
     def updated_params(self) -> list[Tensor]:
-        if self._n_absent == 0:
-            return self._params
-        return [p for p in self._params if p.grad is not None]
+        return super().updated_params() if self._absent else self._params

@@ -88,7 +88,7 @@ class TritonDriver(Driver):
         except Exception as error:  # Triton's own, LLVM's, ptxas's, a C compiler's
             raise RuntimeError(
                 f"fusedopt: Triton cannot compile {variant.name} for this GPU: {error}; "
-                "use backend='reference' (plain torch operations)"
+                "use `backend='reference'` (plain torch operations)"
             ) from error
         return kernel
 
@@ -184,6 +184,7 @@ class TritonLaunches:
         self._halves = tables.half_params
         self._update = self._update_launcher(self._halves)
         self._stream = 0
+        self.updates = 0
 
     def _launcher(self, verb: str) -> Launch:
         rule = self._tables.rule
@@ -233,6 +234,7 @@ class TritonLaunches:
 
     def update(self) -> None:
         self._update(max(1, self._tables.n_chunks), self._stream)
+        self.updates += 1
 
 
 _driver: TritonDriver | None = None  # made when it is first asked for

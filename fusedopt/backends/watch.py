@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Group
-from .tables import AWAITS_STATE, DTYPE_CODES, GRAD, STAGED
+from ..plan import Group, Look
+from .tables import AWAITS_STATE, DTYPE_CODES, FROZEN, GRAD, STAGED
 
 # Where a tensor lies and how: one column each. Everything from the third on is its layout.
 _COLUMNS: tuple[Callable[[Tensor], Any], ...] = (
@@ -102,35 +102,57 @@ class Snapshot:
         RuntimeError: these are no optimizer's groups and state, or a param has no address.
     """
 
-    def __init__(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+    def __init__(
+        self, groups: list[Group], state: dict[Tensor, Any], served: Sequence[bool]
+    ) -> None:
         if not isinstance(state, dict):
             raise RuntimeError("state must be a dict")
         lists = _param_lists(groups)
         self._lengths, self._objects, items = _contents(lists, state)
         self.params: list[Tensor] = list(chain(*lists))
+        if len(self.params) != len(served):
+            count = "fewer" if len(served) < len(self.params) else "more"
+            raise RuntimeError(f"{count} row kinds than params")
+        self._served = list(compress(self.params, served))
         for row, param in enumerate(self.params):
-            if not _has_place(param):
+            if served[row] and not _has_place(param):
                 raise RuntimeError(f"param {row} in all is not a strided tensor")
         self._placed = list(map(_has_place, items))
         # Another object may come to lie where one was, and have its identity then.
         self._items = [weakref.ref(item) for item in compress(items, self._placed)]
-        self._places = _placed([*self.params, *compress(items, self._placed)])
+        self._places = _placed([*self._served, *compress(items, self._placed)])
+        self._rows = list(compress(range(len(served)), served))
 
-    def places_of_params(self) -> list[list[Any]]:
-        return [column[: len(self.params)] for column in self._places]
+    def places_of_params(self) -> list[dict[int, Any]]:
+        """The columns, each by row; without the rows that are not served."""
+        return [dict(zip(self._rows, column, strict=False)) for column in self._places]
 
-    def is_current(self, groups: list[Group], state: dict[Tensor, Any]) -> bool:
-        """Whether all is as it was."""
+    def current_items(self, groups: list[Group], state: dict[Tensor, Any]) -> list[Any] | None:
+        """The tensors in the dicts of state; ``None`` unless all is as it was."""
         try:
             lengths, objects, values = _contents(_param_lists(groups), state)
             if lengths != self._lengths or objects != self._objects:
-                return False
+                return None
             items = list(compress(values, self._placed))
             if any(ref() is not item for ref, item in zip(self._items, items, strict=True)):
-                return False
-            return _same_places(_placed([*self.params, *items]), self._places)
+                return None
+            places = _placed([*self._served, *items])
         except Exception:  # of any kind: no groups any more, or a tensor without an address
-            return False
+            return None
+        return items if _same_places(places, self._places) else None
+
+
+class Held:
+    """See ``Held`` in csrc/cpu/watch.h."""
+
+    def __init__(self, grads: Sequence[Any], items: Sequence[Any]) -> None:
+        self._grads, self._items = grads, items
+
+    def grad(self, row: int) -> Any:
+        return self._grads[row]
+
+    def release(self) -> None:
+        self._grads = self._items = ()
 
 
 class PythonWatch:
@@ -143,34 +165,30 @@ class PythonWatch:
     """
 
     def __init__(self, groups: list[Group], state: dict[Tensor, Any], kinds: Sequence[int]) -> None:
-        self._snapshot = Snapshot(groups, state)
+        self._snapshot = Snapshot(groups, state, [kind != FROZEN for kind in kinds])
         self._params = self._snapshot.params
-        if len(self._params) != len(kinds):
-            count = "fewer" if len(kinds) < len(self._params) else "more"
-            raise RuntimeError(f"{count} row kinds than params")
         self._addresses, _, *self._layouts = self._snapshot.places_of_params()
-        self._awaiting = [row for row, kind in enumerate(kinds) if kind == AWAITS_STATE]
+        self._unready = [row for row, kind in enumerate(kinds) if kind in (AWAITS_STATE, FROZEN)]
         self._staged = {row for row, kind in enumerate(kinds) if kind == STAGED}
-        self._single = {row for row, shape in enumerate(self._layouts[1]) if shape.numel() == 1}
+        self._single = {row for row, shape in self._layouts[1].items() if shape.numel() == 1}
         self._maybe_negated = [self._params[row] for row in self._single - self._staged]
         self._records = struct.Struct("=" + GRAD.format.lstrip("=") * len(kinds))
 
-    def refresh(
-        self, groups: list[Group], state: dict[Tensor, Any], address: int
-    ) -> tuple[list[int], int] | None:
+    def refresh(self, groups: list[Group], state: dict[Tensor, Any], address: int) -> Look | None:
         """Fill in the Grad records at ``address``, those of odd rows as absent.
 
         Returns:
-            Rows whose gradient the kernels cannot read as it lies, and the number of rows that have
-            none; ``None`` when the plan no longer describes the optimizer.
+            Rows whose gradient the kernels cannot read as it lies, rows that have none, and what
+            the step has to hold; ``None`` when the plan no longer describes the optimizer.
         """
-        if not self._snapshot.is_current(groups, state):
+        items = self._snapshot.current_items(groups, state)
+        if items is None:
             return None
         try:
             grads = list(map(_GRAD, self._params))
         except Exception:  # of any kind: a subclass has its own idea of .grad
             return None
-        if any(grads[row] is not None for row in self._awaiting):
+        if any(grads[row] is not None for row in self._unready):
             return None
         if any(param.is_neg() for param in self._maybe_negated):
             return None
@@ -179,7 +197,7 @@ class PythonWatch:
         ctypes.memmove(address, records, len(records))
         unread = [row for row, fields in enumerate(found) if fields is _ABSENT]
         odd = [row for row in unread if grads[row] is not None]
-        return odd, len(unread) - len(odd)
+        return odd, [row for row in unread if grads[row] is None], Held(grads, items)
 
     def _read(self, grads: Sequence[Any]) -> list[tuple[int, int, int]]:
         """The fields of each row's record."""

@@ -80,11 +80,12 @@ def decide(step, total):
     coef = tl.where(coef > 1.0, 1.0, coef)  # NaN stays NaN
     clip_coef = tl.where(measured & (max_grad_norm >= 0.0), coef, 1.0)
     grad_mult = (clip_coef.to(tl.float64) * inv_scale.to(tl.float64)).to(tl.float32)
-    bad = measured & (is_finite(total) == 0)
+    bad_scale = is_finite(inv_scale) == 0
+    bad = bad_scale | (measured & (is_finite(total) == 0))
     found_inf = word(step, FOUND_INF)
     if found_inf != 0:
         bad = bad | (single(found_inf, 0) != 0.0)
-    skip = bad & ((flags & SKIP_NONFINITE) != 0)
+    skip = bad_scale | (bad & ((flags & SKIP_NONFINITE) != 0))
     set_single(scalars, S_GRAD_NORM, tl.where(measured, norm.to(tl.float32), float("nan")))
     set_single(scalars, S_CLIP_COEF, clip_coef)
     set_single(scalars, S_GRAD_MULT, grad_mult)

@@ -1,0 +1,71 @@
+"""torch's modes: which of them the step refuses, and what is kept out of them.
+
+The kernels go past torch's dispatcher. Whatever traces, fakes or transforms torch's operations
+would see a step that changes nothing, or would change memory that is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch._C import _functorch, _get_tracing_state, _len_torch_dispatch_stack
+from torch._compile import _disable_dynamo
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+NOT_TRACED = (
+    "the fused step is not traced: its kernels run between two graphs. Call it outside of the "
+    "compiled function, or compile without fullgraph=True"
+)
+
+
+def untraced(function: F) -> F:
+    """Dynamo leaves ``function`` alone, and gives our reason where it may not.
+
+    It would lose what the function notes in an optimizer. The public ``torch.compiler.disable``
+    imports all of Dynamo at once; the attributes are those that it would set.
+    """
+    wrapped: Any = _disable_dynamo(function)
+    wrapped._torchdynamo_disable = True
+    wrapped._torchdynamo_disable_msg = NOT_TRACED
+    return wrapped  # type: ignore[no-any-return]
+
+
+@contextmanager
+def durable() -> Iterator[None]:
+    """For what outlives the modes of the moment: a tensor made in inference mode could not be
+    written to outside of it, and one made in a FakeTensorMode has no memory."""
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
+
+
+def refuse_tracing() -> None:
+    """Raise ``RuntimeError`` by name where the step could not be seen, or not be done."""
+    if not _len_torch_dispatch_stack() and not _get_tracing_state() and not _functorch_is_active():
+        return
+    active = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack() if _fakes(mode)]
+    if _get_tracing_state():
+        active.append("torch.jit.trace")
+    if _functorch_is_active():
+        active.append("a transform of torch.func (vmap, grad, functionalize)")
+    if active:
+        raise RuntimeError(
+            f"the fused step cannot be traced or faked, and {active[-1]} is active; call "
+            "`optimizer.step()` outside of it, or use an optimizer of torch.optim there"
+        )
+
+
+def _functorch_is_active() -> bool:
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def _fakes(mode: object) -> bool:
+    """True of FakeTensorMode, make_fx and functionalization; other modes only look."""
+    return getattr(mode, "_mode_key", None) is not None

@@ -1,0 +1,123 @@
+"""Modes that trace, fake or transform what torch does: the step is refused there, by name."""
+
+import pytest
+import torch
+from protocol_helpers import (
+    assert_same,
+    every_kind,
+    give_grads,
+    make_ours,
+    make_params,
+    make_theirs,
+    on_every_backend,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+import fusedopt
+
+_every_backend = pytest.fixture(autouse=True)(on_every_backend)
+
+
+def trace_fx(call):
+    make_fx(lambda x: (call(), x + 1)[1])(torch.zeros(3))
+
+
+def trace_jit(call):
+    torch.jit.trace(lambda x: (call(), x + 1)[1], torch.zeros(3))
+
+
+def fake(call):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        call()
+
+
+def vmap(call):
+    torch.func.vmap(lambda x: (call(), x)[1])(torch.zeros(3))
+
+
+def grad(call):
+    torch.func.grad(lambda x: (call(), x.sum())[1])(torch.zeros(3))
+
+
+def functionalize(call):
+    torch.func.functionalize(lambda x: (call(), x + 1)[1])(torch.zeros(3))
+
+
+MODES = {
+    "make_fx": (trace_fx, "ProxyTorchDispatchMode"),
+    "jit.trace": (trace_jit, "torch.jit.trace"),
+    "fake": (fake, "FakeTensorMode"),
+    "vmap": (vmap, "torch.func"),
+    "grad": (grad, "torch.func"),
+    "functionalize": (functionalize, "torch.func"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@every_kind
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_refused_by_name(kind, planned, mode):
+    run, name = MODES[mode]
+    params, opt = make_ours(kind)
+    give_grads(params, 0)
+    if planned:
+        opt.step()
+    before = [p.detach().clone() for p in params]
+    for call in (opt.step, opt.init_state):
+        with pytest.raises(RuntimeError, match=f"traced or faked, and .*{name}.* is active"):
+            run(call)
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert planned or not opt.state
+    opt.step()
+    assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@every_kind
+def test_modes_that_only_look(kind):
+    ours, theirs = make_ours(kind, max_grad_norm=10.0), make_theirs(kind)
+    for step in range(2):
+        give_grads(ours[0], step)
+        give_grads(theirs[0], step)
+        with FlopCounterMode(display=False), torch.device("meta"):  # a default, not a fake
+            ours[1].step()
+        theirs[1].step()
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("cls", [fusedopt.FusedAdamW, fusedopt.FusedSGD])
+def test_made_where_all_is_fake_and_used_where_it_is_not(cls):
+    """Estimating a training run makes the optimizer, too, in a FakeTensorMode."""
+    params = make_params()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        opt = cls(params, lr=0.1, max_grad_norm=1.0)
+    give_grads(params, 0)
+    opt.step()
+    assert 0 < float(opt.clip_coef) <= 1 and not torch.equal(params[0], make_params()[0])
+
+
+@pytest.mark.parametrize("cls", [fusedopt.FusedAdamW, fusedopt.FusedSGD])
+def test_fake_parameters(cls):
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.ones(3))]
+        params[0].grad = torch.ones(3)
+        opt = cls(params)
+    with pytest.raises(RuntimeError, match=r"param 0 of group 0 is a FakeTensor, .*no memory"):
+        opt.step()
+
+
+def test_fullgraph_is_refused_in_our_words():
+    params, opt = make_ours()
+    give_grads(params, 0)
+    scaler = fusedopt.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    for call in (opt.step, lambda: scaler.step(opt)):
+        torch._dynamo.reset()
+        with pytest.raises(
+            torch._dynamo.exc.Unsupported, match="the fused step is not traced"
+        ) as e:
+            torch.compile(lambda call=call: call(), fullgraph=True, backend="eager")()
+        assert "issue to PyTorch" not in str(e.value)
+    assert torch.equal(params[0], make_params()[0])

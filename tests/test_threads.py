@@ -1,0 +1,90 @@
+"""Other threads at work during a step: what the kernels read stays in memory while they run.
+
+In a process of their own, which a read of freed memory would end.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import fusedopt
+
+PREPARED = """
+    import threading, torch, fusedopt
+
+    BACKEND, STEPS = {backend!r}, {steps}
+    torch.set_num_threads(2)
+    params = [torch.nn.Parameter(torch.ones(1 << 20)) for _ in range(6)]
+    opt = fusedopt.FusedAdamW(params, lr=0.01, max_grad_norm=1.0, backend=BACKEND)
+    for p in params:
+        p.grad = torch.full((1 << 20,), 0.5)
+    turns = threading.Semaphore(0)  # one for each step of the main thread
+    failures = []
+
+    def start(work):
+        def run():
+            try:
+                for _ in range(STEPS):
+                    turns.acquire()
+                    work()
+            except BaseException as error:
+                failures.append(error)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def step_beside(*threads):
+        for _ in range(STEPS):
+            for _ in threads:
+                turns.release()
+            opt.step()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures
+        assert all(p.isfinite().all() for p in params)
+        print("survived")
+"""
+GRADIENTS = """
+    def assign():
+        for _ in range(10):
+            for p in params:
+                p.grad = torch.full((1 << 20,), 0.5)  # so large that it goes back to the system
+
+    step_beside(start(assign))
+"""
+STATES = """
+    step_beside(start(opt.state.clear))
+"""
+STEPPERS = """
+    def step():
+        for p in params:
+            p.grad = torch.full((1 << 20,), 0.5)
+        opt.step()
+
+    step_beside(start(step), start(step))
+"""
+SCENES = {"gradients": GRADIENTS, "states": STATES, "steppers": STEPPERS}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_threads_that_take_memory_away(scene: str, backend: str) -> None:
+    prepared = PREPARED.format(backend=backend, steps=30 if backend == "cpu" else 10)
+    code = textwrap.dedent(prepared) + textwrap.dedent(SCENES[scene])
+    root = os.path.dirname(os.path.dirname(fusedopt.__file__))
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=root,  # `-c` looks in the working directory first: not in the checkout
+        # What is freed goes back to the system at once.
+        env={**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert done.stdout == "survived\n"
