@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .memory import empty_like
-from .plan import Group
+from .plan import Group, copy_all
 from .rows import label_of
 from .state import (
     MASTER,
@@ -119,8 +119,7 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any], wanted: Wanted) 
     for key, value in optimizer.state.items():
         if isinstance(value, _Held):
             optimizer.state[key] = value.state
-    for target, source in writes:
-        target.copy_(source)
+    copy_all([target for target, _ in writes], [source for _, source in writes])
 
 
 def _receive(

@@ -163,10 +163,9 @@ def test_huge_pages_are_asked_for_before_memory_is_touched(monkeypatch, cpu_back
     """For whole ones within a state, of 2 MiB each."""
     asked = []
     monkeypatch.setattr("fusedopt.memory._madvise", lambda: lambda *args: asked.append(args))
-    params = [torch.nn.Parameter(torch.ones(n)) for n in (2**20, 7, 2**20 + 5)]
-    opt = fusedopt.FusedAdamW(params)
+    params, opt = large_pair()
     opt.init_state()
-    states = [v for p in params[::2] for k, v in opt.state[p].items() if k != "step"]
+    states = [v for p in params for k, v in opt.state[p].items() if k != "step"]
     assert len(asked) == len(states) == 4
     for (start, n_bytes, _), state in zip(asked, states, strict=True):
         assert start % 2**21 == n_bytes % 2**21 == 0 and n_bytes >= 2**21
