@@ -102,13 +102,7 @@ AS_IN_TORCH = (
 def test_every_refusal_is_named() -> None:
     text = read("differences.md")
     assert [word for word in REFUSALS.values() if word not in text] == []
-<<<<<<< HEAD
     messages = set(raised(*FILES)) - {"…"}
-=======
-    messages = set(raised("optimizer.py", "rows.py", "plan.py", "state.py", "checkpoint.py")) - {
-        "…"
-    }
->>>>>>> wt-b
     known = (*REFUSALS, *AS_IN_TORCH)
     assert [m for m in sorted(messages) if not any(words in m for words in known)] == []
     assert [words for words in known if not any(words in m for m in messages)] == []

@@ -214,9 +214,7 @@ def test_an_optimizer_takes_the_groups(optimizer: type[torch.optim.Optimizer]) -
 
 @pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), float("inf")])
 def test_an_impossible_decay_is_named(weight_decay: float) -> None:
-    with pytest.raises(
-        ValueError, match=rf"got {weight_decay}.*`weight_decay=0\.0`"
-    ):
+    with pytest.raises(ValueError, match=rf"got {weight_decay}.*`weight_decay=0\.0`"):
         fusedopt.param_groups(nn.Linear(2, 2), weight_decay)
 
 
