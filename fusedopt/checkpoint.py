@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .memory import empty_like
+from .memory import empty_like, huge_pages
 from .plan import Group, copy_all
 from .rows import label_of
 from .state import (
@@ -105,14 +105,15 @@ class _Held:
 def load(optimizer: FusedOptimizer, state_dict: dict[str, Any], wanted: Wanted) -> None:
     """Copy a checkpoint that was checked; until all memory is there nothing is changed."""
     state: dict[Any, Any] = {}
-    writes: list[Write] = []
+    writes: list[Write] = []  # to the optimizer's own tensors
+    fills: list[Write] = []  # of new ones
     for key, value in state_dict["state"].items():
         if key in wanted:
-            own, in_place = _receive(optimizer, *wanted[key], value)
-            state[key] = _Held(own)
-            writes += in_place
+            state[key] = _Held(_receive(optimizer, *wanted[key], value, writes, fills))
         else:
             state[key] = copy.deepcopy(value)
+    with huge_pages([target for target, _ in fills]):
+        copy_all([target for target, _ in fills], [source for _, source in fills])
     names = names_given(optimizer)
     _load_without_hooks(optimizer, {**state_dict, "state": state})
     optimizer._shared.names = names
@@ -123,24 +124,28 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any], wanted: Wanted) 
 
 
 def _receive(
-    optimizer: FusedOptimizer, param: Tensor, names: Sequence[str], saved: ParamState
-) -> tuple[ParamState, list[Write]]:
+    optimizer: FusedOptimizer,
+    param: Tensor,
+    names: Sequence[str],
+    saved: ParamState,
+    writes: list[Write],
+    fills: list[Write],
+) -> ParamState:
     """The state for ``param`` that ``saved`` stands for; shares no memory with it.
 
     A tensor of the optimizer that nobody else can see is used again, so that loading needs no
-    second state. What is to be written to such tensors is returned, for later.
+    second state. What is still to be copied into tensors is added to ``writes`` and ``fills``.
 
     Accepts what ``torch.optim`` saves: states in the parameter's dtype, ``step`` as a number or in
     any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
     """
     own = as_ours(saved, names)
     if is_lazy(param):
-        return copy.deepcopy(own), []  # the step converts it, once the parameter has a shape
+        return copy.deepcopy(own)  # the step converts it, once the parameter has a shape
     like = dense_like(param)
     if not wants_master(param, optimizer._shared.options.master_weights):
         own.pop(MASTER, None)  # of a half parameter
     state: ParamState = {}
-    writes: list[Write] = []
     for name, value in own.items():
         if name == STEP and names:
             state[name] = step_tensor(value, param)
@@ -152,8 +157,9 @@ def _receive(
             state[name] = optimizer.state[param][name]
             writes.append((state[name], value))
         else:
-            state[name] = empty_like(like, state_dtype(param)).copy_(value)
-    return state, writes
+            state[name] = empty_like(like, state_dtype(param))
+            fills.append((state[name], value))
+    return state
 
 
 def _is_reusable(optimizer: FusedOptimizer, param: Tensor, name: str, like: Tensor) -> bool:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
+_WORTH_ASKING = 1 << 16  # bytes; glibc's allocations of less lie among others
+_MADV_HUGEPAGE = 14
+_MADV_COLLAPSE = 25  # Linux 6.1; an older one refuses
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor without values, of ``tensor``'s shape, strides and device, in memory of its own.
-
-    On Linux the kernel is asked for huge pages: an optimizer streams through its state once a step,
-    and with pages of 4 KiB it would wait for the page tables, too. The kernel gives them where
-    memory is touched for the first time, so the caller has to fill the tensor.
 
     Args:
         tensor: its elements are dense in memory (no gaps, no overlap).
@@ -28,24 +28,54 @@ def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         RuntimeError: there is not enough memory.
     """
-    new = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
-    if new.device.type == "cpu":
-        _ask_for_huge_pages(new.data_ptr(), new.nbytes)
-    return new
+    return torch.empty_like(tensor, dtype=dtype, requires_grad=False)
 
 
-def _ask_for_huge_pages(address: int, n_bytes: int) -> None:
-    """For the whole huge pages within; the kernel may refuse, and its other pages serve as well."""
-    start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
-    end = (address + n_bytes) // _HUGE_PAGE * _HUGE_PAGE
+@contextmanager
+def huge_pages(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Ask the kernel of Linux for huge pages; the block fills ``tensors`` for the first time.
+
+    An optimizer streams through its state once a step, and with pages of 4 KiB it would wait for
+    the page tables, too. Large allocations mostly lie side by side. All of a run are asked for
+    together, so that a huge page may hold the end of one and the beginning of the next; it is split
+    when one of them is freed. The allocator has written in front of each, where the page is a small
+    one already, so that after the block these are made huge. The kernel may refuse either.
+    """
+    runs = _runs([t for t in tensors if t.device.type == "cpu" and t.nbytes >= _WORTH_ASKING])
+    for start, end in runs:
+        _advise(start, end, _MADV_HUGEPAGE)
+    yield
+    for start, end in runs:
+        whole = -(-start // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
+        _advise(*whole, _MADV_COLLAPSE)
+
+
+def _advise(start: int, end: int, advice: int) -> None:
     madvise = _madvise()
-    if start < end and madvise is not None:
-        madvise(start, end - start, mmap.MADV_HUGEPAGE)
+    if madvise is not None and start < end:
+        madvise(start, end - start, advice)
+
+
+def _runs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Where the memory of ``tensors`` begins and ends, in pages; neighbours are one."""
+    runs: list[tuple[int, int]] = []
+    for start, end in sorted(_pages(t.data_ptr(), t.nbytes) for t in tensors):
+        if runs and start <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(end, runs[-1][1]))
+        else:
+            runs.append((start, end))
+    return runs
+
+
+def _pages(address: int, n_bytes: int) -> tuple[int, int]:
+    """Where the first page that has some of it begins, and where the last one ends."""
+    page = mmap.PAGESIZE
+    return address // page * page, -(-(address + n_bytes) // page) * page
 
 
 @cache
 def _madvise() -> Callable[[int, int, int], int] | None:
-    if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if sys.platform != "linux":
         return None
     function = getattr(ctypes.CDLL(None), "madvise", None)
     if function is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .memory import empty_like, is_dense
+from .memory import empty_like, huge_pages, is_dense
 from .plan import HALF_DTYPES
 
 MASTER = "master_param"
@@ -215,15 +215,16 @@ def complete_all(
         for name in (*names[i], *master):
             if not fits(result[i].get(name), like):
                 wanted.append((i, name, empty_like(like, state_dtype(like))))
-    for i, name, new in wanted:
-        old = result[i].get(name)
-        if isinstance(old, Tensor):
-            new.copy_(old)
-        elif name == MASTER:
-            new.copy_(params[i].detach())
-        else:
-            new.zero_()
-        result[i][name] = new
+    with huge_pages([new for _, _, new in wanted]):
+        for i, name, new in wanted:
+            old = result[i].get(name)
+            if isinstance(old, Tensor):
+                new.copy_(old)
+            elif name == MASTER:
+                new.copy_(params[i].detach())
+            else:
+                new.zero_()
+            result[i][name] = new
     for param, own, wished in zip(params, result, names, strict=True):
         if (wished or STEP in own) and not is_step(own.get(STEP), param):
             own[STEP] = step_tensor(own.get(STEP, 0), param)

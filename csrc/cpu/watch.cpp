@@ -221,6 +221,7 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds) :
       const bool small = placement.is_tensor && numel(placement) <= kSmall;
       items_.push_back(
           {PyRef::borrow(name), item, placement, small ? SecondOwner(item) : SecondOwner()});
+      if (!items_.back().second_owner) ++n_held_;
     }
     entry.n_items = items_.size() - entry.first_item;
     entries_.push_back(std::move(entry));
@@ -262,7 +263,7 @@ bool Watch::same_state(PyObject* state, Held& held) const {
       if (name != watched.key.get() || item != watched.value) return false;
       if (!watched.placement.is_tensor) continue;
       if (!in_place(watched.placement, item)) return false;
-      held.keep(item);
+      if (!watched.second_owner) held.keep(item);
     }
   }
   return true;

@@ -37,8 +37,9 @@ class PyRef {
   PyObject* object_ = nullptr;
 };
 
-// What a step owns while it runs: the gradient of each row and all tensors of the state. Another
-// thread may drop any of them while the kernels run without the GIL.
+// What a step owns while it runs: the gradient of each row, and the tensors of the state that have
+// no second owner in the watch. Another thread may drop any of them while the kernels run without
+// the GIL.
 class Held {
  public:
   Held(size_t n_rows, size_t n_tensors) {
@@ -70,6 +71,7 @@ class SecondOwner {
   explicit SecondOwner(PyObject* tensor);
   SecondOwner(SecondOwner&& other) noexcept : managed_(other.managed_) { other.managed_ = nullptr; }
   SecondOwner& operator=(SecondOwner&&) = delete;
+  explicit operator bool() const { return managed_ != nullptr; }
   ~SecondOwner();
 
  private:
@@ -94,7 +96,7 @@ class Watch {
     Held held;
   };
 
-  Look new_look() const { return {{}, {}, Held(rows_.size(), items_.size())}; }
+  Look new_look() const { return {{}, {}, Held(rows_.size(), n_held_)}; }
 
   // Fills grads[row] for every row, odd ones as absent. Returns false when the plan no longer
   // describes the optimizer.
@@ -150,6 +152,7 @@ class Watch {
   const PyObject* state_;
   std::vector<StateEntry> entries_;
   std::vector<Item> items_;
+  size_t n_held_ = 0;  // tensors in items_ without a second owner
   std::vector<int64_t> layouts_;
 };
 
