@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adam import Adam
 
-from .optimizer import FusedOptimizer, torch_defaults
+from .groups import torch_defaults
+from .optimizer import FusedOptimizer
 from .options import Options, flag, number
 from .plan import Group
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ from torch.optim import Optimizer
 from . import checkpoint
 from .amp import AmpAttributes
 from .backends import Backend, choose, prepare
+from .groups import (
+    check_containers,
+    refuse_differentiable,
+    refuse_duplicates,
+    take_out_options,
+)
 from .modes import durable, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options, check_group, number
 from .plan import (
@@ -62,7 +68,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     @untraced
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
-        _refuse_differentiable(defaults, type(self).__name__)
+        refuse_differentiable(defaults, type(self).__name__)
         check_group(defaults, self.numbers)
         with durable():
             scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
@@ -147,7 +153,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         try:
             return self._step_inputs_now()
         except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
-            self._check_containers()
+            check_containers(self.param_groups, self.state)
             raise
 
     def _step_inputs_now(self) -> StepInputs:
@@ -191,7 +197,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             try:
                 self._pack_options(group, table, offset)
             except Exception:
-                self._check_containers()
+                check_containers(self.param_groups, self.state)
                 self._check_options(i)
                 raise
             total = sum(_DOUBLES.unpack_from(table, offset))
@@ -208,33 +214,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
                     f"`optimizer.param_groups[{index}][{name!r}] = {self.defaults.get(name)!r}`"
                 )
         check_group(group, self.numbers, f" in {where}", RuntimeError)
-        _refuse_differentiable(group, where)
-        self._take_out_options(group, where)
-
-    def _check_containers(self) -> None:
-        """Refuse what is no list of param groups, or no params in them."""
-        if not isinstance(self.param_groups, list):
-            raise RuntimeError(
-                f"optimizer.param_groups is a {type(self.param_groups).__name__}, not a list; use "
-                "`optimizer.param_groups = list(optimizer.param_groups)`"
-            )
-        for i, group in enumerate(self.param_groups):
-            if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
-                raise RuntimeError(
-                    f"param group {i} is no dict with a list of params; take it out: "
-                    f"`del optimizer.param_groups[{i}]`"
-                )
-            for k, param in enumerate(group["params"]):
-                if not isinstance(param, Tensor):
-                    raise RuntimeError(
-                        f"param {k} of group {i} is a {type(param).__name__}, not a tensor; take "
-                        f"it out: `del optimizer.param_groups[{i}]['params'][{k}]`"
-                    )
-        if not isinstance(self.state, dict):
-            raise RuntimeError(
-                f"optimizer.state is a {type(self.state).__name__}, not a dict; "
-                "`optimizer.state = {}` starts all state anew"
-            )
+        refuse_differentiable(group, where)
+        self._take_out(group, where, RuntimeError)
 
     def _number(self, value: Any, offset: int) -> float:
         """``value`` for the eight bytes at ``offset`` of the options table.
@@ -285,7 +266,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def _build_plan(self, every_param: bool) -> tuple[Backend, Plan]:
         """A plan for the optimizer as it is now; creates what state is missing."""
-        self._check_containers()
+        check_containers(self.param_groups, self.state)
         layout = self._layout()
         rows = checked_rows(self.param_groups, self.state, layout, self._shared.names)
         with durable(), torch.no_grad():
@@ -412,9 +393,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         if isinstance(param_group, dict):
             where = f"param group {index}"
             check_group(param_group, self.numbers, f" in {where}")
-            _refuse_differentiable(param_group, where)
-            self._take_out_options(param_group, where, ValueError)
-            _refuse_duplicates(param_group, where)
+            refuse_differentiable(param_group, where)
+            self._take_out(param_group, where, ValueError)
+            refuse_duplicates(param_group, where)
         super().add_param_group(param_group)
         try:
             for i, p in enumerate(self.param_groups[index]["params"]):
@@ -424,21 +405,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             del self.param_groups[index]
             raise
 
-    def _take_out_options(
-        self, group: dict[str, Any], where: str, error: type[Exception] = RuntimeError
-    ) -> None:
-        """Options of the whole optimizer get into a group where a wrapper passes its keyword
-        arguments on: no harm in a value that is the optimizer's own."""
-        options = self._shared.options
-        for name in OPTION_NAMES & group.keys():
-            value, own = group[name], getattr(options, name)
-            if getattr(options.changed(**{name: value}), name) != own:
-                raise error(
-                    f"{name}={value!r} in {where}: it holds for all groups together, where it is "
-                    f"{own!r}; take it out of the group, and pass it to the optimizer: "
-                    f"`{type(self).__name__}(params, {name}={value!r})`"
-                )
-            del group[name]
+    def _take_out(self, group: Group, where: str, error: type[Exception]) -> None:
+        take_out_options(group, where, type(self).__name__, self._shared.options, error)
 
     def __repr__(self) -> str:
         non_defaults = self._shared.options.non_defaults()
@@ -502,7 +470,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         state_dict["param_groups"] = groups
         for i, group in enumerate(groups):
             where = f"param group {i} of the state_dict"
-            _refuse_differentiable(group, where)
+            refuse_differentiable(group, where)
             check_group(group, self.numbers, f" in {where}")
         wanted = checkpoint.check(self, state_dict)
         self._check_loaded_groups(groups)
@@ -511,50 +479,6 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             checkpoint.load(self, state_dict, wanted)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def torch_defaults(
-    twin: type[Optimizer], numbers: Sequence[str], **arguments: Any
-) -> dict[str, Any]:
-    """The group keys and defaults of torch's own class, which checks its arguments: same errors,
-    any version. What it lets pass, or refuses without a name, is refused here.
-
-    Raises:
-        ValueError: an argument is out of range, no number, or NaN.
-    """
-    try:
-        defaults = twin([torch.zeros(0)], **arguments).defaults
-    except ValueError:
-        raise
-    except Exception:  # torch has compared None with a number, say
-        check_group(arguments, numbers)
-        raise
-    return defaults
-
-
-def _refuse_differentiable(group: dict[str, Any], label: str) -> None:
-    if group.get("differentiable"):
-        raise RuntimeError(
-            f"{label}: differentiable=True is not supported: the fused step is not recorded by "
-            "autograd; set `differentiable=False`, or use torch.optim for what has to be recorded"
-        )
-
-
-def _refuse_duplicates(group: dict[str, Any], where: str) -> None:
-    """torch warns, and the second row of a parameter would be refused by the first step."""
-    params = group.get("params")
-    if params is None or isinstance(params, (Tensor, set)):  # a set is refused by torch
-        return
-    group["params"] = params = list(params)
-    first: dict[int, int] = {}
-    for i, entry in enumerate(params):
-        param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
-        if id(param) in first:
-            raise ValueError(
-                f"param {i} of {where} is param {first[id(param)]} again; list each parameter "
-                "once: `params = list(dict.fromkeys(params))`"
-            )
-        first[id(param)] = i
 
 
 def _nbytes(tensor: Tensor | None) -> int:

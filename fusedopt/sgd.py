@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.sgd import SGD
 
 from .callers import users_level
-from .optimizer import FusedOptimizer, torch_defaults
+from .groups import torch_defaults
+from .optimizer import FusedOptimizer
 from .options import Options, flag, number
 from .plan import Group
 

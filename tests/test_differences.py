@@ -89,6 +89,11 @@ REFUSALS = {
     "elements share memory": "an expanded parameter",
     "and … share memory": "parameters that share memory",
     "has shape …, the parameter has": "a state of another shape",
+    "its state has … and lacks …": "a parameter's state that is there in part",
+    "counts the steps of a group": "a parameter's state that is there in part",
+    "not a plain tensor of floating-point numbers": "a state that is no plain tensor",
+    "and has to be a number of steps": "a `step` that is NaN or negative",
+    "it is the checkpoint of another": "a checkpoint of another optimizer",
 }
 # The same in torch: a gradient always has its parameter's shape and device, a state dict is a dict.
 AS_IN_TORCH = (
@@ -102,9 +107,9 @@ AS_IN_TORCH = (
 def test_every_refusal_is_named() -> None:
     text = read("differences.md")
     assert [word for word in REFUSALS.values() if word not in text] == []
-    messages = set(raised("optimizer.py", "checkpoint.py", "rows.py", "plan.py", "state.py")) - {
-        "…"
-    }
+    messages = set(
+        raised("optimizer.py", "groups.py", "checkpoint.py", "rows.py", "plan.py", "state.py")
+    ) - {"…"}
     known = (*REFUSALS, *AS_IN_TORCH)
     assert [m for m in sorted(messages) if not any(words in m for words in known)] == []
     assert [words for words in known if not any(words in m for m in messages)] == []

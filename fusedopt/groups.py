@@ -1,0 +1,99 @@
+"""Param groups as users give and edit them: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .options import OPTION_NAMES, Options, check_group
+from .plan import Group
+
+
+def torch_defaults(
+    twin: type[Optimizer], numbers: Sequence[str], **arguments: Any
+) -> dict[str, Any]:
+    """The group keys and defaults of torch's own class, which checks its arguments: same errors,
+    any version. What it lets pass, or refuses without a name, is refused here.
+
+    Raises:
+        ValueError: an argument is out of range, no number, or NaN.
+    """
+    try:
+        defaults = twin([torch.zeros(0)], **arguments).defaults
+    except ValueError:
+        raise
+    except Exception:  # torch has compared None with a number, say
+        check_group(arguments, numbers)
+        raise
+    return defaults
+
+
+def check_containers(groups: Any, state: Any) -> None:
+    """Refuse what is no list of param groups, or no params in them."""
+    if not isinstance(groups, list):
+        raise RuntimeError(
+            f"optimizer.param_groups is a {type(groups).__name__}, not a list; use "
+            "`optimizer.param_groups = list(optimizer.param_groups)`"
+        )
+    for i, group in enumerate(groups):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+            raise RuntimeError(
+                f"param group {i} is no dict with a list of params; take it out: "
+                f"`del optimizer.param_groups[{i}]`"
+            )
+        for k, param in enumerate(group["params"]):
+            if not isinstance(param, Tensor):
+                raise RuntimeError(
+                    f"param {k} of group {i} is a {type(param).__name__}, not a tensor; take "
+                    f"it out: `del optimizer.param_groups[{i}]['params'][{k}]`"
+                )
+    if not isinstance(state, dict):
+        raise RuntimeError(
+            f"optimizer.state is a {type(state).__name__}, not a dict; "
+            "`optimizer.state = {}` starts all state anew"
+        )
+
+
+def take_out_options(
+    group: Group, where: str, optimizer: str, options: Options, error: type[Exception]
+) -> None:
+    """Options of the whole optimizer get into a group where a wrapper passes its keyword
+    arguments on: no harm in a value that is the optimizer's own."""
+    for name in OPTION_NAMES & group.keys():
+        value, own = group[name], getattr(options, name)
+        if getattr(options.changed(**{name: value}), name) != own:
+            raise error(
+                f"{name}={value!r} in {where}: it holds for all groups together, where it is "
+                f"{own!r}; take it out of the group, and pass it to the optimizer: "
+                f"`{optimizer}(params, {name}={value!r})`"
+            )
+        del group[name]
+
+
+def refuse_differentiable(group: dict[str, Any], label: str) -> None:
+    if group.get("differentiable"):
+        raise RuntimeError(
+            f"{label}: differentiable=True is not supported: the fused step is not recorded by "
+            "autograd; set `differentiable=False`, or use torch.optim for what has to be recorded"
+        )
+
+
+def refuse_duplicates(group: dict[str, Any], where: str) -> None:
+    """torch warns, and the second row of a parameter would be refused by the first step."""
+    params = group.get("params")
+    if params is None or isinstance(params, (Tensor, set)):  # a set is refused by torch
+        return
+    group["params"] = params = list(params)
+    first: dict[int, int] = {}
+    for i, entry in enumerate(params):
+        param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if id(param) in first:
+            raise ValueError(
+                f"param {i} of {where} is param {first[id(param)]} again; list each parameter "
+                "once: `params = list(dict.fromkeys(params))`"
+            )
+        first[id(param)] = i
