@@ -474,8 +474,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             check_group(group, self.numbers, f" in {where}")
         wanted = checkpoint.check(self, state_dict)
         self._check_loaded_groups(groups)
-        self._drop_plan()
-        with durable(), torch.no_grad():
+        with self._shared.turn, durable(), torch.no_grad():  # not beside a step
+            self._drop_plan()
             checkpoint.load(self, state_dict, wanted)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
