@@ -133,7 +133,7 @@ def test_a_full_disk_is_no_reason_to_do_without(stand_in, where):
 
 @needs_compiler
 @pytest.mark.parametrize("what", ["probe", "stand_in", "-shared"])
-@pytest.mark.parametrize("says", ["/tmp/cc.s: No space left on device", "Killed signal terminated"])
+@pytest.mark.parametrize("says", ["cc.s: No space left on device", "Killed signal terminated"])
 def test_a_machine_without_room_is_no_reason_to_do_without(stand_in, tmp_path, what, says):
     """Nor to do without threads."""
     full = compiler_that(tmp_path, f'case "$*" in *{what}*) echo "c++: {says}"; exit 1; esac')
