@@ -10,10 +10,9 @@ from torch.optim.adam import Adam
 
 from .groups import torch_defaults
 from .optimizer import FusedOptimizer
-from .options import Options, flag, number
+from .options import Options
+from .options_table import KernelOptions
 from .plan import Group
-
-_OPTIONS = struct.Struct("=5d3q")  # AdamW::Options in csrc/rules.h
 
 
 class FusedAdamW(FusedOptimizer):
@@ -61,6 +60,7 @@ class FusedAdamW(FusedOptimizer):
 
     rule = "adamw"
     numbers = ("lr", "betas", "eps", "weight_decay")
+    table = struct.Struct("=5d3q")  # AdamW::Options
 
     def __init__(
         self,
@@ -115,17 +115,9 @@ class FusedAdamW(FusedOptimizer):
         names = ("exp_avg", "exp_avg_sq")
         return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
-    def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
+    def _kernel_options(self, group: Group) -> KernelOptions:
         beta1, beta2 = group["betas"]
-        _OPTIONS.pack_into(
-            table,
-            offset,
-            self._number(group["lr"], offset),
-            self._number(group["weight_decay"], offset + 8),
-            self._number(beta1, offset + 16),
-            self._number(beta2, offset + 24),
-            number(group["eps"]),
-            flag(group["decoupled_weight_decay"]),
-            flag(group["maximize"]),
-            flag(group["amsgrad"]),
+        return (
+            (group["lr"], group["weight_decay"], beta1, beta2, group["eps"]),
+            (group["decoupled_weight_decay"], group["maximize"], group["amsgrad"]),
         )

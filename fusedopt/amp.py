@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _record_function_with_args_enter, _record_function_with_args_exit
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .modes import durable, untraced
+from .modes import durable, is_recorded, untraced
 from .options import is_number
 from .plan import FOUND_INF, is_fsdp1_shard, served_params
 from .shared import ScalerExchange, Shared
@@ -34,6 +33,9 @@ class AmpInputs:
     found_inf: Tensor | None
     inf_flag: Tensor | None
     in_charge: bool  # a scaler decides about this step: non-finite gradients skip it
+
+
+_NO_SCALER = AmpInputs(None, None, None, in_charge=False)
 
 
 class AmpAttributes:
@@ -173,6 +175,8 @@ class AmpAttributes:
 
     def _amp_inputs(self, device: torch.device) -> AmpInputs:
         amp = self._amp
+        if not amp.values and amp.due is None:
+            return _NO_SCALER
         found_inf = amp.values.get("found_inf")
         return AmpInputs(
             grad_scale=_one_float(amp.values.get("grad_scale"), "grad_scale", device),
@@ -199,12 +203,11 @@ class AmpAttributes:
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """torch's wrapper around ``step`` (profiler, hooks), entered only where there is either.
 
-        The profiler's range is there in any case: torch's ``record_function`` in its shortest form,
-        since a range may be recorded where Python sees no profiler (``ExecutionTraceObserver``, a
-        profiler that is started from outside). An error in any of it restores the attributes.
+        An error in any of it restores the attributes.
         """
         hooked = Optimizer.profile_hook_step(func)
 
+        @untraced
         @functools.wraps(hooked)
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             watched = (
@@ -212,17 +215,10 @@ class AmpAttributes:
                 or self._optimizer_step_post_hooks
                 or _global_optimizer_pre_hooks
                 or _global_optimizer_post_hooks
-                or torch.autograd.profiler._is_profiler_enabled
+                or is_recorded()
             )
             try:
-                if watched:
-                    return hooked(self, *args, **kwargs)
-                name = f"Optimizer.step#{self.__class__.__name__}.step"
-                profiled = _record_function_with_args_enter(name)
-                try:
-                    return func(self, *args, **kwargs)
-                finally:
-                    _record_function_with_args_exit(profiled)
+                return hooked(self, *args, **kwargs) if watched else func(self, *args, **kwargs)
             except BaseException:
                 self._amp_restore()
                 raise

@@ -28,12 +28,12 @@ from .groups import (
     take_out_options,
 )
 from .modes import durable, refuse_tracing, untraced
-from .options import OPTION_NAMES, Options, check_group, number
+from .options import OPTION_NAMES, Options, check_group
+from .options_table import KernelOptions, pack
 from .plan import (
     CLIP_COEF,
     GRAD_NORM,
     N_STEP_SCALARS,
-    OPTIONS_BYTES,
     SKIPPED_STEPS,
     Group,
     Plan,
@@ -45,13 +45,6 @@ from .plan import (
 from .rows import check_param, checked_rows, complete_rows, label_of
 from .shared import Shared
 
-# Stands in the options table for a number that is on the device: a NaN that nobody else uses, so
-# that a table which holds a number again differs from it.
-ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))[0]
-
-_DOUBLES = struct.Struct(f"={OPTIONS_BYTES // 8}d")  # of one group; the flags in it read as tiny
-
-
 # Another thread may change gradients and states while a plan is being built.
 BUILDS = 8
 
@@ -59,11 +52,12 @@ BUILDS = 8
 class FusedOptimizer(AmpAttributes, Optimizer):
     """Base class of the optimizers; see ``FusedAdamW`` and ``FusedSGD``.
 
-    A subclass names its rule and its number options, says which states a group needs and packs its
-    hyper-parameters.
+    A subclass names its rule and its number options, and says which states a group needs and what
+    the kernels read of its hyper-parameters.
     """
 
     rule: str
+    table: struct.Struct  # the rule's Options (csrc/rules.h): numbers as doubles, then flags
     numbers: tuple[str, ...]  # options of a param group that are a number, or a pair (`betas`)
 
     @untraced
@@ -83,8 +77,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         """States of a parameter in ``group``, in the order the kernels know them by."""
 
     @abstractmethod
-    def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
-        """Write the group's hyper-parameters as the rule's ``Options`` (csrc/rules.h)."""
+    def _kernel_options(self, group: Group) -> KernelOptions:
+        """The numbers and the flags of the group, in the order of ``table``."""
 
     def _check_loaded_groups(self, groups: list[Group]) -> None:
         """Warn of what the groups of a checkpoint, which will be loaded, change."""
@@ -150,27 +144,31 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def _step_inputs(self) -> StepInputs:
         refuse_tracing()
-        try:
-            return self._step_inputs_now()
-        except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
-            check_containers(self.param_groups, self.state)
-            raise
-
-    def _step_inputs_now(self) -> StepInputs:
         shared = self._shared
         options = shared.options
         clips = options.max_grad_norm is not None
-        if clips and self._is_fsdp1_sharded():
-            raise RuntimeError(
-                f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: each "
-                "rank sees only its part of the norm; set `optimizer.max_grad_norm = None`, and "
-                "call `model.clip_grad_norm_(max_norm)` before the step"
+        try:
+            if clips and self._is_fsdp1_sharded():
+                raise RuntimeError(
+                    f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: "
+                    "each rank sees only its part of the norm; set "
+                    "`optimizer.max_grad_norm = None`, and call "
+                    "`model.clip_grad_norm_(max_norm)` before the step"
+                )
+            device = self._flag_device(shared.scalars.device)
+            if shared.scalars.device != device:
+                with durable():
+                    shared.scalars = shared.scalars.to(device)
+            table, device_numbers = pack(
+                self.param_groups,
+                self._kernel_options,
+                self.table,
+                self._stays_on_device,
+                self._check_options,
             )
-        device = self._flag_device(shared.scalars.device)
-        if shared.scalars.device != device:
-            with durable():
-                shared.scalars = shared.scalars.to(device)
-        table = self._packed_options()
+        except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
+            check_containers(self.param_groups, self.state)
+            raise
         amp = self._amp_inputs(device)
         return StepInputs(
             groups=self.param_groups,
@@ -184,28 +182,11 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             grad_scale=amp.grad_scale,
             found_inf=amp.found_inf,
             inf_flag=amp.inf_flag,
-            device_numbers=self._device_numbers,
+            device_numbers=device_numbers,
         )
 
-    def _packed_options(self) -> bytearray:
-        """The options table of this step. Everything that is wrong with a group is refused here."""
-        self._device_numbers: list[tuple[int, Tensor]] = []
-        groups = self.param_groups
-        table = bytearray(OPTIONS_BYTES * len(groups))
-        for i, group in enumerate(groups):
-            offset = i * OPTIONS_BYTES
-            try:
-                self._pack_options(group, table, offset)
-            except Exception:
-                check_containers(self.param_groups, self.state)
-                self._check_options(i)
-                raise
-            total = sum(_DOUBLES.unpack_from(table, offset))
-            if total != total or group.get("differentiable") or not OPTION_NAMES.isdisjoint(group):
-                self._check_options(i)
-        return table
-
     def _check_options(self, index: int) -> None:
+        check_containers(self.param_groups, self.state)
         group, where = self.param_groups[index], f"param group {index}"
         for name in (*self.numbers, *self.defaults):
             if name not in group:
@@ -216,20 +197,6 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         check_group(group, self.numbers, f" in {where}", RuntimeError)
         refuse_differentiable(group, where)
         self._take_out(group, where, RuntimeError)
-
-    def _number(self, value: Any, offset: int) -> float:
-        """``value`` for the eight bytes at ``offset`` of the options table.
-
-        A tensor on the parameters' own device is left there: the kernels read it, and nobody waits.
-        """
-        if not isinstance(value, Tensor) or not self._stays_on_device(value):
-            return number(value)
-        if value.numel() != 1:
-            raise TypeError(f"tensor of shape {tuple(value.shape)}")
-        if value.dtype not in (torch.float32, torch.float64):
-            value = value.double()
-        self._device_numbers.append((offset // 8, value))
-        return ON_DEVICE
 
     def _stays_on_device(self, value: Tensor) -> bool:
         return not value.is_cpu and not self._shared.scalars.is_cpu

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,17 +114,9 @@ def _alive(ref: weakref.ref[Tensor]) -> Tensor:
     return tensor
 
 
-class Held(Protocol):
-    """What a step owns while it runs: the gradients that it began with, and the state's tensors.
-
-    Another thread may drop any of them meanwhile.
-    """
-
-    def grad(self, row: int) -> Tensor | None:
-        """The row's gradient; ``None`` where there is none."""
-
-    def release(self) -> None:
-        """Before its time, where an error's frames would keep it alive."""
+# What a step owns while it runs: the gradient of each row, or None, and then the state's tensors.
+# Another thread may drop any of them meanwhile.
+Held = list[Any]
 
 
 @dataclass(slots=True)
@@ -149,7 +141,8 @@ class StepInputs:
     def grad(self, row: int) -> Tensor | None:
         """The gradient of the plan's row in this step; ``None``: takes no part in it."""
         assert self.held is not None
-        return self.held.grad(row)
+        grad: Tensor | None = self.held[row]
+        return grad
 
     @property
     def clip_threshold(self) -> float:
@@ -220,7 +213,7 @@ class Plan(ABC):
         """Note where the gradients are; ``None`` when the plan has to be rebuilt.
 
         Returns:
-            What the step has to hold until it is over, and then release.
+            What the step has to hold until it is over.
 
         Raises:
             RuntimeError: a gradient cannot be used (sparse, complex, of another shape or device).
@@ -237,9 +230,9 @@ class Plan(ABC):
             return None
         try:
             for index in odd:
-                self._accept(index, held.grad(index))
+                self._accept(index, held[index])
         except BaseException:
-            held.release()
+            held.clear()  # which the error's frames keep alive
             raise
         return held
 
@@ -247,7 +240,7 @@ class Plan(ABC):
         """Whether the step is not allowed to write; a new plan then refuses by name."""
         if torch.is_inference_mode_enabled():
             return False
-        return any(held.grad(index) is not None for index in self._of_inference)
+        return any(held[index] is not None for index in self._of_inference)
 
     @abstractmethod
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:

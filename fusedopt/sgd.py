@@ -12,10 +12,9 @@ from torch.optim.sgd import SGD
 from .callers import users_level
 from .groups import torch_defaults
 from .optimizer import FusedOptimizer
-from .options import Options, flag, number
+from .options import Options
+from .options_table import KernelOptions
 from .plan import Group
-
-_OPTIONS = struct.Struct("=4d4q")  # SGD::Options in csrc/rules.h
 
 
 class FusedSGD(FusedOptimizer):
@@ -51,6 +50,7 @@ class FusedSGD(FusedOptimizer):
 
     rule = "sgd"
     numbers = ("lr", "momentum", "dampening", "weight_decay")
+    table = struct.Struct("=4d3q8x")  # SGD::Options
 
     def __init__(
         self,
@@ -118,16 +118,8 @@ class FusedSGD(FusedOptimizer):
                 )
                 return
 
-    def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
-        _OPTIONS.pack_into(
-            table,
-            offset,
-            self._number(group["lr"], offset),
-            self._number(group["weight_decay"], offset + 8),
-            number(group["momentum"]),
-            number(group["dampening"]),
-            flag(group["decoupled_weight_decay"]),
-            flag(group["maximize"]),
-            flag(group["nesterov"]),
-            0,
+    def _kernel_options(self, group: Group) -> KernelOptions:
+        return (
+            (group["lr"], group["weight_decay"], group["momentum"], group["dampening"]),
+            (group["decoupled_weight_decay"], group["maximize"], group["nesterov"]),
         )

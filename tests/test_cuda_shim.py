@@ -262,14 +262,6 @@ def test_loss_scale_goes_up_and_down() -> None:
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 def test_options_in_tensors(rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read by the kernels, when they run: as on a GPU, where the host does not look at them."""
-    number = fusedopt.optimizer.FusedOptimizer._number
-
-    def number_on_device(self: Any, value: Any, offset: int) -> float:
-        if self is not twins.opt or not isinstance(value, Tensor):
-            return number(self, value, offset)
-        self._device_numbers.append((offset // 8, value))
-        return 99.0  # what nobody may use
-
     def hyper(k: int) -> dict[str, Any]:
         own: dict[str, Any] = {"lr": 0.1 / k, "weight_decay": 0.3 / k}
         if rule == "adamw":
@@ -279,7 +271,9 @@ def test_options_in_tensors(rule: str, dtype: torch.dtype, monkeypatch: pytest.M
     groups = [{"params": [randn(300, k), randn(5, k)], **hyper(k)} for k in (1, 2, 3)]
     groups.append({"params": [randn(7, 1)], "lr": 0.01, "weight_decay": 0.1})
     twins = ShimTwins(rule, groups, max_grad_norm=1.0)
-    monkeypatch.setattr(fusedopt.optimizer.FusedOptimizer, "_number", number_on_device)
+    monkeypatch.setattr(
+        fusedopt.optimizer.FusedOptimizer, "_stays_on_device", lambda self, value: self is twins.opt
+    )
     twins.run()
     for optimizer in (twins.opt, twins.twin):
         for group in optimizer.param_groups[:3]:

@@ -61,13 +61,12 @@ struct Options {
   Rule rule;
   const void* data;
 
-  Options(const std::string& name, const py::buffer& table, const Plan& plan) {
+  Options(const std::string& name, const py::bytearray& table, const Plan& plan) {
     rule = rule_named(name);
-    const py::buffer_info info = table.request();
-    data = info.ptr;
-    FUSEDOPT_CHECK(plan.n_groups * kOptionsBytes <= info.size * info.itemsize,
-                   "the options table has ", info.size * info.itemsize, " bytes for ",
-                   plan.n_groups, " groups");
+    data = PyByteArray_AS_STRING(table.ptr());
+    const Py_ssize_t n_bytes = PyByteArray_GET_SIZE(table.ptr());
+    FUSEDOPT_CHECK(plan.n_groups * kOptionsBytes <= n_bytes, "the options table has ", n_bytes,
+                   " bytes for ", plan.n_groups, " groups");
   }
 };
 
@@ -84,7 +83,7 @@ void reduce(const Plan& plan, double norm_type, uintptr_t grad_scale, int num_th
   current_kernels().reduce(plan.view, type, inv_scale, num_threads);
 }
 
-void finalize_step(const Plan& plan, const std::string& rule, const py::buffer& table,
+void finalize_step(const Plan& plan, const std::string& rule, const py::bytearray& table,
                    double norm_type, double max_grad_norm, bool measured, bool skip_nonfinite,
                    uintptr_t grad_scale, uintptr_t found_inf, uintptr_t inf_flag) {
   const Options options(rule, table, plan);
@@ -94,7 +93,7 @@ void finalize_step(const Plan& plan, const std::string& rule, const py::buffer& 
            pointer<const float>(found_inf), pointer<float>(inf_flag), *plan.scalars);
 }
 
-void update(const Plan& plan, const std::string& rule, const py::buffer& table,
+void update(const Plan& plan, const std::string& rule, const py::bytearray& table,
             double max_grad_value, int num_threads) {
   const Options options(rule, table, plan);
   count(plan.view, *plan.scalars);
@@ -107,16 +106,11 @@ void update(const Plan& plan, const std::string& rule, const py::buffer& table,
 
 py::object refresh(const Watch& watch, const py::object& groups, const py::object& state,
                    uintptr_t grads) {
-  Watch::Look look = watch.new_look();
+  Watch::Look look;
   const bool current =
       watch.refresh(groups.ptr(), state.ptr(), required<Grad>(grads, "grads"), look);
   if (!current) return py::none();
-  return py::make_tuple(look.odd, look.absent, std::move(look.held));
-}
-
-py::object grad_of_row(const Held& held, size_t row) {
-  PyObject* grad = held.grad(row);
-  return grad ? py::reinterpret_borrow<py::object>(grad) : py::none();
+  return py::make_tuple(look.odd, look.absent, py::reinterpret_borrow<py::list>(look.held.get()));
 }
 
 std::vector<std::string> simd_levels() {
@@ -147,9 +141,6 @@ PYBIND11_MODULE(_cpu, m) {
                }),
            py::arg("groups"), py::arg("state"), py::arg("kinds"))
       .def("refresh", &refresh, py::arg("groups"), py::arg("state"), py::arg("grads"));
-  py::class_<Held>(m, "Held")
-      .def("grad", &grad_of_row, py::arg("row"))
-      .def("release", &Held::release);
   m.def(
       "use_torch",
       [](const py::object& tensor_type, const py::object& parameter_type, const py::object& is_neg,

@@ -81,7 +81,9 @@ bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
 // misses. So the lines of the tensors to come are asked for this many rows ahead.
 constexpr size_t kAhead = 8;
 
-constexpr int64_t kSmall = 1 << 14;  // elements: see SecondOwner
+// Of tensors with a second owner: see SecondOwner.
+constexpr int64_t kSmall = 4 << 10;       // bytes of one: less than a page returns to nobody
+constexpr int64_t kSmallInAll = 8 << 20;  // bytes
 
 // The Python object, and torch's record around the sizes that the exchange showed.
 void fetch(const void* object, const void* record) {
@@ -116,15 +118,6 @@ void use_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* is_neg
   // Never given back: the module keeps them as long as the process lives.
   for (PyObject* object : {tensor_type, parameter_type, is_neg}) Py_INCREF(object);
   torch = {api, tensor_type, parameter_type, is_neg, getset_named(tensor_type, "grad")};
-}
-
-void Held::release() {
-  std::vector<PyRef> objects = std::move(objects_);
-  objects_.clear();
-  for (size_t i = 0; i < objects.size(); ++i) {
-    if (i + kAhead < objects.size()) __builtin_prefetch(objects[i + kAhead].get());
-    objects[i] = PyRef();
-  }
 }
 
 SecondOwner::SecondOwner(PyObject* tensor) {
@@ -170,6 +163,10 @@ bool Watch::same_layout(const Placement& placement, const dlpack::Tensor& t) con
   return true;
 }
 
+int64_t Watch::nbytes(const Placement& placement) const {
+  return numel(placement) * placement.dtype_bits / 8;
+}
+
 int64_t Watch::numel(const Placement& placement) const {
   const int64_t* shape = layouts_.data() + placement.layout;
   int64_t n = 1;
@@ -209,6 +206,7 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds) :
   }
   FUSEDOPT_CHECK(rows_.size() == kinds.size(), "more row kinds than params");
 
+  int64_t twice_owned = kSmallInAll;
   PyObject *key, *value;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
     StateEntry entry;
@@ -218,9 +216,11 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds) :
     PyObject *name, *item;
     for (Py_ssize_t in = 0; PyDict_Check(value) && PyDict_Next(value, &in, &name, &item);) {
       const Placement placement = place(item, layouts);
-      const bool small = placement.is_tensor && numel(placement) <= kSmall;
+      const int64_t n_bytes = placement.is_tensor ? nbytes(placement) : 0;
+      const bool owned = placement.is_tensor && n_bytes <= kSmall && twice_owned >= n_bytes;
+      if (owned) twice_owned -= n_bytes;
       items_.push_back(
-          {PyRef::borrow(name), item, placement, small ? SecondOwner(item) : SecondOwner()});
+          {PyRef::borrow(name), item, placement, owned ? SecondOwner(item) : SecondOwner()});
       if (!items_.back().second_owner) ++n_held_;
     }
     entry.n_items = items_.size() - entry.first_item;
@@ -242,10 +242,11 @@ bool Watch::same_groups(PyObject* groups) const {
   return true;
 }
 
-bool Watch::same_state(PyObject* state, Held& held) const {
+bool Watch::same_state(PyObject* state, PyObject* held) const {
   if (state != state_) return false;
   if (static_cast<size_t>(PyDict_Size(state)) != entries_.size()) return false;
   PyObject *key, *value;
+  auto at_held = static_cast<Py_ssize_t>(rows_.size());
   size_t e = 0;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value); ++e) {
     fetch_entry(e + kAhead);
@@ -263,7 +264,9 @@ bool Watch::same_state(PyObject* state, Held& held) const {
       if (name != watched.key.get() || item != watched.value) return false;
       if (!watched.placement.is_tensor) continue;
       if (!in_place(watched.placement, item)) return false;
-      if (!watched.second_owner) held.keep(item);
+      if (watched.second_owner) continue;
+      Py_INCREF(item);
+      PyList_SET_ITEM(held, at_held++, item);
     }
   }
   return true;
@@ -301,7 +304,9 @@ bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
 }
 
 bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) const {
-  if (!same_groups(groups) || !same_state(state, look.held)) return false;
+  look.held = PyRef(PyList_New(static_cast<Py_ssize_t>(rows_.size() + n_held_)));
+  FUSEDOPT_CHECK(look.held.get(), "out of memory");
+  if (!same_groups(groups) || !same_state(state, look.held.get())) return false;
   for (size_t r = 0; r < rows_.size(); ++r) {
     fetch_row(r + kAhead);
     const WatchedRow& row = rows_[r];
@@ -309,19 +314,19 @@ bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) 
     if (!frozen && !in_place(row.placement, row.param.get())) return false;
     if (row.single_element && row.kind != RowKind::kStaged && negated(row.param.get()))
       return false;
-    PyRef grad(grad_of(row.param.get()));
-    if (!grad.get()) {
+    PyObject* const grad = grad_of(row.param.get());
+    if (!grad) {
       PyErr_Clear();
       return false;
     }
+    PyList_SET_ITEM(look.held.get(), static_cast<Py_ssize_t>(r), grad);
     grads[r] = {nullptr, DType::kFloat32, 0};
-    if (grad.get() == Py_None) {
+    if (grad == Py_None) {
       look.absent.push_back(static_cast<int64_t>(r));
       continue;
     }
     if (frozen || row.kind == RowKind::kAwaitsState) return false;
-    if (!read_grad(row, grad.get(), &grads[r])) look.odd.push_back(static_cast<int64_t>(r));
-    look.held.keep_grad(r, std::move(grad));
+    if (!read_grad(row, grad, &grads[r])) look.odd.push_back(static_cast<int64_t>(r));
   }
   return true;
 }

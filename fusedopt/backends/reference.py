@@ -33,7 +33,7 @@ from ..plan import (
     StepInputs,
     copy_all,
 )
-from .watch import Held, Snapshot
+from .watch import Snapshot
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 
@@ -68,7 +68,7 @@ class ReferencePlan(Plan):
         if any(self.rows[i].awaits_state or not self.rows[i].served for i in present):
             return None
         absent = [i for i, grad in enumerate(grads) if grad is None]
-        return present, absent, Held(grads, items)
+        return present, absent, grads + items
 
     def _use_grad(self, index: int, grad: Tensor) -> None:
         """torch's operations take any layout."""

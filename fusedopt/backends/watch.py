@@ -142,19 +142,6 @@ class Snapshot:
         return items if _same_places(places, self._places) else None
 
 
-class Held:
-    """See ``Held`` in csrc/cpu/watch.h."""
-
-    def __init__(self, grads: Sequence[Any], items: Sequence[Any]) -> None:
-        self._grads, self._items = grads, items
-
-    def grad(self, row: int) -> Any:
-        return self._grads[row]
-
-    def release(self) -> None:
-        self._grads = self._items = ()
-
-
 class PythonWatch:
     """See ``Watch`` in csrc/cpu/watch.h.
 
@@ -197,7 +184,7 @@ class PythonWatch:
         ctypes.memmove(address, records, len(records))
         unread = [row for row, fields in enumerate(found) if fields is _ABSENT]
         odd = [row for row in unread if grads[row] is not None]
-        return odd, [row for row in unread if grads[row] is None], Held(grads, items)
+        return odd, [row for row in unread if grads[row] is None], grads + items
 
     def _read(self, grads: Sequence[Any]) -> list[tuple[int, int, int]]:
         """The fields of each row's record."""
