@@ -58,6 +58,20 @@ def check_containers(groups: Any, state: Any) -> None:
         )
 
 
+def copies(groups: Any, state: Any) -> tuple[list[Group], dict[Any, Any]]:
+    """What an optimizer's own lists and dicts hold now; another thread may change those."""
+    check_containers(groups, state)
+    return (
+        [{**group, "params": list(group["params"])} for group in groups],
+        {key: dict(own) if is_plain_dict(own) else own for key, own in state.copy().items()},
+    )
+
+
+def is_plain_dict(own: object) -> bool:
+    """The plan looks into it without asking its class; see Watch in csrc/cpu/watch.h."""
+    return isinstance(own, dict) and type(own).__getitem__ is dict.__getitem__
+
+
 def take_out_options(
     group: Group, where: str, optimizer: str, options: Options, error: type[Exception]
 ) -> None:

@@ -23,6 +23,7 @@ from .amp import AmpAttributes
 from .backends import Backend, choose, prepare
 from .groups import (
     check_containers,
+    copies,
     refuse_differentiable,
     refuse_duplicates,
     take_out_options,
@@ -37,7 +38,6 @@ from .plan import (
     SKIPPED_STEPS,
     Group,
     Plan,
-    Row,
     StepInputs,
     is_served,
     served_params,
@@ -225,38 +225,41 @@ class FusedOptimizer(AmpAttributes, Optimizer):
                     shared.backend, shared.plan = backend, plan
                     return backend, plan
         for _ in range(BUILDS):
-            backend, plan = self._build_plan(every_param=False)
+            groups, state = copies(self.param_groups, self.state)
+            backend, plan = self._build_plan(groups, state, every_param=False)
             inputs.held = plan.refresh(self.param_groups, self.state)
+            if inputs.held is None:  # another thread changes them: the step goes by the copies
+                plan.look_at(groups, state)
+                inputs.held = plan.refresh(groups, state)
             if inputs.held is not None:
                 return backend, plan
         raise RuntimeError("parameters or gradients changed while step() was preparing")
 
-    def _build_plan(self, every_param: bool) -> tuple[Backend, Plan]:
-        """A plan for the optimizer as it is now; creates what state is missing."""
-        check_containers(self.param_groups, self.state)
-        layout = self._layout()
-        rows = checked_rows(self.param_groups, self.state, layout, self._shared.names)
-        with durable(), torch.no_grad():
-            return self._build_plan_now(rows, layout, every_param)
-
-    def _build_plan_now(
-        self, rows: list[Row], layout: list[tuple[str, ...]], every_param: bool
+    def _build_plan(
+        self, groups: list[Group], state: dict[Tensor, Any], every_param: bool
     ) -> tuple[Backend, Plan]:
-        groups, shared = self.param_groups, self._shared
-        former, former_backend = shared.plan, shared.backend
-        shared.set_aside(self.state)
-        backend = choose(shared.options.backend, [row.param for row in rows if row.served])
-        # Here and not in the step, which may be the first and captured.
-        shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
-        complete_rows(rows, self.state, layout, shared.options.master_weights, every_param)
-        kept = [row.own() for row in rows]  # another thread may drop some of it meanwhile
-        plan = former
-        known = former_backend is not None and former_backend.name == backend.name
-        same = plan is not None and known and plan.layout == layout
-        if plan is None or not same or not plan.rebind(rows, groups, self.state):
-            plan = backend.plan(self.rule, rows, layout, groups, self.state)
-        shared.aside = [each for each in shared.aside if each[1] is not plan]
-        del kept
+        """A plan for the optimizer as the copies show it; creates what state is missing."""
+        shared, options = self._shared, self._shared.options
+        layout = [self._state_names(group) for group in groups]
+        rows = checked_rows(groups, state, layout, shared.names)
+        with durable(), torch.no_grad():
+            former, former_backend = shared.plan, shared.backend
+            shared.set_aside(self.state)
+            backend = choose(options.backend, [row.param for row in rows if row.served])
+            # Here and not in the step, which may be the first and captured.
+            shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
+            new = complete_rows(rows, state, layout, options.master_weights, every_param)
+            self.state.update({param: dict(own) for param, own in new.items()})
+            known = former_backend is not None and former_backend.name == backend.name
+            if former is not None and known and former.layout == layout and former.rebind(rows):
+                plan = former
+                shared.aside = [each for each in shared.aside if each[1] is not former]
+            else:
+                plan = backend.plan(self.rule, rows, layout)
+        try:
+            plan.look_at(self.param_groups, self.state)
+        except (RuntimeError, TypeError):  # another thread changes them
+            plan.look_at(groups, state)
         shared.backend, shared.plan = backend, plan
         return backend, plan
 
@@ -270,7 +273,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             RuntimeError: a parameter cannot be optimized, or there is not enough memory.
         """
         self._step_inputs()  # refuses what the step would refuse
-        self._build_plan(every_param=True)
+        self._build_plan(*copies(self.param_groups, self.state), every_param=True)
 
     # ---- what the last step found ---------------------------------------------------------------
 

@@ -28,6 +28,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Group = dict[str, Any]
+Layout = list[tuple[str, ...]]  # names of the states that a parameter of each group has
 
 
 def is_served(param: Tensor) -> bool:
@@ -93,7 +94,8 @@ class Row:
 
     def is_in(self, state: dict[Tensor, Any]) -> bool:
         """Whether its state is what ``state`` holds for it."""
-        values = [id(value) for value in state.get(self.param, {}).values()]
+        own = state.get(self.param, {})
+        values = set(map(id, own.values())) if isinstance(own, dict) else ()
         return all(ref() is not None and id(ref()) in values for ref in self._refs())
 
     def form(self) -> tuple[Any, ...]:
@@ -162,7 +164,7 @@ Look = tuple[Sequence[int], Sequence[int], Held]
 class Plan(ABC):
     """Rows of one parameter set. Of gradients it keeps copies at most, and addresses."""
 
-    def __init__(self, rule: str, rows: Sequence[Row], layout: object) -> None:
+    def __init__(self, rule: str, rows: Sequence[Row], layout: Layout) -> None:
         self.rule = rule
         self.layout = layout
         self._captured: list[Tensor] = []
@@ -191,19 +193,27 @@ class Plan(ABC):
         """From now on the plan keeps all memory alive that its tables name."""
         self._captured = [tensor for row in self.rows for tensor in row.memory()]
 
-    def rebind(self, rows: Sequence[Row], groups: list[Group], state: dict[Tensor, Any]) -> bool:
+    def rebind(self, rows: Sequence[Row]) -> bool:
         """Use this plan for ``rows``, where nothing but addresses differs from what it was made
         for: its tables and buffers stay. False where more differs, or a CUDA graph uses them."""
         same = [row.form() for row in rows] == [row.form() for row in self.rows]
         if not same or self.captured or any(row.staged for row in (*rows, *self.rows)):
             return False
         self._take(rows)
-        self._rebound(groups, state)
+        self._write_rows()
         return True
 
     @abstractmethod
-    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
-        """Look at other tensors from now on, and write their addresses into the tables."""
+    def _write_rows(self) -> None:
+        """Write the addresses of other rows into the tables."""
+
+    @abstractmethod
+    def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+        """Compare these from now on; the rows are the params of ``groups``.
+
+        Raises:
+            RuntimeError: they are not.
+        """
 
     def holds_only(self, state: dict[Tensor, Any]) -> bool:
         """Whether all that the plan keeps alive is in ``state``, too."""

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .groups import is_plain_dict
 from .memory import is_dense, overlaps_itself
 from .plan import Group, Row, check_grad, is_of_inference
 from .state import (
@@ -114,7 +115,7 @@ def complete_rows(
     names: Sequence[tuple[str, ...]],
     master_weights: bool | None,
     every_param: bool,
-) -> None:
+) -> dict[Tensor, ParamState]:
     """Create the state that is missing, and refer to it.
 
     Args:
@@ -125,11 +126,15 @@ def complete_rows(
         every_param: create state for every parameter that requires grad, not only for those that
             have a gradient now.
 
+    Returns:
+        What is new in ``state``.
+
     Raises:
         RuntimeError: there is not enough memory; nothing has been changed.
     """
     served = [row for row in rows if row.served]
-    _complete(served, state, names, master_weights, every_param)
+    new = _missing_state(served, state, names, master_weights, every_param)
+    state.update(new)
     for row in served:
         if not is_readable(row.param):
             row.dense = dense_like(row.param)
@@ -140,11 +145,11 @@ def complete_rows(
             continue
         states = [own[name] for name in names[row.group]]
         row.set_state(states, own[MASTER] if master else None, own[STEP] if states else None)
+    return new
 
 
 def _check_dict(label: str, own: ParamState) -> None:
-    """The plan looks into it without asking its class; see Watch in csrc/cpu/watch.h."""
-    if not isinstance(own, dict) or type(own).__getitem__ is not dict.__getitem__:
+    if not is_plain_dict(own):
         raise RuntimeError(
             f"{label}: its state is a {type(own).__name__}, not a dict with a dict's own access; "
             "use `optimizer.state[param] = dict(optimizer.state[param])`"
@@ -267,13 +272,13 @@ def _shared(first: Row, second: Row) -> RuntimeError:
     )
 
 
-def _complete(
+def _missing_state(
     rows: Sequence[Row],
     state: dict[Tensor, ParamState],
     names: Sequence[tuple[str, ...]],
     master_weights: bool | None,
     every_param: bool,
-) -> None:
+) -> dict[Tensor, ParamState]:
     due = []
     for row in rows:
         wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
@@ -287,5 +292,4 @@ def _complete(
         [names[row.group] for row in due],
         master_weights,
     )
-    for row, own in zip(due, complete, strict=True):
-        state[row.param] = own
+    return {row.param: own for row, own in zip(due, complete, strict=True)}

@@ -262,6 +262,7 @@ def test_loss_scale_goes_up_and_down() -> None:
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 def test_options_in_tensors(rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read by the kernels, when they run: as on a GPU, where the host does not look at them."""
+
     def hyper(k: int) -> dict[str, Any]:
         own: dict[str, Any] = {"lr": 0.1 / k, "weight_decay": 0.3 / k}
         if rule == "adamw":

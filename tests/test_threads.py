@@ -15,7 +15,7 @@ import pytest
 import fusedopt
 
 PREPARED = """
-    import threading, torch, fusedopt
+    import sys, threading, torch, fusedopt
 
     BACKEND, STEPS = {backend!r}, {steps}
     torch.set_num_threads(2)
@@ -68,7 +68,85 @@ STEPPERS = """
 
     step_beside(start(step), start(step))
 """
-SCENES = {"gradients": GRADIENTS, "states": STATES, "steppers": STEPPERS}
+# From here on the other thread never waits. Small parameters: most of a step is its preparation.
+RESTLESS = """
+    import time
+
+    params = [torch.nn.Parameter(torch.ones(1 << 10)) for _ in range(6)]
+    opt = fusedopt.FusedAdamW(params, lr=0.01, max_grad_norm=1.0, backend=BACKEND)
+    for p in params:
+        p.grad = torch.full((1 << 10,), 0.5)
+    opt.step()
+    saved = opt.state_dict()
+    sys.setswitchinterval(1e-6)
+    over = False
+
+    def restless(work):
+        def run():
+            try:
+                while not over:
+                    work()
+                    time.sleep(0.0002)
+            except BaseException as error:
+                failures.append(error)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def step_beside_restless(work):
+        global over
+        thread = restless(work)
+        for _ in range(10 * STEPS):
+            opt.step()
+        over = True
+        thread.join()
+        step_beside()
+"""
+CLEARED = (
+    RESTLESS
+    + """
+    step_beside_restless(opt.state.clear)
+"""
+)
+EMPTIED = (
+    RESTLESS
+    + """
+    def empty():
+        for own in list(opt.state.values()):
+            own.clear()
+
+    step_beside_restless(empty)
+"""
+)
+REPLACED = (
+    RESTLESS
+    + """
+    def replace():
+        for p in params:
+            p.grad = torch.full((1 << 10,), 0.5)
+            opt.state[p] = {name: value.clone() for name, value in saved["state"][0].items()}
+        opt.param_groups.append(opt.param_groups.pop())
+
+    step_beside_restless(replace)
+"""
+)
+LOADED = (
+    RESTLESS
+    + """
+    step_beside_restless(lambda: opt.load_state_dict(saved))
+    counts = {float(own["step"]) for own in opt.state.values()}
+    assert len(counts) == 1, counts
+"""
+)
+SCENES = {
+    "gradients": GRADIENTS,
+    "states": STATES,
+    "steppers": STEPPERS,
+    "cleared": CLEARED,
+    "emptied": EMPTIED,
+    "replaced": REPLACED,
+    "loaded": LOADED,
+}
 
 
 @pytest.mark.parametrize("scene", SCENES)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import installation
 from ..callers import users_level
-from ..plan import Group, Plan, Row, StepInputs
+from ..plan import Layout, Plan, Row, StepInputs
 
 BACKEND_VARIABLE = "FUSEDOPT_BACKEND"
 
@@ -32,14 +32,7 @@ class Backend(Protocol):
 
     name: str
 
-    def plan(
-        self,
-        rule: str,
-        rows: Sequence[Row],
-        layout: object,
-        groups: list[Group],
-        state: dict[Tensor, Any],
-    ) -> Plan: ...
+    def plan(self, rule: str, rows: Sequence[Row], layout: Layout) -> Plan: ...
 
     def reduce(self, plan: Plan, step: StepInputs) -> None: ...
 

@@ -12,12 +12,12 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..plan import HALF_DTYPES, N_STEP_SCALARS, OPTIONS_BYTES, Group, Plan, Row, StepInputs
+from ..plan import HALF_DTYPES, N_STEP_SCALARS, OPTIONS_BYTES, Layout, Plan, Row, StepInputs
 from .tables import ROW, TablePlan, address, chunk_table, pack_rows
 
 DEVICE_NUMBER = struct.Struct("=Qii")  # data; field of the options table, fp64 (csrc/cuda/step.h)
@@ -209,26 +209,23 @@ class DevicePlan(TablePlan):
         driver: Driver,
         rule: str,
         rows: Sequence[Row],
-        layout: object,
-        groups: list[Group],
-        state: dict[Tensor, Any],
+        layout: Layout,
     ) -> None:
         self.driver = driver
-        self.n_groups = len(groups)
+        self.n_groups = len(layout)
         self.numbers_at = self.n_groups * OPTIONS_BYTES
         numbers_bytes = self.n_groups * DEVICE_NUMBERS * DEVICE_NUMBER.size
         before = self.numbers_at + numbers_bytes
-        super().__init__(rule, rows, layout, groups, state, before, driver.step_bytes)
+        super().__init__(rule, rows, layout, before, driver.step_bytes)
         devices = list(dict.fromkeys(self.device_of(row) for row in self.rows if row.served))
         self.parts = [_Part(self, d, number, len(devices)) for number, d in enumerate(devices)]
 
-    def rebind(self, rows: Sequence[Row], groups: list[Group], state: dict[Tensor, Any]) -> bool:
+    def rebind(self, rows: Sequence[Row]) -> bool:
         """Another stream could still read the table of rows, which is written on this one."""
         usable = all(part.on_one_stream for part in self.parts)
-        return usable and super().rebind(rows, groups, state)
+        return usable and super().rebind(rows)
 
-    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
-        self._look_at(groups, state)
+    def _write_rows(self) -> None:
         for part in self.parts:
             part.write_rows(self)
 
@@ -268,15 +265,8 @@ class DeviceBackend:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
 
-    def plan(
-        self,
-        rule: str,
-        rows: Sequence[Row],
-        layout: object,
-        groups: list[Group],
-        state: dict[Tensor, Any],
-    ) -> Plan:
-        return DevicePlan(self._driver, rule, rows, layout, groups, state)
+    def plan(self, rule: str, rows: Sequence[Row], layout: Layout) -> Plan:
+        return DevicePlan(self._driver, rule, rows, layout)
 
     def reduce(self, plan: Plan, step: StepInputs) -> None:
         assert isinstance(plan, DevicePlan)

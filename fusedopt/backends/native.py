@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import installation
-from ..plan import Group, Plan, Row, StepInputs
+from ..plan import Group, Layout, Plan, Row, StepInputs
 from .tables import (
     CHUNK_BYTES,
     CHUNK_ELEMENTS,
@@ -90,15 +90,8 @@ def watch(groups: list[Group], state: dict[Tensor, Any], kinds: list[int]) -> An
 class CpuPlan(TablePlan):
     """A plan with the tables that only the CPU kernels need."""
 
-    def __init__(
-        self,
-        rule: str,
-        rows: Sequence[Row],
-        layout: object,
-        groups: list[Group],
-        state: dict[Tensor, Any],
-    ) -> None:
-        super().__init__(rule, rows, layout, groups, state)
+    def __init__(self, rule: str, rows: Sequence[Row], layout: Layout) -> None:
+        super().__init__(rule, rows, layout)
         n = len(self.rows)
         self._rows = torch.frombuffer(
             pack_rows(self.rows) or bytearray(ROW.size), dtype=torch.uint8
@@ -112,8 +105,7 @@ class CpuPlan(TablePlan):
         self._native: Any = None
         self._scalars: Tensor | None = None
 
-    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
-        self._look_at(groups, state)
+    def _write_rows(self) -> None:
         if self.rows:
             self._rows.copy_(torch.frombuffer(pack_rows(self.rows), dtype=torch.uint8))
 
@@ -122,7 +114,7 @@ class CpuPlan(TablePlan):
         if self._scalars is not scalars:
             self._native = _cpu.Plan(
                 rows=address(self._rows),
-                grads=self._grads_address(),
+                grads=self._grads_address,
                 row_scalars=address(self._row_scalars),
                 n_rows=len(self.rows),
                 chunks=address(self._chunks) or address(self._partials),
@@ -144,15 +136,8 @@ class CpuBackend:
 
     name = "cpu"
 
-    def plan(
-        self,
-        rule: str,
-        rows: Sequence[Row],
-        layout: object,
-        groups: list[Group],
-        state: dict[Tensor, Any],
-    ) -> Plan:
-        return CpuPlan(rule, rows, layout, groups, state)
+    def plan(self, rule: str, rows: Sequence[Row], layout: Layout) -> Plan:
+        return CpuPlan(rule, rows, layout)
 
     def reduce(self, plan: Plan, step: StepInputs) -> None:
         assert isinstance(plan, CpuPlan)

@@ -27,6 +27,7 @@ from ..plan import (
     SKIP,
     SKIPPED_STEPS,
     Group,
+    Layout,
     Look,
     Plan,
     Row,
@@ -41,22 +42,17 @@ CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 class ReferencePlan(Plan):
     """A plan without tables: the operations take tensors."""
 
-    def __init__(
-        self,
-        rule: str,
-        rows: Sequence[Row],
-        layout: object,
-        groups: list[Group],
-        state: dict[Tensor, Any],
-    ) -> None:
+    def __init__(self, rule: str, rows: Sequence[Row], layout: Layout) -> None:
         super().__init__(rule, rows, layout)
         # What reduce leaves for finalize: a norm (fp64) and a flag a row.
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
         self.grad_mult = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._rebound(groups, state)
 
-    def _rebound(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+    def _write_rows(self) -> None:
+        """There are no tables."""
+
+    def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         self._snapshot = Snapshot(groups, state, [row.served for row in self.rows])
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
@@ -165,15 +161,8 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def plan(
-        self,
-        rule: str,
-        rows: Sequence[Row],
-        layout: object,
-        groups: list[Group],
-        state: dict[Tensor, Any],
-    ) -> Plan:
-        return ReferencePlan(rule, rows, layout, groups, state)
+    def plan(self, rule: str, rows: Sequence[Row], layout: Layout) -> Plan:
+        return ReferencePlan(rule, rows, layout)
 
     @torch.no_grad()
     def reduce(self, plan: Plan, step: StepInputs) -> None:

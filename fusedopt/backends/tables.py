@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Group, Look, Plan, Row
+from ..plan import Group, Layout, Look, Plan, Row
 
 CHUNK_ELEMENTS = 8192  # kChunk
 ROW = struct.Struct("=6Qqii")  # param, master, state[3], step; numel; group, dtype
@@ -84,9 +84,7 @@ class TablePlan(Plan):
         self,
         rule: str,
         rows: Sequence[Row],
-        layout: object,
-        groups: list[Group],
-        state: dict[Tensor, Any],
+        layout: Layout,
         before_grads: int = 0,
         after_grads: int = 0,
     ) -> None:
@@ -95,9 +93,9 @@ class TablePlan(Plan):
         grads_bytes = max(len(self.rows), 1) * GRAD.size
         self._inputs = bytearray(before_grads + grads_bytes + after_grads)
         self._inputs_view = torch.frombuffer(self._inputs, dtype=torch.uint8)
-        self._look_at(groups, state)
+        self._grads_address = address(self._inputs_view) + before_grads
 
-    def _look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
+    def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         self._watch = _watch(groups, state, [self._kind(row) for row in self.rows])
         self._params = [row.param for row in self.rows]
 
@@ -109,11 +107,8 @@ class TablePlan(Plan):
             return AWAITS_STATE
         return STAGED if row.staged else READY
 
-    def _grads_address(self) -> int:
-        return address(self._inputs_view) + self._grads_at
-
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
-        look: Look | None = self._watch.refresh(groups, state, self._grads_address())
+        look: Look | None = self._watch.refresh(groups, state, self._grads_address)
         return look
 
     def _use_grad(self, index: int, grad: Tensor) -> None:
