@@ -164,10 +164,10 @@ class AmpAttributes:
         or a hook that could look: on a GPU clearing is a launch of its own.
         """
         amp = self._amp
-        flag = amp.flags.get(scaler)
+        flag = amp.flags.get(id(scaler))  # of one that is gone, maybe: then nobody else has it
         if flag is None or flag.device != device:
             with durable():
-                flag = amp.flags[scaler] = torch.zeros((), dtype=torch.float32, device=device)
+                flag = amp.flags[id(scaler)] = torch.zeros((), dtype=torch.float32, device=device)
         elif clear or self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
             flag.zero_()
         amp.due = flag
@@ -270,8 +270,8 @@ def _is_our_step(step: Callable[..., Any]) -> bool:
 
 def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
     """``value`` as an fp32 tensor of one element on ``device``; no copy when it is one already."""
-    if value is None:
-        return None
+    if value is None or _is_one_float(value, device):
+        return value  # type: ignore[no-any-return]
     if not is_number(value, nan=True):
         raise RuntimeError(
             f"optimizer.{name} is {value!r}; it must be a number or a tensor of one element: "
@@ -279,6 +279,14 @@ def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
         )
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=torch.float32, device=device)
-    if value.dtype == torch.float32 and value.device == device and not value.is_neg():
-        return value
     return value.detach().resolve_neg().to(device=device, dtype=torch.float32)
+
+
+def _is_one_float(value: Any, device: torch.device) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == torch.float32
+        and value.device == device
+        and value.numel() == 1
+        and not value.is_neg()
+    )

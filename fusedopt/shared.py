@@ -8,7 +8,6 @@ that changes in the life of an optimizer, and is not torch's, lies in one object
 from __future__ import annotations
 
 import threading
-import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +32,8 @@ class ScalerExchange:
     values: dict[str, Any] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=dict)
     answered: bool = False  # the step is over, so `found_inf` is its answer and not the scaler's
-    # One flag for each scaler of ours, and the flag that the next step fills in.
-    flags: weakref.WeakKeyDictionary[Any, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
+    # One flag for each scaler of ours, by its id, and the flag that the next step fills in.
+    flags: dict[int, Tensor] = field(default_factory=dict)
     due: Tensor | None = None
 
 
