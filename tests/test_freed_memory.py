@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import weakref
 
 import pytest
 import torch
@@ -69,3 +70,22 @@ def test_what_is_dropped_between_steps_is_freed(kind, dtype, drop, backend, monk
     freed = sizes["param" if drop is shard else "state"]
     assert freed >= 100_000 * dtype.itemsize
     assert held(train) <= held(functools.partial(train, keep)) - freed
+
+
+@pytest.mark.parametrize("numel, left", [(1025, 0), (1024, 8 << 20)])
+def test_small_states_are_freed_at_once(numel, left, backend):
+    """All that take more than a page. The native watch may keep 8 MiB of the others."""
+    params = [torch.nn.Parameter(torch.ones(numel)) for _ in range(1500)]
+    opt = fusedopt.FusedAdamW(params, backend=backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    opt.step()
+    states = [t for own in opt.state.values() for t in own.values() if t.dim() > 0]
+    n_bytes = sum(t.nbytes for t in states)
+    alive = [weakref.ref(t) for t in states]
+    del states
+    opt.state.clear()
+    kept = sum(t.nbytes for ref in alive if (t := ref()) is not None)
+    assert n_bytes > 11 << 20
+    assert kept <= left
