@@ -82,7 +82,7 @@ bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
 constexpr size_t kAhead = 8;
 
 // Of tensors with a second owner: see SecondOwner.
-constexpr int64_t kSmall = 4 << 10;       // bytes of one: less than a page returns to nobody
+constexpr int64_t kSmall = 4 << 10;  // bytes of one: a page, of which nothing returns to the system
 constexpr int64_t kSmallInAll = 8 << 20;  // bytes
 
 // The Python object, and torch's record around the sizes that the exchange showed.
