@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .memory import empty_like, huge_pages
+from .memory import allocate, huge_pages, unallocated
 from .plan import Group, copy_all
 from .rows import label_of
 from .state import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: parameter and states
 Write = tuple[Tensor, Tensor]  # the tensor that is written to, and the one that is read
+Fill = tuple[Tensor, Tensor, Tensor]  # the same of one without memory, and whose form it gets
 
 
 # ---- what a checkpoint must hold -----------------------------------------------------------------
@@ -106,14 +107,16 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any], wanted: Wanted) 
     """Copy a checkpoint that was checked; until all memory is there nothing is changed."""
     state: dict[Any, Any] = {}
     writes: list[Write] = []  # to the optimizer's own tensors
-    fills: list[Write] = []  # of new ones
+    fills: list[Fill] = []
     for key, value in state_dict["state"].items():
         if key in wanted:
             state[key] = _Held(_receive(optimizer, *wanted[key], value, writes, fills))
         else:
             state[key] = copy.deepcopy(value)
-    with huge_pages([target for target, _ in fills]):
-        copy_all([target for target, _ in fills], [source for _, source in fills])
+    new = [target for target, _, _ in fills]
+    allocate(new, [like for _, _, like in fills])
+    with huge_pages(new):
+        copy_all(new, [source for _, source, _ in fills])
     names = names_given(optimizer)
     _load_without_hooks(optimizer, {**state_dict, "state": state})
     optimizer._shared.names = names
@@ -129,7 +132,7 @@ def _receive(
     names: Sequence[str],
     saved: ParamState,
     writes: list[Write],
-    fills: list[Write],
+    fills: list[Fill],
 ) -> ParamState:
     """The state for ``param`` that ``saved`` stands for; shares no memory with it.
 
@@ -157,8 +160,8 @@ def _receive(
             state[name] = optimizer.state[param][name]
             writes.append((state[name], value))
         else:
-            state[name] = empty_like(like, state_dtype(param))
-            fills.append((state[name], value))
+            state[name] = unallocated(like, state_dtype(param))
+            fills.append((state[name], value, like))
     return state
 
 

@@ -18,17 +18,27 @@ _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1; an older one refuses
 
 
-def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor without values, of ``tensor``'s shape, strides and device, in memory of its own.
+def unallocated(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of ``dtype`` on ``like``'s device, to which ``allocate`` gives memory.
+
+    torch's record of a tensor lies where the C library finds room. So all records are made first:
+    between the memory of small tensors, each look at all of them would go through as many pages.
+    """
+    return torch.empty(0, dtype=dtype, device=like.device)
+
+
+def allocate(tensors: Sequence[Tensor], likes: Sequence[Tensor]) -> None:
+    """Give each tensor memory of its own, without values, with shape and strides of its ``like``.
 
     Args:
-        tensor: its elements are dense in memory (no gaps, no overlap).
-        dtype: of the result.
+        tensors: of ``unallocated``.
+        likes: their elements are dense in memory (no gaps, no overlap).
 
     Raises:
         RuntimeError: there is not enough memory.
     """
-    return torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+    for tensor, like in zip(tensors, likes, strict=True):
+        tensor.resize_(like.numel()).as_strided_(like.size(), like.stride())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .memory import empty_like, huge_pages, is_dense
+from .memory import allocate, huge_pages, is_dense, unallocated
 from .plan import HALF_DTYPES
 
 MASTER = "master_param"
@@ -207,6 +207,7 @@ def complete_all(
     """
     result = [as_ours(state, own) for state, own in zip(states, names, strict=True)]
     wanted: list[tuple[int, str, Tensor]] = []
+    likes: list[Tensor] = []
     for i, param in enumerate(params):
         like = dense_like(param)
         master = [MASTER] if wants_master(param, master_weights) else []
@@ -214,8 +215,11 @@ def complete_all(
             result[i].pop(MASTER, None)  # of a time when the parameter was half: stale by now
         for name in (*names[i], *master):
             if not fits(result[i].get(name), like):
-                wanted.append((i, name, empty_like(like, state_dtype(like))))
-    with huge_pages([new for _, _, new in wanted]):
+                wanted.append((i, name, unallocated(like, state_dtype(like))))
+                likes.append(like)
+    tensors = [new for _, _, new in wanted]
+    allocate(tensors, likes)
+    with huge_pages(tensors):
         for i, name, new in wanted:
             old = result[i].get(name)
             if isinstance(old, Tensor):
