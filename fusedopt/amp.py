@@ -24,10 +24,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .modes import durable, is_recorded, untraced
 from .options import is_number
 from .plan import FOUND_INF, is_fsdp1_shard, served_params
-from .shared import ScalerExchange, Shared
+from .shared import Shared
 
 
-@dataclass
+@dataclass(slots=True)
 class AmpInputs:
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -45,18 +45,14 @@ class AmpAttributes:
     param_groups: list[dict[str, Any]]
     _optimizer_step_pre_hooks: Any
 
-    @property
-    def _amp(self) -> ScalerExchange:
-        return self._shared.amp
-
     def _amp_offer(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:
         """What a scaler that knows this class sets; ``_amp_withdraw`` takes it back."""
-        amp = self._amp
+        amp = self._shared.amp
         amp.before, amp.answered = dict(amp.values), False
         amp.values.update(grad_scale=grad_scale, found_inf=found_inf)
 
     def _amp_withdraw(self) -> None:
-        self._amp.values.clear()
+        self._shared.amp.values.clear()
 
     @property
     def grad_scale(self) -> Any:
@@ -65,23 +61,23 @@ class AmpAttributes:
         Tensor of one element, number or None. Raises AttributeError when nobody has set it.
         """
         try:
-            return self._amp.values["grad_scale"]
+            return self._shared.amp.values["grad_scale"]
         except KeyError:
             raise AttributeError("grad_scale") from None
 
     @grad_scale.setter
     @untraced  # which would lose what is noted here
     def grad_scale(self, value: Any) -> None:
-        amp = self._amp
+        amp = self._shared.amp
         amp.before = dict(amp.values)
         amp.values["grad_scale"] = value
 
     @grad_scale.deleter
     @untraced
     def grad_scale(self) -> None:
-        if "grad_scale" not in self._amp.values:
+        if "grad_scale" not in self._shared.amp.values:
             raise AttributeError("grad_scale")
-        del self._amp.values["grad_scale"]
+        del self._shared.amp.values["grad_scale"]
 
     @property
     def found_inf(self) -> Any:
@@ -90,7 +86,7 @@ class AmpAttributes:
         Between a GradScaler's call and the update it is the flag that the scaler set, or 0 if it
         left the question to the step; step post-hooks see the answer.
         """
-        amp = self._amp
+        amp = self._shared.amp
         if "found_inf" in amp.values and not amp.answered:
             found_inf = amp.values["found_inf"]
             asked = amp.due is not None and found_inf is amp.due
@@ -100,15 +96,15 @@ class AmpAttributes:
     @found_inf.setter
     @untraced  # which would lose what is noted here
     def found_inf(self, value: Any) -> None:
-        self._amp.answered = False
-        self._amp.values["found_inf"] = value
+        self._shared.amp.answered = False
+        self._shared.amp.values["found_inf"] = value
 
     @found_inf.deleter
     @untraced
     def found_inf(self) -> None:
-        if "found_inf" not in self._amp.values:
+        if "found_inf" not in self._shared.amp.values:
             raise AttributeError("found_inf")
-        del self._amp.values["found_inf"]
+        del self._shared.amp.values["found_inf"]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -163,7 +159,7 @@ class AmpAttributes:
         another scaler gets another one. Until the step it holds the last answer, unless ``clear``,
         or a hook that could look: on a GPU clearing is a launch of its own.
         """
-        amp = self._amp
+        amp = self._shared.amp
         flag = amp.flags.get(id(scaler))  # of one that is gone, maybe: then nobody else has it
         if flag is None or flag.device != device:
             with durable():
@@ -174,7 +170,7 @@ class AmpAttributes:
         return flag
 
     def _amp_inputs(self, device: torch.device) -> AmpInputs:
-        amp = self._amp
+        amp = self._shared.amp
         if not amp.values and amp.due is None:
             return _NO_SCALER
         found_inf = amp.values.get("found_inf")
@@ -185,19 +181,12 @@ class AmpAttributes:
             in_charge="found_inf" in amp.values,
         )
 
-    def _amp_decided(self) -> None:
-        """The flag holds this step's answer."""
-        self._amp.due = None
-
     def _amp_undecided(self) -> None:
         """A flag in the scaler's books that nobody wrote says that nothing was found."""
-        flag, self._amp.due = self._amp.due, None
+        flag, self._shared.amp.due = self._shared.amp.due, None
         if flag is not None:
             with suppress(RuntimeError):  # a GPU that has failed: its own error is being raised
                 flag.zero_()
-
-    def _amp_done(self) -> None:
-        self._amp.answered = True
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -230,7 +219,7 @@ class AmpAttributes:
 
     def _amp_restore(self) -> None:
         """After a failed step: the attributes as they were before the scaler set them."""
-        amp = self._amp
+        amp = self._shared.amp
         if "found_inf" in amp.values:  # a scaler sets both, grad_scale first
             amp.values = {k: v for k, v in amp.before.items() if k != "found_inf"}
         self._amp_undecided()

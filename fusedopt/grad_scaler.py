@@ -30,7 +30,7 @@ class _AsksTheOptimizer:
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
             return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
         own = self._per_optimizer_states[id(optimizer)]
-        preset = optimizer._amp.values.get("grad_scale")
+        preset = optimizer._shared.amp.values.get("grad_scale")
         if own["stage"] is OptState.READY:
             assert self._scale is not None  # or nobody could have asked
             found_inf = self._record_flag(optimizer, clear=False)

@@ -125,7 +125,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         if inputs.measured:
             backend.reduce(plan, inputs)
         backend.finalize(plan, inputs)
-        self._amp_decided()
+        self._shared.amp.due = None  # the flag holds this step's answer
         try:
             backend.update(plan, inputs)
             self._settle(plan, inputs)
@@ -136,8 +136,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _settle(self, plan: Plan, inputs: StepInputs) -> None:
         """What is left to do after the update. Done twice, it changes no more."""
         plan.write_back()
-        self._shared.measured = inputs.measured
-        self._amp_done()
+        self._shared.measured, self._shared.amp.answered = inputs.measured, True
         updated = plan.updated_params()
         if updated:
             increment_version(updated)
