@@ -10,7 +10,7 @@ from torch.optim.adam import Adam
 
 from .groups import torch_defaults
 from .optimizer import FusedOptimizer
-from .options import Options, flag, number
+from .options import Options, flag, is_pair, number
 from .plan import Group
 
 _OPTIONS = struct.Struct("=5d3q")  # AdamW::Options in csrc/rules.h
@@ -116,7 +116,9 @@ class FusedAdamW(FusedOptimizer):
         return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
     def _pack_options(self, group: Group, table: bytearray, offset: int) -> None:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = betas = group["betas"]
+        if type(betas) is not tuple and type(betas) is not list and not is_pair(betas):
+            raise TypeError(betas)  # would be unpacked: the keys of a dict, a set in any order
         _OPTIONS.pack_into(
             table,
             offset,

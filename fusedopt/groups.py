@@ -29,6 +29,7 @@ def torch_defaults(
     except Exception:  # torch has compared None with a number, say
         check_group(arguments, numbers)
         raise
+    check_group(arguments, numbers)  # not the defaults: torch makes a pair of a dict's keys
     return defaults
 
 
