@@ -211,7 +211,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             if name not in group:
                 raise RuntimeError(
                     f"{where} has no option {name!r}; set it: "
-                    f"`optimizer.param_groups[{index}][{name!r}] = {self.defaults.get(name)!r}`"
+                    f"`optimizer.param_groups[{index}][{name!r}] = optimizer.defaults[{name!r}]`"
                 )
         check_group(group, self.numbers, f" in {where}", RuntimeError)
         refuse_differentiable(group, where)

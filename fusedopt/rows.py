@@ -145,9 +145,11 @@ def complete_rows(
 def _check_dict(label: str, own: ParamState) -> None:
     """The plan looks into it without asking its class; see Watch in csrc/cpu/watch.h."""
     if not isinstance(own, dict) or type(own).__getitem__ is not dict.__getitem__:
+        anew = "del optimizer.state[param]"
+        convert = "optimizer.state[param] = dict(optimizer.state[param])"
         raise RuntimeError(
             f"{label}: its state is a {type(own).__name__}, not a dict with a dict's own access; "
-            "use `optimizer.state[param] = dict(optimizer.state[param])`"
+            f"use `{convert if isinstance(own, Mapping) else anew}`"
         )
 
 

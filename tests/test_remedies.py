@@ -12,7 +12,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,13 +83,14 @@ def wrapper_gradient() -> Scene:
     return scene
 
 
-def mapping_state() -> Scene:
-    class Mapping(dict[str, Any]):
-        def __getitem__(self, key: str) -> Any:
-            return super().__getitem__(key)
+class DictOfItsOwn(dict[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)
 
+
+def state_replaced(by: object) -> Scene:
     scene = stepping(trained(torch.ones(3)))
-    scene.optimizer.state[scene.param] = Mapping()
+    scene.optimizer.state[scene.param] = by
     return scene
 
 
@@ -199,8 +200,8 @@ def in_a_group(name: str, value: object) -> Scene:
     return scene
 
 
-def without(name: str) -> Scene:
-    scene = stepping(trained(torch.ones(3)))
+def without(name: str, **options: Any) -> Scene:
+    scene = stepping(trained(torch.ones(3)), **options)
     del scene.optimizer.param_groups[0][name]
     return scene
 
@@ -356,8 +357,10 @@ def grouping(model: Any, weight_decay: Any = 0.01) -> Scene:
     return scene
 
 
-def tuple_of_groups(opt: Any) -> None:
-    opt.param_groups = tuple(opt.param_groups)
+def groups_replaced(by: Callable[[list[Any]], Any]) -> Scene:
+    scene = edited(lambda opt: vars(opt).update(param_groups=by(opt.param_groups)))
+    scene.params = [scene.param]
+    return scene
 
 
 def number_as_param(opt: Any) -> None:
@@ -374,7 +377,11 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "complex parameters": lambda: constructing(torch.ones(3, dtype=torch.complex64)),
     "parameter dtype": lambda: constructing(torch.ones(3).to(torch.float8_e4m3fn)),
     "gradients of type": wrapper_gradient,
-    "not a dict with a dict's own access": mapping_state,
+    "not a dict with a dict's own access": lambda: state_replaced(DictOfItsOwn()),
+    "state is a mappingproxy, not a dict": lambda: state_replaced(MappingProxyType({})),
+    "state is a NoneType, not a dict": lambda: state_replaced(None),
+    "state is a int, not a dict": lambda: state_replaced(3),
+    "state is a list, not a dict": lambda: state_replaced([3]),
     "is not initialized": lazy,
     "is on the meta device": meta,
     "param 0 .* was made in inference mode": inference_param,
@@ -392,7 +399,10 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "it holds for all groups": lambda: in_a_group("max_grad_norm", 1.0),
     "differentiable=True is not supported": lambda: in_a_group("differentiable", True),
     "has no option": lambda: without("eps"),
-    "is a tuple, not a list": lambda: edited(tuple_of_groups),
+    "has no option 'lr'": lambda: without("lr", lr=torch.tensor(0.1)),
+    "is a tuple, not a list": lambda: groups_replaced(tuple),
+    "is a NoneType, not a list": lambda: groups_replaced(lambda groups: None),
+    "is a dict, not a list": lambda: groups_replaced(lambda groups: dict(enumerate(groups))),
     "is no dict with a list of params": lambda: edited(lambda opt: opt.param_groups.append(3)),
     "not a tensor; take it out": lambda: edited(number_as_param),
     "starts all state anew": lambda: edited(no_state),
