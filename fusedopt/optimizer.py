@@ -392,9 +392,11 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         index = len(self.param_groups)
         if isinstance(param_group, dict):
             where = f"param group {index}"
-            check_group(param_group, self.numbers, f" in {where}")
-            refuse_differentiable(param_group, where)
-            self._take_out(param_group, where, ValueError)
+            filled_in = {**self.defaults, **param_group}  # the defaults may have been edited
+            check_group(filled_in, self.numbers, f" in {where}")
+            refuse_differentiable(filled_in, where)
+            for group in (filled_in, param_group):
+                self._take_out(group, where, ValueError)
             refuse_duplicates(param_group, where)
         super().add_param_group(param_group)
         try:

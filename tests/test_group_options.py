@@ -70,6 +70,7 @@ def test_global_option_in_a_group_that_is_the_optimizers_own(cls, name):
 # Of length two, and of no order or not of numbers.
 NO_PAIRS = [{0: 0.9, 1: 0.99}, {0.9: 0, 0.99: 0}, {"a": 0.9, "b": 0.99}, {0.9, 0.99}, "ab", b"ab"]
 NO_PAIRS += [frozenset({0.9, 0.99}), {0.9: 0, 0.99: 0}.values(), torch.ones(2, 0)]
+BAD_DEFAULTS = [("lr", NAN), ("lr", None), ("weight_decay", "0.1"), ("maximize", "yes")]
 PAIRS = [(0.9, 0.99), [0.9, 0.99], np.array([0.9, 0.99]), torch.tensor([0.9, 0.99])]
 
 
@@ -146,6 +147,32 @@ def test_arguments_that_are_no_numbers(cls):
         with pytest.raises(ValueError, match=f"Invalid {name} value: 'yes'"):
             momentum = {"momentum": 0.9} if name == "nesterov" else {}
             cls([param(3)], **momentum, **{name: "yes"})
+
+
+@every_class
+@pytest.mark.parametrize("edit", [("differentiable", True), ("max_grad_norm", 1.0), *BAD_DEFAULTS])
+def test_a_group_is_refused_for_what_edited_defaults_add_to_it(cls, edit):
+    name, bad = edit
+    opt = cls([param(3)])
+    good = opt.defaults.get(name)
+    opt.defaults[name] = bad
+    group = {"params": [param(3)]}
+    error = RuntimeError if name == "differentiable" else ValueError
+    with pytest.raises(error, match=f"{name}.*param group 1|param group 1: {name}"):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1 and group.keys() == {"params"}
+    opt.add_param_group({**group, name: good})
+
+
+@every_class
+def test_a_group_may_differ_from_edited_defaults(cls):
+    opt = cls([param(3)], max_grad_norm=1.0)
+    opt.defaults.update(lr=None, max_grad_norm=1.0)
+    opt.add_param_group({"params": [param(3)], "lr": 0.5})
+    for group in opt.param_groups:
+        group["params"][0].grad = torch.ones(3)
+    opt.step()
+    assert opt.param_groups[1]["lr"] == 0.5
 
 
 @pytest.mark.parametrize("betas", NO_PAIRS, ids=repr)
