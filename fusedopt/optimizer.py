@@ -293,6 +293,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         shared.backend, shared.plan = backend, plan
         return backend, plan
 
+    @untraced
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires grad now.
 
@@ -339,6 +340,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         devices = {str(p.device) for p in served_params(self.param_groups)}
         return dict.fromkeys(sorted(devices), self._shared.backend.name)
 
+    @untraced
     def memory_footprint(self) -> dict[str, int]:
         """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``.
 
@@ -380,6 +382,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     # ---- torch's Optimizer protocol -------------------------------------------------------------
 
+    @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; raises before anything is changed, and refuses what no kernel can update.
 
