@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .memory import empty_like, huge_pages
 from .plan import Group, copy_all
-from .rows import label_of
+from .rows import check_param, label_of
 from .state import (
     MASTER,
     STEP,
@@ -140,8 +140,8 @@ def _receive(
     any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
     """
     own = as_ours(saved, names)
-    if is_lazy(param):
-        return copy.deepcopy(own)  # the step converts it, once the parameter has a shape
+    if is_lazy(param) or not _can_be_updated(param):
+        return copy.deepcopy(own)  # the step converts it, once the parameter can be updated
     like = dense_like(param)
     if not wants_master(param, optimizer._shared.options.master_weights):
         own.pop(MASTER, None)  # of a half parameter
@@ -160,6 +160,15 @@ def _receive(
             state[name] = empty_like(like, state_dtype(param))
             fills.append((state[name], value))
     return state
+
+
+def _can_be_updated(param: Tensor) -> bool:
+    """Not of some frozen ones, whose layout in memory is nobody's business."""
+    try:
+        check_param("", param)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_reusable(optimizer: FusedOptimizer, param: Tensor, name: str, like: Tensor) -> bool:

@@ -33,6 +33,11 @@ PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_param(label: str, param: Tensor) -> None:
     """Raise ``TypeError`` for a parameter no backend can update."""
     wrapper: object = param  # mypy takes the guard below for impossible
+    if param.is_nested:
+        raise TypeError(
+            f"{label}: nested parameters are not supported; pad it: `param = torch.nn.Parameter("
+            "torch.nested.to_padded_tensor(param.detach(), 0.0))`"
+        )
     if is_traceable_wrapper_subclass(wrapper):
         raise TypeError(
             f"{label}: {type(wrapper).__name__} is not supported, its memory is not its values; "

@@ -373,6 +373,10 @@ def no_state(opt: Any) -> None:
 
 SCENES: dict[str, Callable[[], Scene]] = {
     "is not supported, its memory": lambda: constructing(two_tensor()),
+    "nested parameters": lambda: constructing(torch.nested.nested_tensor([torch.ones(2)])),
+    "nested parameters are": lambda: constructing(
+        torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
+    ),
     "sparse parameters": lambda: constructing(torch.eye(3).to_sparse()),
     "complex parameters": lambda: constructing(torch.ones(3, dtype=torch.complex64)),
     "parameter dtype": lambda: constructing(torch.ones(3).to(torch.float8_e4m3fn)),
