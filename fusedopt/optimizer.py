@@ -460,7 +460,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             KeyError: a parameter's state is there in part, or is that of another optimizer.
             TypeError: a state is no plain tensor of floating-point numbers.
             RuntimeError: a group of the checkpoint has ``differentiable=True``; a state has no
-                memory; there is not enough memory. Whatever is raised, nothing has been changed.
+                memory, or another shape than its parameter; there is not enough memory. Whatever is
+                raised, nothing has been changed.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -18,7 +18,6 @@ from .state import (
     MASTER,
     STEP,
     ParamState,
-    check_shapes,
     check_state,
     complete_all,
     dense_like,
@@ -195,7 +194,6 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
         check_state(row.label, param, own, names, "del optimizer.state[param]")
     except (KeyError, TypeError, ValueError) as error:  # optimizer.state was edited
         raise RuntimeError(error.args[0]) from error
-    check_shapes(row.label, param, own, names)
 
 
 def _check_writable(row: Row, own: ParamState, names: tuple[str, ...]) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .memory import empty_like, huge_pages, is_dense
-from .plan import HALF_DTYPES
+from .plan import HALF_DTYPES, is_served
 
 MASTER = "master_param"
 STEP = "step"
@@ -121,9 +122,10 @@ def check_state(
         KeyError: some states are there and some are not, or only those of another rule.
         TypeError: a state is no plain tensor, or is of an integer or complex dtype.
         ValueError: ``step`` is no count.
-        RuntimeError: a state has no memory.
+        RuntimeError: a state has no memory, or another shape than the parameter.
     """
     own = as_ours(state, names)
+    shaped = is_served(param) and not is_lazy(param)
     missing = [name for name in (*names, STEP) if name not in own and name != _STARTS_LATER]
     telling = {*names, STEP, *_OF_SOME_RULE}
     found = sorted(name for name in own if name in telling and name in state)
@@ -138,6 +140,11 @@ def check_state(
             _check_tensor(label, name, value, anew)
         if isinstance(value, Tensor) and _has_no_memory(value, param):
             raise RuntimeError(f"{label}: state {name!r} has no memory; start it anew: `{anew}`")
+        if shaped and name != STEP and value is not None and value.shape != param.shape:
+            raise RuntimeError(
+                f"{label}: state {name!r} has shape {tuple(value.shape)}, the parameter has "
+                f"{tuple(param.shape)}; give it that shape, or start it anew: `{anew}`"
+            )
     if names and STEP in own and not _is_count(own[STEP]):
         raise ValueError(
             f"{label}: state 'step' is {own[STEP]!r}, and has to be a number of steps, at least 0; "
@@ -180,18 +187,6 @@ def _is_count(value: Any) -> bool:
         return 0.0 <= float(value) < math.inf
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: several elements
         return False
-
-
-def check_shapes(label: str, param: Tensor, state: ParamState, names: Sequence[str]) -> None:
-    """Raise ``RuntimeError`` if a state tensor lacks its parameter's shape."""
-    for name in (*names, MASTER):
-        value = state.get(name)
-        if isinstance(value, Tensor) and value.shape != param.shape:
-            raise RuntimeError(
-                f"{label}: state {name!r} has shape {tuple(value.shape)}, the parameter has "
-                f"{tuple(param.shape)}; give it that shape, or start it anew: "
-                "`del optimizer.state[param]`"
-            )
 
 
 def complete_all(

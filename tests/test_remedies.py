@@ -424,6 +424,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "-1.0, and has to be a number": lambda: loading(in_checkpoint(negative_step)),
     "state 'exp_avg' has no memory": lambda: state_edited(freed_moment),
     "give it that shape": lambda: state_edited(other_shape),
+    r"state 'exp_avg' has shape \(4,\)": lambda: loading(in_checkpoint(other_shape)),
     "has no decoupled_weight_decay": coupled_checkpoint,
     "cannot serve": lambda: double("cpu"),
     "scaler must be a torch.amp.GradScaler": wrapped_scaler,

@@ -178,6 +178,7 @@ BAD_VALUES = {
     "complex": lambda t: t.to(torch.complex64),
     "sparse": lambda t: t.to_sparse(),
 }
+SGDS = [("sgd", "momentum_buffer"), ("plain-sgd", "master_param")]
 BAD_STEPS = [float("nan"), -1, float("inf"), [3], "3", torch.tensor([3.0, 4.0])]
 BAD_STEPS += [torch.tensor(float("nan")), torch.tensor(-2), 3 + 1j]
 
@@ -222,6 +223,19 @@ def test_state_without_memory_is_refused_at_load(form):
     match = "param 1 of group 0: state 'exp_avg' has no memory"
     exec(remedy_in(refused_load(opt, params, saved, RuntimeError, match)), {"state_dict": saved})
     opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("shape", [(36,), (1,), (), (37, 1)], ids=str)
+@pytest.mark.parametrize("kind, name", [("adamw", "exp_avg"), ("adamw", "master_param")] + SGDS)
+def test_state_of_another_shape_is_refused_at_load(kind, name, shape):
+    params, opt = make(kind, torch.bfloat16)
+    run(params, opt, range(2))
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][1][name] = torch.ones(shape)
+    match = rf"param 1 of group 0: state '{name}' has shape .*, the parameter has \(37,\)"
+    exec(remedy_in(refused_load(opt, params, saved, RuntimeError, match)), {"state_dict": saved})
+    opt.load_state_dict(saved)
+    run(params, opt, [2])
 
 
 def test_state_that_is_no_dict_is_refused_by_name():
