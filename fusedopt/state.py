@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_iter
 
 from .memory import empty_like, huge_pages, is_dense
 from .plan import HALF_DTYPES, is_served
@@ -27,7 +28,7 @@ MOMENTUM = "momentum_buffer"
 _STARTS_LATER = "max_exp_avg_sq"
 
 # States of the optimizers of torch and of bitsandbytes. Who finds one of them instead of its own
-# has the checkpoint of another rule.
+# has the checkpoint of another rule, whatever is in it.
 _OF_SOME_RULE = {MOMENTUM, "exp_avg", "exp_avg_sq", _STARTS_LATER, "exp_inf", "square_avg"}
 _OF_SOME_RULE |= {"grad_avg", "acc_delta", "sum", "prev", "ax", "state1", "state2"}
 
@@ -127,9 +128,9 @@ def check_state(
     own = as_ours(state, names)
     shaped = is_served(param) and not is_lazy(param)
     missing = [name for name in (*names, STEP) if name not in own and name != _STARTS_LATER]
-    telling = {*names, STEP, *_OF_SOME_RULE}
-    found = sorted(name for name in own if name in telling and name in state)
-    if names and missing and found:
+    wanting = names and missing
+    found = sorted(n for n in state if wanting and n in own and _tells(n, own[n], names))
+    if found:
         raise KeyError(
             f"{label}: its state has {_listed(found)} and lacks {_listed(missing)}; add what is "
             f"missing, or start it anew: `{anew}`"
@@ -150,6 +151,14 @@ def check_state(
             f"{label}: state 'step' is {own[STEP]!r}, and has to be a number of steps, at least 0; "
             f"set it, or start it anew: `{anew}`"
         )
+
+
+def _tells(name: str, value: object, names: Sequence[str]) -> bool:
+    """Whether it is a state, of this rule or of another, and no note of somebody's."""
+    if name in (*names, STEP) or name in _OF_SOME_RULE:
+        return True
+    notes = MOMENTUM in names or name == MASTER  # torch's SGD makes its buffer beside anything
+    return not notes and any(isinstance(leaf, Tensor) for leaf in tree_iter(value))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -15,10 +15,12 @@ from checkpoint_helpers import (
     run_all,
 )
 from protocol_helpers import (
+    COUPLED,
     fallback_is_expected,
     give_grads,
     on_every_backend,
 )
+from torch.utils._pytree import tree_map
 
 import fusedopt
 
@@ -45,6 +47,12 @@ WITH_STATE = {
     "no count": {"exp_avg": ALL, "exp_avg_sq": ALL},
     "a count alone": {"step": 3},
     "a maximum alone": {"max_exp_avg_sq": ALL},
+    "Adafactor without a count": {"exp_avg_sq_row": ALL, "exp_avg_sq_col": ALL, "RMS": 0.5},
+    "schedule-free": {"z": ALL},
+    "momentum by another name": {"momentum": ALL},
+    "a name that nobody knows": {"foo": ALL},
+    "a name that nobody knows, and a master": {"foo": ALL, "master_param": ALL},
+    "preconditioners": {"left": [ALL, ALL], "block_0": {"root": (ALL,)}},
 }
 
 
@@ -58,7 +66,7 @@ def foreign(which):
     saved = opt.state_dict()
     fill = {i: torch.full(p.shape, 0.5) for i, p in enumerate(params)}
     saved["state"] = {
-        i: {k: v.clone() if value is ALL else value for k, value in WITH_STATE[which].items()}
+        i: tree_map(lambda value, v=v: v.clone() if value is ALL else value, WITH_STATE[which])
         for i, v in fill.items()
     }
     return saved
@@ -143,12 +151,42 @@ def test_without_state_a_parameter_starts_anew_beside_others():
 
 def test_notes_beside_the_states_are_kept():
     params, opt = make("adamw")
-    saved = opt.state_dict()
-    saved["state"] = {0: {"ema": torch.ones(5, 3), "note": None}}
+    run(params, opt, [0])
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0].update(ema=torch.ones(5, 3), note=None)
     opt.load_state_dict(saved)
-    run(params, opt, range(2))
+    run(params, opt, [1])
     own = opt.state[params[0]]
     assert torch.equal(own["ema"], torch.ones(5, 3)) and own["note"] is None and own["step"] == 2
+
+
+def test_notes_alone_are_kept_where_they_are_no_tensors():
+    params, opt = make("adamw", torch.bfloat16)
+    saved = opt.state_dict()
+    notes = {"note": None, "seen": 3, "more": {"a": [1.0]}, "master_param": torch.ones(5, 3)}
+    saved["state"] = {0: notes}
+    opt.load_state_dict(saved)
+    opt.state[params[1]].update(seen=4)
+    run(params, opt, range(2))
+    own = opt.state[params[0]]
+    assert own["note"] is None and own["seen"] == 3 and own["more"] == {"a": [1.0]}
+    assert own["step"] == opt.state[params[1]]["step"] == 2
+
+
+def test_momentum_starts_beside_tensors_of_others():
+    """torch's SGD asks for its buffer by name; torch's Adam fails here."""
+    results = []
+    for cls, extra in ((torch.optim.SGD, {}), (fusedopt.FusedSGD, COUPLED)):
+        params = make_params()
+        opt = cls(params, lr=0.1, momentum=0.9, **extra)
+        opt.state[params[0]]["ema"] = torch.ones(5, 3)
+        opt.load_state_dict({**opt.state_dict(), "state": {1: {"ema": torch.ones(37)}}})
+        opt.state[params[0]]["ema"] = torch.ones(5, 3)
+        run(params, opt, range(2))
+        assert all(torch.equal(opt.state[p]["ema"], torch.ones_like(p)) for p in params[:2])
+        results.append(params)
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours)
 
 
 def test_a_lazy_parameter_gets_its_state_before_its_shape():
