@@ -301,6 +301,14 @@ def of_sgd(state_dict: dict[str, Any]) -> None:
         del state_dict["param_groups"][0][name]
 
 
+def of_radam(state_dict: dict[str, Any]) -> None:
+    del state_dict["param_groups"][0]["amsgrad"]
+
+
+def string_key(state_dict: dict[str, Any]) -> None:
+    state_dict["state"] = {"0": state_dict["state"][0]}
+
+
 def of_apex(state_dict: dict[str, Any]) -> None:
     del state_dict["state"][0]["step"]
     state_dict["param_groups"][0]["step"] = 1
@@ -414,6 +422,8 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "cannot be traced or faked": traced,
     "must be a number or a tensor of one element": lambda: scale_of_two("grad_scale"),
     "state_dict has no 'betas', 'eps'": lambda: loading(of_sgd),
+    "JSON, for one, makes strings": lambda: loading(string_key),
+    "state_dict has no 'amsgrad'": lambda: loading(of_radam),
     "counts the steps of a group": lambda: loading(of_apex),
     "state of one parameter must be a dict": lambda: loading(no_dict),
     "state has .* and lacks": lambda: state_edited(without_moment),
