@@ -128,8 +128,8 @@ def check_state(
     own = as_ours(state, names)
     shaped = is_served(param) and not is_lazy(param)
     missing = [name for name in (*names, STEP) if name not in own and name != _STARTS_LATER]
-    wanting = names and missing
-    found = sorted(n for n in state if wanting and n in own and _tells(n, own[n], names))
+    present = [name for name in state if name in own] if names and missing else []
+    found = sorted((name for name in present if _tells(name, own[name], names)), key=str)
     if found:
         raise KeyError(
             f"{label}: its state has {_listed(found)} and lacks {_listed(missing)}; add what is "

@@ -52,6 +52,7 @@ WITH_STATE = {
     "momentum by another name": {"momentum": ALL},
     "a name that nobody knows": {"foo": ALL},
     "a name that nobody knows, and a master": {"foo": ALL, "master_param": ALL},
+    "names that cannot be sorted": {1: ALL, "a": ALL},
     "preconditioners": {"left": [ALL, ALL], "block_0": {"root": (ALL,)}},
 }
 
