@@ -10,7 +10,7 @@ from torch.optim.adam import Adam
 
 from .groups import torch_defaults
 from .optimizer import FusedOptimizer
-from .options import Options
+from .options import Options, is_pair
 from .options_table import KernelOptions
 from .plan import Group
 
@@ -116,7 +116,9 @@ class FusedAdamW(FusedOptimizer):
         return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
 
     def _kernel_options(self, group: Group) -> KernelOptions:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = betas = group["betas"]
+        if type(betas) is not tuple and type(betas) is not list and not is_pair(betas):
+            raise TypeError(betas)  # would be unpacked: the keys of a dict, a set in any order
         return (
             (group["lr"], group["weight_decay"], beta1, beta2, group["eps"]),
             (group["decoupled_weight_decay"], group["maximize"], group["amsgrad"]),

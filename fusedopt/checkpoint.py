@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .memory import allocate, huge_pages, unallocated
 from .plan import Group, copy_all
-from .rows import label_of
+from .rows import check_param, label_of
 from .state import (
     MASTER,
     STEP,
@@ -38,6 +38,10 @@ Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: par
 Write = tuple[Tensor, Tensor]  # the tensor that is written to, and the one that is read
 Fill = tuple[Tensor, Tensor, Tensor]  # the same of one without memory, and whose form it gets
 
+# A group of torch's that has `foreach` and not these is one of NAdam, RAdam or Adamax. Groups of
+# Apex's Adam have neither.
+_OLDER_THAN_FOREACH = {"amsgrad", "nesterov"}
+
 
 # ---- what a checkpoint must hold -----------------------------------------------------------------
 
@@ -51,6 +55,7 @@ def check(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Wanted:
     sizes = [[len(group["params"]) for group in each] for each in (groups, optimizer.param_groups)]
     if sizes[0] != sizes[1]:
         return wanted  # torch refuses it in a moment
+    _check_keys(state_dict)
     for g, (own, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         names = optimizer._state_names({**optimizer.defaults, **saved})
         for i, (param, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
@@ -61,10 +66,27 @@ def check(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Wanted:
     return wanted
 
 
+def _check_keys(state_dict: dict[str, Any]) -> None:
+    """A state under a key of no group would be kept beside its parameter, which starts anew."""
+    state = state_dict["state"]
+    keys = {str(key): key for group in state_dict["param_groups"] for key in group["params"]}
+    astray = [key for key in state if str(key) in keys and keys[str(key)] not in state]
+    if astray:
+        raise KeyError(
+            f"state_dict['state'] has {astray} where its param groups name "
+            f"{[keys[str(key)] for key in astray]}: JSON, for one, makes strings of keys; use the "
+            "groups' own: `keys = {str(i): i for g in state_dict['param_groups'] for i in "
+            "g['params']}; state_dict['state'] = {keys.get(str(k), k): v for k, v in "
+            "state_dict['state'].items()}`"
+        )
+
+
 def _check_group(index: int, group: Group, defaults: dict[str, Any]) -> None:
     """Each checkpoint of a rule has its numbers. Of the flags, older ones lack some."""
-    numbers = {n: v for n, v in defaults.items() if not (v is None or isinstance(v, bool))}
-    missing = {name: value for name, value in numbers.items() if name not in group}
+    wanted = {n: v for n, v in defaults.items() if not (v is None or isinstance(v, bool))}
+    if "foreach" in group:
+        wanted.update({n: v for n, v in defaults.items() if n in _OLDER_THAN_FOREACH})
+    missing = {name: value for name, value in wanted.items() if name not in group}
     if missing:
         values = ", ".join(f"{name}={value!r}" for name, value in missing.items())
         raise ValueError(
@@ -90,7 +112,7 @@ def _check_saved(
             "Apex's does; give each its own: `for g in state_dict['param_groups']: [state_dict"
             "['state'][i].update(step=g['step']) for i in g['params'] if i in state_dict['state']]`"
         )
-    check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]")
+    check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]", loading=True)
 
 
 # ---- how its values get in -----------------------------------------------------------------------
@@ -143,8 +165,8 @@ def _receive(
     any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
     """
     own = as_ours(saved, names)
-    if is_lazy(param):
-        return copy.deepcopy(own)  # the step converts it, once the parameter has a shape
+    if is_lazy(param) or not _can_be_updated(param):
+        return copy.deepcopy(own)  # the step converts it, once the parameter can be updated
     like = dense_like(param)
     if not wants_master(param, optimizer._shared.options.master_weights):
         own.pop(MASTER, None)  # of a half parameter
@@ -163,6 +185,15 @@ def _receive(
             state[name] = unallocated(like, state_dtype(param))
             fills.append((state[name], value, like))
     return state
+
+
+def _can_be_updated(param: Tensor) -> bool:
+    """Not of some frozen ones, whose layout in memory is nobody's business."""
+    try:
+        check_param("", param)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_reusable(optimizer: FusedOptimizer, param: Tensor, name: str, like: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +29,18 @@ def torch_defaults(
     except Exception:  # torch has compared None with a number, say
         check_group(arguments, numbers)
         raise
+    check_group(arguments, numbers)  # not the defaults: torch makes a pair of a dict's keys
     return defaults
 
 
 def check_containers(groups: Any, state: Any) -> None:
     """Refuse what is no list of param groups, or no params in them."""
     if not isinstance(groups, list):
+        convert = isinstance(groups, Iterable) and not isinstance(groups, Mapping)
+        anew = "[{**optimizer.defaults, 'params': params}]"
         raise RuntimeError(
             f"optimizer.param_groups is a {type(groups).__name__}, not a list; use "
-            "`optimizer.param_groups = list(optimizer.param_groups)`"
+            f"`optimizer.param_groups = {'list(optimizer.param_groups)' if convert else anew}`"
         )
     for i, group in enumerate(groups):
         if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):

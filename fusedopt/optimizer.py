@@ -191,7 +191,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             if name not in group:
                 raise RuntimeError(
                     f"{where} has no option {name!r}; set it: "
-                    f"`optimizer.param_groups[{index}][{name!r}] = {self.defaults.get(name)!r}`"
+                    f"`optimizer.param_groups[{index}][{name!r}] = optimizer.defaults[{name!r}]`"
                 )
         check_group(group, self.numbers, f" in {where}", RuntimeError)
         refuse_differentiable(group, where)
@@ -262,6 +262,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         shared.backend, shared.plan = backend, plan
         return backend, plan
 
+    @untraced
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires grad now.
 
@@ -308,6 +309,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         devices = {str(p.device) for p in served_params(self.param_groups)}
         return dict.fromkeys(sorted(devices), self._shared.backend.name)
 
+    @untraced
     def memory_footprint(self) -> dict[str, int]:
         """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``.
 
@@ -349,6 +351,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     # ---- torch's Optimizer protocol -------------------------------------------------------------
 
+    @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; raises before anything is changed, and refuses what no kernel can update.
 
@@ -361,9 +364,11 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         index = len(self.param_groups)
         if isinstance(param_group, dict):
             where = f"param group {index}"
-            check_group(param_group, self.numbers, f" in {where}")
-            refuse_differentiable(param_group, where)
-            self._take_out(param_group, where, ValueError)
+            filled_in = {**self.defaults, **param_group}  # the defaults may have been edited
+            check_group(filled_in, self.numbers, f" in {where}")
+            refuse_differentiable(filled_in, where)
+            for group in (filled_in, param_group):
+                self._take_out(group, where, ValueError)
             refuse_duplicates(param_group, where)
         super().add_param_group(param_group)
         try:
@@ -424,7 +429,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             KeyError: a parameter's state is there in part, or is that of another optimizer.
             TypeError: a state is no plain tensor of floating-point numbers.
             RuntimeError: a group of the checkpoint has ``differentiable=True``; a state has no
-                memory; there is not enough memory. Whatever is raised, nothing has been changed.
+                memory, or another shape than its parameter; there is not enough memory. Whatever is
+                raised, nothing has been changed.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -120,7 +120,7 @@ def check_group(
     for name in numbers:
         value = group.get(name, 0.0)
         if name == "betas" and name in group:
-            if not _is_pair(value):
+            if not is_pair(value):
                 raise _invalid(name, value, "use a pair of numbers", where, error)
         elif not is_number(value):
             raise _invalid(name, value, "use a number, or a tensor of one element", where, error)
@@ -144,10 +144,13 @@ def is_number(value: Any, nan: bool = False) -> bool:
         return False
 
 
-def _is_pair(value: Any) -> bool:
+def is_pair(value: Any) -> bool:
+    """Whether it is two numbers in an order: a tuple, a list, an array or a tensor of two."""
+    if isinstance(value, (Mapping, bytes, bytearray)):  # which can be unpacked: keys, or bytes
+        return False
     try:
-        return len(value) == 2 and all(map(is_number, value))
-    except TypeError:
+        return len(value) == 2 and is_number(value[0]) and is_number(value[1])
+    except (TypeError, LookupError):
         return False
 
 

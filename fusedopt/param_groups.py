@@ -160,8 +160,8 @@ def _dims(label: str, param: nn.Parameter) -> int:
     """Dimensions of the whole parameter, of which this process may hold a shard."""
     flat = getattr(param, "_fsdp_flattened", False)
     if not (flat or is_lazy(param)):
-        shape: torch.Size = getattr(param, "ds_shape", param.shape)  # DeepSpeed ZeRO-3
-        return len(shape)
+        whole: torch.Size | None = getattr(param, "ds_shape", None)  # DeepSpeed ZeRO-3
+        return param.dim() if whole is None else len(whole)  # a nested tensor has no shape
     if not param.requires_grad:
         return 2  # its owner and its name decide
     if not flat:

@@ -19,7 +19,6 @@ from .state import (
     MASTER,
     STEP,
     ParamState,
-    check_shapes,
     check_state,
     complete_all,
     dense_like,
@@ -34,6 +33,11 @@ PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_param(label: str, param: Tensor) -> None:
     """Raise ``TypeError`` for a parameter no backend can update."""
     wrapper: object = param  # mypy takes the guard below for impossible
+    if param.is_nested:
+        raise TypeError(
+            f"{label}: nested parameters are not supported; pad it: `param = torch.nn.Parameter("
+            "torch.nested.to_padded_tensor(param.detach(), 0.0))`"
+        )
     if is_traceable_wrapper_subclass(wrapper):
         raise TypeError(
             f"{label}: {type(wrapper).__name__} is not supported, its memory is not its values; "
@@ -150,9 +154,11 @@ def complete_rows(
 
 def _check_dict(label: str, own: ParamState) -> None:
     if not is_plain_dict(own):
+        anew = "del optimizer.state[param]"
+        convert = "optimizer.state[param] = dict(optimizer.state[param])"
         raise RuntimeError(
             f"{label}: its state is a {type(own).__name__}, not a dict with a dict's own access; "
-            "use `optimizer.state[param] = dict(optimizer.state[param])`"
+            f"use `{convert if isinstance(own, Mapping) else anew}`"
         )
 
 
@@ -193,7 +199,6 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
         check_state(row.label, param, own, names, "del optimizer.state[param]")
     except (KeyError, TypeError, ValueError) as error:  # optimizer.state was edited
         raise RuntimeError(error.args[0]) from error
-    check_shapes(row.label, param, own, names)
 
 
 def _check_writable(row: Row, own: ParamState, names: tuple[str, ...]) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_iter
 
 from .memory import allocate, huge_pages, is_dense, unallocated
-from .plan import HALF_DTYPES
+from .plan import HALF_DTYPES, is_served
 
 MASTER = "master_param"
 STEP = "step"
@@ -26,7 +28,7 @@ MOMENTUM = "momentum_buffer"
 _STARTS_LATER = "max_exp_avg_sq"
 
 # States of the optimizers of torch and of bitsandbytes. Who finds one of them instead of its own
-# has the checkpoint of another rule.
+# has the checkpoint of another rule, whatever is in it.
 _OF_SOME_RULE = {MOMENTUM, "exp_avg", "exp_avg_sq", _STARTS_LATER, "exp_inf", "square_avg"}
 _OF_SOME_RULE |= {"grad_avg", "acc_delta", "sum", "prev", "ax", "state1", "state2"}
 
@@ -109,25 +111,32 @@ def as_ours(state: ParamState, names: Sequence[str]) -> ParamState:
 
 
 def check_state(
-    label: str, param: Tensor, state: ParamState, names: Sequence[str], anew: str
+    label: str,
+    param: Tensor,
+    state: ParamState,
+    names: Sequence[str],
+    anew: str,
+    loading: bool = False,
 ) -> None:
     """Raise unless each state of ``names`` is there, or none is and the parameter starts anew.
 
     Args:
         label: what messages call the parameter.
         anew: the line of code that drops the parameter's state.
+        loading: the parameter's memory may be elsewhere for the time (`param.data` is empty).
 
     Raises:
         KeyError: some states are there and some are not, or only those of another rule.
         TypeError: a state is no plain tensor, or is of an integer or complex dtype.
         ValueError: ``step`` is no count.
-        RuntimeError: a state has no memory.
+        RuntimeError: a state has no memory, or another shape than the parameter.
     """
     own = as_ours(state, names)
+    shaped = is_served(param) and not is_lazy(param) and not (loading and param.numel() == 0)
     missing = [name for name in (*names, STEP) if name not in own and name != _STARTS_LATER]
-    telling = {*names, STEP, *_OF_SOME_RULE}
-    found = sorted(name for name in own if name in telling and name in state)
-    if names and missing and found:
+    present = [name for name in state if name in own] if names and missing else []
+    found = sorted((name for name in present if _tells(name, own[name], names)), key=str)
+    if found:
         raise KeyError(
             f"{label}: its state has {_listed(found)} and lacks {_listed(missing)}; add what is "
             f"missing, or start it anew: `{anew}`"
@@ -138,11 +147,24 @@ def check_state(
             _check_tensor(label, name, value, anew)
         if isinstance(value, Tensor) and _has_no_memory(value, param):
             raise RuntimeError(f"{label}: state {name!r} has no memory; start it anew: `{anew}`")
+        if shaped and name != STEP and value is not None and value.shape != param.shape:
+            raise RuntimeError(
+                f"{label}: state {name!r} has shape {tuple(value.shape)}, the parameter has "
+                f"{tuple(param.shape)}; give it that shape, or start it anew: `{anew}`"
+            )
     if names and STEP in own and not _is_count(own[STEP]):
         raise ValueError(
             f"{label}: state 'step' is {own[STEP]!r}, and has to be a number of steps, at least 0; "
             f"set it, or start it anew: `{anew}`"
         )
+
+
+def _tells(name: str, value: object, names: Sequence[str]) -> bool:
+    """Whether it is a state, of this rule or of another, and no note of somebody's."""
+    if name in (*names, STEP) or name in _OF_SOME_RULE:
+        return True
+    notes = MOMENTUM in names or name == MASTER  # torch's SGD makes its buffer beside anything
+    return not notes and any(isinstance(leaf, Tensor) for leaf in tree_iter(value))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -180,18 +202,6 @@ def _is_count(value: Any) -> bool:
         return 0.0 <= float(value) < math.inf
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: several elements
         return False
-
-
-def check_shapes(label: str, param: Tensor, state: ParamState, names: Sequence[str]) -> None:
-    """Raise ``RuntimeError`` if a state tensor lacks its parameter's shape."""
-    for name in (*names, MASTER):
-        value = state.get(name)
-        if isinstance(value, Tensor) and value.shape != param.shape:
-            raise RuntimeError(
-                f"{label}: state {name!r} has shape {tuple(value.shape)}, the parameter has "
-                f"{tuple(param.shape)}; give it that shape, or start it anew: "
-                "`del optimizer.state[param]`"
-            )
 
 
 def complete_all(

@@ -73,8 +73,9 @@ REFUSALS = {
     "is no dict with a list of params": "`param_groups` or `state` replaced",
     "not a tensor; take it out": "`param_groups` or `state` replaced",
     "starts all state anew": "`param_groups` or `state` replaced",
-    "complex parameters": "complex or sparse parameters",
-    "sparse parameters": "complex or sparse parameters",
+    "complex parameters": "complex, sparse or nested parameters",
+    "sparse parameters": "complex, sparse or nested parameters",
+    "nested parameters": "complex, sparse or nested parameters",
     "not a dict with a dict's own access": "a parameter's state that is no `dict`",
     "has no memory": "a parameter, state or gradient without memory",
     "storage was resized to nothing": "a parameter, state or gradient without memory",
@@ -93,6 +94,7 @@ REFUSALS = {
     "counts the steps of a group": "a parameter's state that is there in part",
     "not a plain tensor of floating-point numbers": "a state that is no plain tensor",
     "and has to be a number of steps": "a `step` that is NaN or negative",
+    "JSON, for one, makes strings of keys": "a checkpoint whose keys became strings",
     "it is the checkpoint of another": "a checkpoint of another optimizer",
 }
 # The same in torch: a gradient always has its parameter's shape and device, a state dict is a dict.

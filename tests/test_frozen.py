@@ -8,7 +8,10 @@ from protocol_helpers import fallback_is_expected, give_grads, on_every_backend
 
 import fusedopt
 
-pytestmark = fallback_is_expected
+pytestmark = [
+    fallback_is_expected,
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of layouts that torch calls new, or old
+]
 _every_backend = pytest.fixture(autouse=True)(on_every_backend)
 every_class = pytest.mark.parametrize("cls", [fusedopt.FusedAdamW, fusedopt.FusedSGD])
 
@@ -28,6 +31,12 @@ def two_tensor():
     return frozen(two.TwoTensor(torch.ones(3), torch.ones(3)))
 
 
+def quantized():
+    if not hasattr(torch, "quantize_per_tensor"):
+        pytest.skip("torch has no quantized tensors any more")
+    return frozen(torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8))
+
+
 class Packed(torch.nn.Parameter):
     """As bitsandbytes packs 4-bit weights: a subclass, with two numbers in a byte."""
 
@@ -44,6 +53,12 @@ KINDS = {
     "float64": lambda: frozen(torch.ones(3, dtype=torch.float64)),
     "complex": lambda: frozen(torch.ones(3, dtype=torch.complex64)),
     "sparse": lambda: frozen(torch.eye(3).to_sparse()),
+    "sparse-csr": lambda: frozen(torch.eye(3).to_sparse_csr()),
+    "nested": lambda: frozen(torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])),
+    "nested-jagged": lambda: frozen(
+        torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
+    ),
+    "quantized": quantized,
     "meta": lambda: frozen(torch.ones(3, device="meta")),
     "freed": freed,
     "zero-tensor": lambda: frozen(torch._efficientzerotensor(3)),
@@ -94,6 +109,31 @@ def test_left_alone(cls, kind):
 
 def extra(cls):
     return {"momentum": 0.9} if cls is fusedopt.FusedSGD else {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_param_groups_of_a_model_that_has_one(kind):
+    model = torch.nn.Linear(2, 3)
+    model.odd = KINDS[kind]()
+    groups = fusedopt.param_groups(model, 0.1)
+    assert sum(p is model.odd for group in groups for p in group["params"]) == 1
+    opt = fusedopt.FusedAdamW(groups)
+    give_grads([model.weight, model.bias], 0)
+    opt.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_of_a_time_when_it_was_trained(kind):
+    """Weights are quantised after a first training, say: the checkpoint has their old state."""
+    p, odd = trained(), KINDS[kind]()
+    opt = fusedopt.FusedAdamW([p, odd])
+    saved = opt.state_dict()
+    moments = {name: torch.ones(3, 3) for name in ("exp_avg", "exp_avg_sq")}
+    saved["state"] = {1: {"step": 3.0, **moments}}
+    opt.load_state_dict(saved)
+    give_grads([p], 0)
+    opt.step()
+    assert opt.state[odd]["exp_avg"].shape == (3, 3) and float(opt.state[p]["step"]) == 1
 
 
 @every_class

@@ -2,8 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from checkpoint_helpers import refused_load
 from protocol_helpers import INF, NAN, fallback_is_expected, on_every_backend
 
 import fusedopt
@@ -65,6 +67,13 @@ def test_global_option_in_a_group_that_is_the_optimizers_own(cls, name):
         assert getattr(opt, name) == value
 
 
+# Of length two, and of no order or not of numbers.
+NO_PAIRS = [{0: 0.9, 1: 0.99}, {0.9: 0, 0.99: 0}, {"a": 0.9, "b": 0.99}, {0.9, 0.99}, "ab", b"ab"]
+NO_PAIRS += [frozenset({0.9, 0.99}), {0.9: 0, 0.99: 0}.values(), torch.ones(2, 0)]
+BAD_DEFAULTS = [("lr", NAN), ("lr", None), ("weight_decay", "0.1"), ("maximize", "yes")]
+PAIRS = [(0.9, 0.99), [0.9, 0.99], np.array([0.9, 0.99]), torch.tensor([0.9, 0.99])]
+
+
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimization: its groups hold what belongs to the base optimizer, too."""
 
@@ -95,7 +104,7 @@ def test_groups_are_checked_at_every_step(cls):
     flags = {k: v for k, v in opt.param_groups[0].items() if k in FLAG_NAMES}
     for name, good in {**numbers, **flags}.items():
         bads = [None, "0.1", torch.ones(3), NAN if name in numbers else 2]
-        bads += [(0.9,), (0.9, 0.9, 0.9), (0.9, None), (0.9, "0.9"), (NAN, 0.9)]
+        bads += [(0.9,), (0.9, 0.9, 0.9), (0.9, None), (0.9, "0.9"), (NAN, 0.9), *NO_PAIRS]
         for bad in bads:
             opt.param_groups[0][name] = bad
             for call in (opt.step, opt.init_state):
@@ -122,7 +131,7 @@ def test_arguments_that_are_no_numbers(cls):
     for name in cls.numbers:
         bads = [None, "x", "0.1", NAN, torch.tensor(NAN)]
         bads += [(0.9,), (*pair, 0.9), (0.9, None), (0.9, NAN)] if name == "betas" else [pair]
-        bads += [(torch.ones(2), 0.9), (0.9, torch.ones(2))] if name == "betas" else []
+        bads += [(torch.ones(2), 0.9), (0.9, torch.ones(2)), *NO_PAIRS] if name == "betas" else []
         for bad in bads:
             with pytest.raises(
                 ValueError, match={"lr": "lr|learning rate", "betas": "beta"}.get(name, name)
@@ -138,6 +147,55 @@ def test_arguments_that_are_no_numbers(cls):
         with pytest.raises(ValueError, match=f"Invalid {name} value: 'yes'"):
             momentum = {"momentum": 0.9} if name == "nesterov" else {}
             cls([param(3)], **momentum, **{name: "yes"})
+
+
+@every_class
+@pytest.mark.parametrize("edit", [("differentiable", True), ("max_grad_norm", 1.0), *BAD_DEFAULTS])
+def test_a_group_is_refused_for_what_edited_defaults_add_to_it(cls, edit):
+    name, bad = edit
+    opt = cls([param(3)])
+    good = opt.defaults.get(name)
+    opt.defaults[name] = bad
+    group = {"params": [param(3)]}
+    error = RuntimeError if name == "differentiable" else ValueError
+    with pytest.raises(error, match=f"{name}.*param group 1|param group 1: {name}"):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1 and group.keys() == {"params"}
+    opt.add_param_group({**group, name: good})
+
+
+@every_class
+def test_a_group_may_differ_from_edited_defaults(cls):
+    opt = cls([param(3)], max_grad_norm=1.0)
+    opt.defaults.update(lr=None, max_grad_norm=1.0)
+    opt.add_param_group({"params": [param(3)], "lr": 0.5})
+    for group in opt.param_groups:
+        group["params"][0].grad = torch.ones(3)
+    opt.step()
+    assert opt.param_groups[1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("betas", NO_PAIRS, ids=repr)
+def test_what_is_no_pair_is_refused_in_a_checkpoint(betas):
+    params = [param(3)]
+    opt = fusedopt.FusedAdamW(params)
+    saved = opt.state_dict()
+    saved["param_groups"][0]["betas"] = betas
+    refused_load(opt, params, saved, ValueError, r"Invalid betas value: .* in param group 0 of the")
+
+
+@pytest.mark.parametrize("betas", PAIRS, ids=repr)
+def test_pairs_that_torch_takes(betas):
+    results = []
+    for cls in (fusedopt.FusedAdamW, torch.optim.AdamW):
+        p = param(3)
+        opt = cls([p], lr=0.1, betas=betas)
+        for grad in (1.0, -0.5):
+            p.grad = torch.full((3,), grad)
+            opt.step()
+        opt.load_state_dict(opt.state_dict())
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
 
 
 @every_class

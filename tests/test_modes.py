@@ -113,7 +113,11 @@ def test_fullgraph_is_refused_in_our_words():
     give_grads(params, 0)
     scaler = fusedopt.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
-    for call in (opt.step, lambda: scaler.step(opt)):
+    saved, group = opt.state_dict(), {"params": [torch.nn.Parameter(torch.ones(2))]}
+    calls = [opt.step, lambda: scaler.step(opt), opt.init_state, opt.memory_footprint]
+    calls += [lambda: opt.load_state_dict(saved), lambda: opt.add_param_group(group)]
+    calls += [lambda: setattr(opt, "max_grad_norm", 1.0)]
+    for call in calls:
         torch._dynamo.reset()
         with pytest.raises(
             torch._dynamo.exc.Unsupported, match="the fused step is not traced"
@@ -121,3 +125,23 @@ def test_fullgraph_is_refused_in_our_words():
             torch.compile(lambda call=call: call(), fullgraph=True, backend="eager")()
         assert "issue to PyTorch" not in str(e.value)
     assert torch.equal(params[0], make_params()[0])
+    assert not opt.state and len(opt.param_groups) == 1 and opt.max_grad_norm is None
+
+
+def test_what_is_not_traced_runs_between_two_graphs():
+    """And what only reads may be in one."""
+    params, opt = make_ours(max_grad_norm=1.0)
+    give_grads(params, 0)
+    later = torch.nn.Parameter(torch.ones(2))
+
+    def calls(x):
+        x = x + 1
+        opt.add_param_group({"params": [later]})
+        opt.init_state()
+        opt.step()
+        return x + opt.memory_footprint()["exp_avg"] + opt.grad_norm
+
+    expected = 1 + 4 * sum(p.numel() for p in [*params, later])
+    got = torch.compile(calls, backend="eager")(torch.zeros(()))
+    assert float(got) == pytest.approx(expected + float(opt.grad_norm))
+    torch.compile(lambda: (repr(opt), opt.grad_norm), fullgraph=True, backend="eager")()

@@ -12,7 +12,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,13 +83,14 @@ def wrapper_gradient() -> Scene:
     return scene
 
 
-def mapping_state() -> Scene:
-    class Mapping(dict[str, Any]):
-        def __getitem__(self, key: str) -> Any:
-            return super().__getitem__(key)
+class DictOfItsOwn(dict[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)
 
+
+def state_replaced(by: object) -> Scene:
     scene = stepping(trained(torch.ones(3)))
-    scene.optimizer.state[scene.param] = Mapping()
+    scene.optimizer.state[scene.param] = by
     return scene
 
 
@@ -199,8 +200,8 @@ def in_a_group(name: str, value: object) -> Scene:
     return scene
 
 
-def without(name: str) -> Scene:
-    scene = stepping(trained(torch.ones(3)))
+def without(name: str, **options: Any) -> Scene:
+    scene = stepping(trained(torch.ones(3)), **options)
     del scene.optimizer.param_groups[0][name]
     return scene
 
@@ -300,6 +301,14 @@ def of_sgd(state_dict: dict[str, Any]) -> None:
         del state_dict["param_groups"][0][name]
 
 
+def of_radam(state_dict: dict[str, Any]) -> None:
+    del state_dict["param_groups"][0]["amsgrad"]
+
+
+def string_key(state_dict: dict[str, Any]) -> None:
+    state_dict["state"] = {"0": state_dict["state"][0]}
+
+
 def of_apex(state_dict: dict[str, Any]) -> None:
     del state_dict["state"][0]["step"]
     state_dict["param_groups"][0]["step"] = 1
@@ -356,8 +365,10 @@ def grouping(model: Any, weight_decay: Any = 0.01) -> Scene:
     return scene
 
 
-def tuple_of_groups(opt: Any) -> None:
-    opt.param_groups = tuple(opt.param_groups)
+def groups_replaced(by: Callable[[list[Any]], Any]) -> Scene:
+    scene = edited(lambda opt: vars(opt).update(param_groups=by(opt.param_groups)))
+    scene.params = [scene.param]
+    return scene
 
 
 def number_as_param(opt: Any) -> None:
@@ -370,11 +381,19 @@ def no_state(opt: Any) -> None:
 
 SCENES: dict[str, Callable[[], Scene]] = {
     "is not supported, its memory": lambda: constructing(two_tensor()),
+    "nested parameters": lambda: constructing(torch.nested.nested_tensor([torch.ones(2)])),
+    "nested parameters are": lambda: constructing(
+        torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
+    ),
     "sparse parameters": lambda: constructing(torch.eye(3).to_sparse()),
     "complex parameters": lambda: constructing(torch.ones(3, dtype=torch.complex64)),
     "parameter dtype": lambda: constructing(torch.ones(3).to(torch.float8_e4m3fn)),
     "gradients of type": wrapper_gradient,
-    "not a dict with a dict's own access": mapping_state,
+    "not a dict with a dict's own access": lambda: state_replaced(DictOfItsOwn()),
+    "state is a mappingproxy, not a dict": lambda: state_replaced(MappingProxyType({})),
+    "state is a NoneType, not a dict": lambda: state_replaced(None),
+    "state is a int, not a dict": lambda: state_replaced(3),
+    "state is a list, not a dict": lambda: state_replaced([3]),
     "is not initialized": lazy,
     "is on the meta device": meta,
     "param 0 .* was made in inference mode": inference_param,
@@ -392,7 +411,10 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "it holds for all groups": lambda: in_a_group("max_grad_norm", 1.0),
     "differentiable=True is not supported": lambda: in_a_group("differentiable", True),
     "has no option": lambda: without("eps"),
-    "is a tuple, not a list": lambda: edited(tuple_of_groups),
+    "has no option 'lr'": lambda: without("lr", lr=torch.tensor(0.1)),
+    "is a tuple, not a list": lambda: groups_replaced(tuple),
+    "is a NoneType, not a list": lambda: groups_replaced(lambda groups: None),
+    "is a dict, not a list": lambda: groups_replaced(lambda groups: dict(enumerate(groups))),
     "is no dict with a list of params": lambda: edited(lambda opt: opt.param_groups.append(3)),
     "not a tensor; take it out": lambda: edited(number_as_param),
     "starts all state anew": lambda: edited(no_state),
@@ -400,6 +422,8 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "cannot be traced or faked": traced,
     "must be a number or a tensor of one element": lambda: scale_of_two("grad_scale"),
     "state_dict has no 'betas', 'eps'": lambda: loading(of_sgd),
+    "JSON, for one, makes strings": lambda: loading(string_key),
+    "state_dict has no 'amsgrad'": lambda: loading(of_radam),
     "counts the steps of a group": lambda: loading(of_apex),
     "state of one parameter must be a dict": lambda: loading(no_dict),
     "state has .* and lacks": lambda: state_edited(without_moment),
@@ -410,6 +434,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "-1.0, and has to be a number": lambda: loading(in_checkpoint(negative_step)),
     "state 'exp_avg' has no memory": lambda: state_edited(freed_moment),
     "give it that shape": lambda: state_edited(other_shape),
+    r"state 'exp_avg' has shape \(4,\)": lambda: loading(in_checkpoint(other_shape)),
     "has no decoupled_weight_decay": coupled_checkpoint,
     "cannot serve": lambda: double("cpu"),
     "scaler must be a torch.amp.GradScaler": wrapped_scaler,
