@@ -147,7 +147,11 @@ def test_keys_that_became_strings_are_refused(kind, edit):
     assert other_opt.state["global"] == {"seen": 3} and other_opt.state[7] == {"seen": 4}
 
 
-@pytest.mark.parametrize("convert", [str, float, np.int64, "layers.{}.weight".format], ids=repr)
+@pytest.mark.parametrize(
+    "convert",
+    [str, float, np.int64, "layers.{}.weight".format],
+    ids=["str", "float", "numpy", "name"],
+)
 @pytest.mark.parametrize("groups", [True, False])
 def test_keys_that_are_the_groups_own_load(convert, groups):
     """Some savers name parameters; and a float, or numpy's integer, is equal to the integer."""
