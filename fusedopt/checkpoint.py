@@ -61,6 +61,12 @@ def check(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Wanted:
         for i, (param, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
             if key in state_dict["state"]:
                 label = label_of(own, g, i, optimizer._shared.names)
+                if key in wanted:
+                    raise ValueError(
+                        f"{label}: the checkpoint gives it the state {key!r} of a parameter before "
+                        "it; start it anew, by a key that has no state: "
+                        f"`state_dict['param_groups'][{g}]['params'][{i}] = -1`"
+                    )
                 _check_saved(label, key, param, state_dict["state"][key], names, saved)
                 wanted[key] = (param, names)
     return wanted
@@ -84,6 +90,7 @@ def _check_keys(state_dict: dict[str, Any]) -> None:
 def _check_group(index: int, group: Group, defaults: dict[str, Any]) -> None:
     """Each checkpoint of a rule has its numbers. Of the flags, older ones lack some."""
     wanted = {n: v for n, v in defaults.items() if not (v is None or isinstance(v, bool))}
+    wanted = {n: v.item() if isinstance(v, Tensor) else v for n, v in wanted.items()}
     if "foreach" in group:
         wanted.update({n: v for n, v in defaults.items() if n in _OLDER_THAN_FOREACH})
     missing = {name: value for name, value in wanted.items() if name not in group}

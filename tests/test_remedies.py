@@ -309,6 +309,16 @@ def string_key(state_dict: dict[str, Any]) -> None:
     state_dict["state"] = {"0": state_dict["state"][0]}
 
 
+def key_twice() -> Scene:
+    params = [trained(torch.ones(3)), trained(torch.ones(3))]
+    optimizer = FusedAdamW(params)
+    optimizer.step()
+    scene = Scene(state_dict=copy.deepcopy(optimizer.state_dict()))
+    scene.state_dict["param_groups"][0]["params"] = [0, 0]
+    scene.fails = scene.helps = lambda: optimizer.load_state_dict(scene.state_dict)
+    return scene
+
+
 def of_apex(state_dict: dict[str, Any]) -> None:
     del state_dict["state"][0]["step"]
     state_dict["param_groups"][0]["step"] = 1
@@ -423,6 +433,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "must be a number or a tensor of one element": lambda: scale_of_two("grad_scale"),
     "state_dict has no 'betas', 'eps'": lambda: loading(of_sgd),
     "JSON, for one, makes strings": lambda: loading(string_key),
+    "of a parameter before it": key_twice,
     "state_dict has no 'amsgrad'": lambda: loading(of_radam),
     "counts the steps of a group": lambda: loading(of_apex),
     "state of one parameter must be a dict": lambda: loading(no_dict),
