@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .memory import allocate, huge_pages, unallocated
@@ -90,12 +91,12 @@ def _check_keys(state_dict: dict[str, Any]) -> None:
 def _check_group(index: int, group: Group, defaults: dict[str, Any]) -> None:
     """Each checkpoint of a rule has its numbers. Of the flags, older ones lack some."""
     wanted = {n: v for n, v in defaults.items() if not (v is None or isinstance(v, bool))}
-    wanted = {n: v.item() if isinstance(v, Tensor) else v for n, v in wanted.items()}
     if "foreach" in group:
         wanted.update({n: v for n, v in defaults.items() if n in _OLDER_THAN_FOREACH})
     missing = {name: value for name, value in wanted.items() if name not in group}
     if missing:
-        values = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+        plain = tree_map_only(Tensor, Tensor.item, missing)
+        values = ", ".join(f"{name}={value!r}" for name, value in plain.items())
         raise ValueError(
             f"param group {index} of the state_dict has no {', '.join(map(repr, missing))}: it is "
             "the checkpoint of another optimizer; to load it none the less, say what to go on "

@@ -246,15 +246,13 @@ def scale_of_two(name: str) -> Scene:
 # Checkpoints, and state that was edited
 
 
-def loading(
-    edit: Callable[[dict[str, Any]], None], cls: type[torch.optim.Optimizer] = FusedAdamW
-) -> Scene:
+def loading(edit: Callable[[dict[str, Any]], None], **options: Any) -> Scene:
     """A checkpoint of a trained optimizer that was edited; loaded, then stepped on."""
     source = FusedAdamW([trained(torch.ones(3))])
     source.step()
     scene = Scene(state_dict=copy.deepcopy(source.state_dict()))
     edit(scene.state_dict)
-    optimizer = cls([trained(torch.ones(3))])
+    optimizer = FusedAdamW([trained(torch.ones(3))], **options)
 
     def load() -> None:
         optimizer.load_state_dict(scene.state_dict)
@@ -299,6 +297,10 @@ def of_sgd(state_dict: dict[str, Any]) -> None:
     state_dict["state"] = {}
     for name in ("betas", "eps"):
         del state_dict["param_groups"][0][name]
+
+
+def two_tensors() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(0.9), torch.tensor(0.99)
 
 
 def of_radam(state_dict: dict[str, Any]) -> None:
@@ -432,6 +434,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "cannot be traced or faked": traced,
     "must be a number or a tensor of one element": lambda: scale_of_two("grad_scale"),
     "state_dict has no 'betas', 'eps'": lambda: loading(of_sgd),
+    "state_dict has no 'betas', 'eps': it is": lambda: loading(of_sgd, betas=two_tensors()),
     "JSON, for one, makes strings": lambda: loading(string_key),
     "of a parameter before it": key_twice,
     "state_dict has no 'amsgrad'": lambda: loading(of_radam),
