@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch._C import _functorch, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import (
+    DispatchKey,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch._C._dynamo.eval_frame import (
     _FrameAction,
     _FrameExecStrategy,
     set_code_exec_strategy,
 )
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import (
     _disable_current_modes,
     _get_current_dispatch_mode_stack,
@@ -74,22 +80,22 @@ def durable() -> Iterator[None]:
 
 def refuse_tracing() -> None:
     """Raise ``RuntimeError`` by name where the step could not be seen, or not be done."""
-    if not _len_torch_dispatch_stack() and not _get_tracing_state() and not _functorch_is_active():
+    traced, transformed = _get_tracing_state(), peek_interpreter_stack() is not None
+    before_dispatch = _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+    if not (_len_torch_dispatch_stack() or traced or transformed or before_dispatch):
         return
     active = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack() if _fakes(mode)]
-    if _get_tracing_state():
+    if before_dispatch:
+        active.append("make_fx with pre_dispatch=True")
+    if traced:
         active.append("torch.jit.trace")
-    if _functorch_is_active():
+    if transformed:
         active.append("a transform of torch.func (vmap, grad, functionalize)")
     if active:
         raise RuntimeError(
             f"the fused step cannot be traced or faked, and {active[-1]} is active; call "
             "`optimizer.step()` outside of it, or use an optimizer of torch.optim there"
         )
-
-
-def _functorch_is_active() -> bool:
-    return _functorch.peek_interpreter_stack() is not None
 
 
 def _fakes(mode: object) -> bool:

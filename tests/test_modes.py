@@ -24,6 +24,10 @@ def trace_fx(call):
     make_fx(lambda x: (call(), x + 1)[1])(torch.zeros(3))
 
 
+def trace_before_dispatch(call):
+    make_fx(lambda x: (call(), x + 1)[1], pre_dispatch=True)(torch.zeros(3))
+
+
 def trace_jit(call):
     torch.jit.trace(lambda x: (call(), x + 1)[1], torch.zeros(3))
 
@@ -47,6 +51,7 @@ def functionalize(call):
 
 MODES = {
     "make_fx": (trace_fx, "ProxyTorchDispatchMode"),
+    "pre_dispatch": (trace_before_dispatch, "make_fx with pre_dispatch=True"),
     "jit.trace": (trace_jit, "torch.jit.trace"),
     "fake": (fake, "FakeTensorMode"),
     "vmap": (vmap, "torch.func"),
