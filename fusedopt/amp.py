@@ -12,7 +12,6 @@ import inspect
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -25,17 +24,6 @@ from .modes import durable, is_recorded, untraced
 from .options import is_number
 from .plan import FOUND_INF, is_fsdp1_shard, served_params
 from .shared import Shared
-
-
-@dataclass(slots=True)
-class AmpInputs:
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    inf_flag: Tensor | None
-    in_charge: bool  # a scaler decides about this step: non-finite gradients skip it
-
-
-_NO_SCALER = AmpInputs(None, None, None, in_charge=False)
 
 
 class AmpAttributes:
@@ -169,16 +157,20 @@ class AmpAttributes:
         amp.due = flag
         return flag
 
-    def _amp_inputs(self, device: torch.device) -> AmpInputs:
-        amp = self._shared.amp
-        if not amp.values and amp.due is None:
-            return _NO_SCALER
-        found_inf = amp.values.get("found_inf")
-        return AmpInputs(
-            grad_scale=_one_float(amp.values.get("grad_scale"), "grad_scale", device),
-            found_inf=None if found_inf is amp.due else _one_float(found_inf, "found_inf", device),
-            inf_flag=amp.due,
-            in_charge="found_inf" in amp.values,
+    def _amp_inputs(
+        self, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
+        """``grad_scale``, ``found_inf`` and ``inf_flag`` of ``StepInputs``; and whether a scaler
+        decides about this step, so that non-finite gradients skip it."""
+        values, due = self._shared.amp.values, self._shared.amp.due
+        if not values:
+            return None, None, due, False
+        found_inf = values.get("found_inf")
+        return (
+            _one_float(values.get("grad_scale"), "grad_scale", device),
+            None if found_inf is due else _one_float(found_inf, "found_inf", device),
+            due,
+            "found_inf" in values,
         )
 
     def _amp_undecided(self) -> None:

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
+_PRE_DISPATCH = DispatchKey.PreDispatch  # an enumeration's look-up takes as long as the question
 F = TypeVar("F", bound=Callable[..., Any])
 
 NOT_TRACED = (
@@ -81,7 +82,7 @@ def durable() -> Iterator[None]:
 def refuse_tracing() -> None:
     """Raise ``RuntimeError`` by name where the step could not be seen, or not be done."""
     traced, transformed = _get_tracing_state(), peek_interpreter_stack() is not None
-    before_dispatch = _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+    before_dispatch = _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     if not (_len_torch_dispatch_stack() or traced or transformed or before_dispatch):
         return
     active = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack() if _fakes(mode)]

@@ -168,7 +168,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
             check_containers(self.param_groups, self.state)
             raise
-        amp = self._amp_inputs(device)
+        grad_scale, found_inf, inf_flag, in_charge = self._amp_inputs(device)
         return StepInputs(
             groups=self.param_groups,
             options=table,
@@ -176,11 +176,11 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             norm_type=options.norm_type,
             max_grad_norm=options.max_grad_norm,
             max_grad_value=options.max_grad_value,
-            measured=clips or options.skip_nonfinite or amp.inf_flag is not None,
-            skip_nonfinite=options.skip_nonfinite or amp.in_charge,
-            grad_scale=amp.grad_scale,
-            found_inf=amp.found_inf,
-            inf_flag=amp.inf_flag,
+            measured=clips or options.skip_nonfinite or inf_flag is not None,
+            skip_nonfinite=options.skip_nonfinite or in_charge,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            inf_flag=inf_flag,
             device_numbers=device_numbers,
         )
 
