@@ -95,6 +95,7 @@ REFUSALS = {
     "not a plain tensor of floating-point numbers": "a state that is no plain tensor",
     "and has to be a number of steps": "a `step` that is NaN or negative",
     "JSON, for one, makes strings of keys": "a checkpoint whose keys became strings",
+    "of a parameter before it": "groups name one key twice",
     "it is the checkpoint of another": "a checkpoint of another optimizer",
 }
 # The same in torch: a gradient always has its parameter's shape and device, a state dict is a dict.
