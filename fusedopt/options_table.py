@@ -74,6 +74,6 @@ def _device_numbers(numbers: Sequence[Any], stays: Callable[[Tensor], bool]) -> 
     for i, value in enumerate(numbers[:_DEVICE_NUMBERS]):
         if isinstance(value, Tensor) and stays(value):
             if value.numel() != 1:
-                raise TypeError(f"tensor of shape {tuple(value.shape)}")
+                raise TypeError(value.shape)  # refused by name in a moment
             found[i] = value if value.dtype in _DEVICE_DTYPES else value.double()
     return found
