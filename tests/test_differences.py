@@ -101,7 +101,6 @@ REFUSALS = {
 # The same in torch: a gradient always has its parameter's shape and device, a state dict is a dict.
 AS_IN_TORCH = (
     "clear it after replacing the parameter's data",
-    "tensor of shape …",  # followed by one that names option and group
     "state of one parameter must be a dict",
     "changed while step() was preparing",
 )

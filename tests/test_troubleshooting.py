@@ -16,7 +16,6 @@ pytestmark = pytest.mark.skipif(not DOCUMENT.is_file(), reason="the documents ar
 # Raised, and not looked for by anybody.
 OF_NO_USER = {
     "… row kinds than params": "called by our own plan alone",
-    "tensor of shape …": "followed by a message that names option and group",
     "… is neither True nor False": "the same",
     "… is not a number": "the same",
     "…": "repeats the message of check_param",
