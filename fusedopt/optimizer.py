@@ -158,8 +158,12 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             if shared.scalars.device != device:
                 with durable():
                     shared.scalars = shared.scalars.to(device)
+            # All that a step knows of the groups is read once: another thread may change them.
+            groups = [group.copy() for group in self.param_groups]
+            if not isinstance(self.param_groups, list):
+                raise TypeError
             table, device_numbers = pack(
-                self.param_groups,
+                groups,
                 self._kernel_options,
                 self.table,
                 self._stays_on_device,
@@ -170,7 +174,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             raise
         grad_scale, found_inf, inf_flag, in_charge = self._amp_inputs(device)
         return StepInputs(
-            groups=self.param_groups,
+            groups=groups,
             options=table,
             scalars=shared.scalars,
             norm_type=options.norm_type,
@@ -184,9 +188,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             device_numbers=device_numbers,
         )
 
-    def _check_options(self, index: int) -> None:
+    def _check_options(self, index: int, group: Group) -> None:
         check_containers(self.param_groups, self.state)
-        group, where = self.param_groups[index], f"param group {index}"
+        where = f"param group {index}"
         for name in (*self.numbers, *self.defaults):
             if name not in group:
                 raise RuntimeError(
@@ -195,7 +199,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
                 )
         check_group(group, self.numbers, f" in {where}", RuntimeError)
         refuse_differentiable(group, where)
-        self._take_out(group, where, RuntimeError)
+        self._take_out(self.param_groups[index], where, RuntimeError)
 
     def _stays_on_device(self, value: Tensor) -> bool:
         return not value.is_cpu and not self._shared.scalars.is_cpu
@@ -205,28 +209,26 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _drop_plan(self) -> None:
         self._shared.drop_plans()
 
-    def _layout(self) -> list[tuple[str, ...]]:
-        return [self._state_names(group) for group in self.param_groups]
-
     def _current_plan(self, inputs: StepInputs) -> tuple[Backend, Plan]:
-        shared, layout = self._shared, self._layout()
+        shared = self._shared
+        layout = [self._state_names(group) for group in inputs.groups]
         plan, backend = shared.plan, shared.backend
         if plan is not None and backend is not None and plan.layout == layout:
-            inputs.held = plan.refresh(self.param_groups, self.state)
+            inputs.held = plan.refresh(inputs.groups, self.state)
             if inputs.held is not None:
                 return backend, plan
         for backend, plan in shared.aside:
             if plan.layout == layout:
-                inputs.held = plan.refresh(self.param_groups, self.state)
+                inputs.held = plan.refresh(inputs.groups, self.state)
                 if inputs.held is not None:
                     shared.set_aside(self.state)
                     shared.aside = [each for each in shared.aside if each[1] is not plan]
                     shared.backend, shared.plan = backend, plan
                     return backend, plan
         for _ in range(BUILDS):
-            groups, state = copies(self.param_groups, self.state)
+            groups, state = copies(inputs.groups, self.state)
             backend, plan = self._build_plan(groups, state, every_param=False)
-            inputs.held = plan.refresh(self.param_groups, self.state)
+            inputs.held = plan.refresh(inputs.groups, self.state)
             if inputs.held is None:  # another thread changes them: the step goes by the copies
                 plan.look_at(groups, state)
                 inputs.held = plan.refresh(groups, state)
@@ -272,8 +274,9 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         Raises:
             RuntimeError: a parameter cannot be optimized, or there is not enough memory.
         """
-        self._step_inputs()  # refuses what the step would refuse
-        self._build_plan(*copies(self.param_groups, self.state), every_param=True)
+        with self._shared.turn:
+            groups = self._step_inputs().groups  # refuses what the step would refuse
+            self._build_plan(*copies(groups, self.state), every_param=True)
 
     # ---- what the last step found ---------------------------------------------------------------
 
@@ -318,8 +321,8 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         """
         params = [p for group in self.param_groups for p in group["params"]]
         sizes = {"param": sum(map(_nbytes, params)), "grad": sum(_nbytes(p.grad) for p in params)}
-        for key, own in self.state.items():
-            for name, value in own.items() if isinstance(own, dict) else [(str(key), own)]:
+        for key, own in self.state.copy().items():
+            for name, value in own.copy().items() if isinstance(own, dict) else [(str(key), own)]:
                 if isinstance(value, Tensor):
                     sizes[name] = sizes.get(name, 0) + _nbytes(value)
         sizes["plan"] = 0 if self._shared.plan is None else self._shared.plan.nbytes()

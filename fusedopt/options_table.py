@@ -34,12 +34,12 @@ def pack(
     options_of: Callable[[Group], KernelOptions],
     layout: struct.Struct,
     stays: Callable[[Tensor], bool],
-    check: Callable[[int], None],
+    check: Callable[[int, Group], None],
 ) -> tuple[bytearray, DeviceNumbers]:
     """The table of one step.
 
     Args:
-        groups: ``optimizer.param_groups``.
+        groups: copies of ``optimizer.param_groups``.
         options_of: what the kernels know of a group.
         layout: of the rule's Options.
         stays: whether the kernels read a tensor where it is, so that nobody waits for its value.
@@ -52,7 +52,7 @@ def pack(
         try:
             numbers, flags = options_of(group)
             if _PLAIN.issuperset(map(type, numbers)) and _FLAGS.issuperset(flags):
-                layout.pack_into(table, offset, *numbers, *flags)
+                layout.pack_into(table, offset, *numbers, *map(bool, flags))
             else:
                 there = _device_numbers(numbers, stays)
                 numbers = tuple(0.0 if i in there else number(n) for i, n in enumerate(numbers))
@@ -61,10 +61,10 @@ def pack(
                     _NUMBER.pack_into(table, offset + 8 * i, ON_DEVICE)
                     device_numbers.append((offset // 8 + i, value))
         except Exception:
-            check(offset // OPTIONS_BYTES)
+            check(offset // OPTIONS_BYTES, group)
             raise
         if isnan(sum(numbers)) or group.get("differentiable") or not OPTION_NAMES.isdisjoint(group):
-            check(offset // OPTIONS_BYTES)
+            check(offset // OPTIONS_BYTES, group)
         offset += OPTIONS_BYTES
     return table, device_numbers
 

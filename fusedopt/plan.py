@@ -96,7 +96,7 @@ class Row:
     def is_in(self, state: dict[Tensor, Any]) -> bool:
         """Whether its state is what ``state`` holds for it."""
         own = state.get(self.param, {})
-        values = set(map(id, own.values())) if isinstance(own, dict) else ()
+        values = set(map(id, own.copy().values())) if isinstance(own, dict) else ()
         return all(ref() is not None and id(ref()) in values for ref in self._refs())
 
     def form(self) -> tuple[Any, ...]:

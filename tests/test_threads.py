@@ -130,6 +130,53 @@ REPLACED = (
     step_beside_restless(replace)
 """
 )
+REORDERED = (
+    RESTLESS
+    + """
+    opt = fusedopt.FusedSGD([{"params": params[:3], "lr": 0.0}, {"params": params[3:], "lr": 1.0}],
+                            backend=BACKEND)
+    before = [p.detach().clone() for p in params]
+
+    def reorder():
+        for _ in range(101):
+            opt.param_groups = opt.param_groups[::-1]
+
+    step_beside_restless(reorder)
+    moved = [float((b - p.detach()).max()) for b, p in zip(before, params)]
+    assert moved == [0.0] * 3 + [11 * STEPS * 0.5] * 3, moved
+"""
+)
+SWITCHED = (
+    RESTLESS
+    + """
+    def switch():
+        for on in 50 * (True, False):
+            for group in opt.param_groups:
+                group["amsgrad"] = on
+
+    step_beside_restless(switch)
+"""
+)
+REGROUPED = (
+    RESTLESS
+    + """
+    def regroup():
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+        opt.param_groups.pop()
+
+    step_beside_restless(regroup)
+"""
+)
+INITIALIZED = (
+    RESTLESS
+    + """
+    def initialize():
+        opt.state.clear()
+        opt.init_state()
+
+    step_beside_restless(initialize)
+"""
+)
 LOADED = (
     RESTLESS
     + """
@@ -146,6 +193,10 @@ SCENES = {
     "emptied": EMPTIED,
     "replaced": REPLACED,
     "loaded": LOADED,
+    "reordered": REORDERED,
+    "switched": SWITCHED,
+    "regrouped": REGROUPED,
+    "initialized": INITIALIZED,
 }
 
 
