@@ -188,7 +188,6 @@ class AmpAttributes:
         """
         hooked = Optimizer.profile_hook_step(func)
 
-        @untraced
         @functools.wraps(hooked)
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             watched = (
@@ -255,8 +254,8 @@ def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
         return value  # type: ignore[no-any-return]
     if not is_number(value, nan=True):
         raise RuntimeError(
-            f"optimizer.{name} is {value!r}; it must be a number or a tensor of one element: "
-            f"`del optimizer.{name}` takes it back"
+            f"optimizer.{name} is {value!r}; it must be a number or a tensor of one element, or "
+            f"None: `optimizer.{name} = None`"
         )
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=torch.float32, device=device)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .memory import allocate, huge_pages, unallocated
+from .options import literal
 from .plan import Group, copy_all
 from .rows import check_param, label_of
 from .state import (
@@ -66,7 +66,8 @@ def check(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Wanted:
                     raise ValueError(
                         f"{label}: the checkpoint gives it the state {key!r} of a parameter before "
                         "it; start it anew, by a key that has no state: "
-                        f"`state_dict['param_groups'][{g}]['params'][{i}] = -1`"
+                        f"`keys = list(state_dict['param_groups'][{g}]['params']); keys[{i}] = -1; "
+                        f"state_dict['param_groups'][{g}]['params'] = keys`"
                     )
                 _check_saved(label, key, param, state_dict["state"][key], names, saved)
                 wanted[key] = (param, names)
@@ -95,8 +96,7 @@ def _check_group(index: int, group: Group, defaults: dict[str, Any]) -> None:
         wanted.update({n: v for n, v in defaults.items() if n in _OLDER_THAN_FOREACH})
     missing = {name: value for name, value in wanted.items() if name not in group}
     if missing:
-        plain = tree_map_only(Tensor, Tensor.item, missing)
-        values = ", ".join(f"{name}={value!r}" for name, value in plain.items())
+        values = ", ".join(f"{name}={literal(value)}" for name, value in missing.items())
         raise ValueError(
             f"param group {index} of the state_dict has no {', '.join(map(repr, missing))}: it is "
             "the checkpoint of another optimizer; to load it none the less, say what to go on "

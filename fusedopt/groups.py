@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .options import OPTION_NAMES, Options, check_group
+from .options import OPTION_NAMES, Options, check_group, literal
 from .plan import Group
 
 
@@ -52,7 +52,8 @@ def check_containers(groups: Any, state: Any) -> None:
             if not isinstance(param, Tensor):
                 raise RuntimeError(
                     f"param {k} of group {i} is a {type(param).__name__}, not a tensor; take "
-                    f"it out: `del optimizer.param_groups[{i}]['params'][{k}]`"
+                    f"it out: `group = optimizer.param_groups[{i}]; group['params'] = "
+                    "[p for p in group['params'] if isinstance(p, torch.Tensor)]`"
                 )
     if not isinstance(state, dict):
         raise RuntimeError(
@@ -86,7 +87,7 @@ def take_out_options(
             raise error(
                 f"{name}={value!r} in {where}: it holds for all groups together, where it is "
                 f"{own!r}; take it out of the group, and pass it to the optimizer: "
-                f"`{optimizer}(params, {name}={value!r})`"
+                f"`{optimizer}(params, {name}={literal(value)})`"
             )
         del group[name]
 
@@ -109,8 +110,11 @@ def refuse_duplicates(group: dict[str, Any], where: str) -> None:
     for i, entry in enumerate(params):
         param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
         if id(param) in first:
+            once = "dict.fromkeys(params)"
+            if param is not entry:
+                once = "{id(p): (name, p) for name, p in params}.values()"
             raise ValueError(
                 f"param {i} of {where} is param {first[id(param)]} again; list each parameter "
-                "once: `params = list(dict.fromkeys(params))`"
+                f"once: `params = list({once})`"
             )
         first[id(param)] = i

@@ -7,10 +7,11 @@ would see a step that changes nothing, or would change memory that is none.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch._C import (
@@ -39,7 +40,7 @@ NOT_TRACED = (
 )
 
 
-def untraced(function: F) -> F:
+def marked_untraced(function: F) -> F:
     """Dynamo leaves ``function`` and what it calls alone, and gives our reason where it may not.
 
     It would lose what the function notes in an optimizer. The public ``torch.compiler.disable``
@@ -53,6 +54,18 @@ def untraced(function: F) -> F:
         marked.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     )
     return function
+
+
+def untraced(function: F) -> F:
+    """``marked_untraced`` behind a call that Dynamo sees: where ``function`` itself is compiled
+    with fullgraph=True, it refuses before the call and not after it."""
+    marked_untraced(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return cast(F, call)
 
 
 def _find_has_callbacks() -> Callable[[], bool]:

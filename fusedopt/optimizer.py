@@ -28,7 +28,7 @@ from .groups import (
     refuse_duplicates,
     take_out_options,
 )
-from .modes import durable, refuse_tracing, untraced
+from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options, check_group
 from .options_table import KernelOptions, pack
 from .plan import (
@@ -85,7 +85,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     # ---- the step -------------------------------------------------------------------------------
 
-    @untraced
+    @marked_untraced  # behind the hooks' wrapper
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 

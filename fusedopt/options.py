@@ -87,6 +87,15 @@ def _invalid(
     return error(f"Invalid {name} value: {value!r}{where}; {remedy}")
 
 
+def literal(value: Any) -> str:
+    """``value`` as code that needs no import: of a tensor or a number of numpy what it holds."""
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(literal, value))})"
+    plain = value.item() if hasattr(value, "item") else value
+    nonfinite = isinstance(plain, float) and not math.isfinite(plain)
+    return f"float('{plain}')" if nonfinite else repr(plain)
+
+
 def number(value: Any) -> float:
     """``value`` as a float; a string is no number, although ``float()`` would read it."""
     if isinstance(value, (str, bytes)):
@@ -135,7 +144,7 @@ def is_number(value: Any, nan: bool = False) -> bool:
     Of a tensor on a device only the shape is looked at: nobody waits for its value.
     """
     if isinstance(value, Tensor):
-        known = value.numel() == 1 and not value.is_complex()
+        known = value.numel() == 1 and not value.is_complex() and not value.is_meta
         return known and (nan or not (value.is_cpu and math.isnan(value)))
     try:
         as_float = number(value)

@@ -52,7 +52,10 @@ def pack(
         try:
             numbers, flags = options_of(group)
             if _PLAIN.issuperset(map(type, numbers)) and _FLAGS.issuperset(flags):
-                layout.pack_into(table, offset, *numbers, *map(bool, flags))
+                try:
+                    layout.pack_into(table, offset, *numbers, *flags)
+                except struct.error:  # equal to True or False, and neither a bool nor an int
+                    layout.pack_into(table, offset, *numbers, *map(bool, flags))
             else:
                 there = _device_numbers(numbers, stays)
                 numbers = tuple(0.0 if i in there else number(n) for i, n in enumerate(numbers))

@@ -41,8 +41,8 @@ def check_param(label: str, param: Tensor) -> None:
     if is_traceable_wrapper_subclass(wrapper):
         raise TypeError(
             f"{label}: {type(wrapper).__name__} is not supported, its memory is not its values; "
-            "freeze it (`param.requires_grad_(False)`), or give it to another optimizer "
-            "(`optimizer = torch.optim.AdamW([param])`)"
+            "freeze it (`param.requires_grad_(False).grad = None`), or give it to another "
+            "optimizer (`optimizer = torch.optim.AdamW([param])`)"
         )
     if param.layout != torch.strided:
         raise TypeError(

@@ -210,3 +210,18 @@ def test_a_parameter_twice_in_a_group(cls, recwarn):
         opt.add_param_group({"params": iter([q, q])})
     assert len(opt.param_groups) == 1 and not recwarn.list
     opt.add_param_group({"params": iter([q])})
+
+
+@every_class
+@pytest.mark.parametrize("value", [np.True_, np.False_, 1, 0, 1.0, -0.0, np.float64(1)], ids=repr)
+def test_a_flag_may_be_whatever_is_equal_to_true_or_false(cls, value):
+    """As with torch; only then is it the same step as with True and False themselves."""
+    results = []
+    for maximize in (value, bool(value)):
+        p = param(3)
+        opt = cls([p], lr=0.5)
+        opt.param_groups[0]["maximize"] = maximize
+        p.grad = torch.ones(3)
+        opt.step()
+        results.append(p)
+    assert torch.equal(*results) and not results[0].eq(1).any()

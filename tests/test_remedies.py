@@ -176,9 +176,9 @@ def tied() -> Scene:
     return scene
 
 
-def twice() -> Scene:
+def twice(named: bool = False) -> Scene:
     param = trained(torch.ones(3))
-    scene = Scene(params=[param, param])
+    scene = Scene(params=[("a", param), ("b", param)] if named else [param, param])
     scene.fails = scene.helps = lambda: FusedAdamW(scene.params).step()
     return scene
 
@@ -420,7 +420,9 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "does not go with parameter dtype": gradient_dtype,
     "clear it after replacing": gradient_shape,
     "list each parameter once: ": twice,
+    "list each parameter once": lambda: twice(named=True),
     "it holds for all groups": lambda: in_a_group("max_grad_norm", 1.0),
+    "max_grad_norm=inf in param group 0": lambda: in_a_group("max_grad_norm", float("inf")),
     "differentiable=True is not supported": lambda: in_a_group("differentiable", True),
     "has no option": lambda: without("eps"),
     "has no option 'lr'": lambda: without("lr", lr=torch.tensor(0.1)),
