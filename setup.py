@@ -45,7 +45,7 @@ MODULES = (
             Unit("csrc/cpu/kernels.cpp", "avx2", AVX2, machine=X86_64),
             Unit("csrc/cpu/kernels.cpp", "avx512", AVX512, machine=X86_64),
             Unit("csrc/cpu/dispatch.cpp"),
-            Unit("csrc/cpu/watch.cpp", python=True),
+            Unit("csrc/watch/watch.cpp", python=True),
             Unit("csrc/cpu/bindings.cpp", python=True),
         ),
         openmp=True,

@@ -16,7 +16,7 @@ from benchmarks.cases import all_cases
 from benchmarks.param_sets import LISTS
 from benchmarks.pipelines import MOVE_TOLERANCE, Kind
 from benchmarks.registry import base_kinds, unavailable
-from fusedopt import backends
+from fusedopt.backends import registry as backends
 
 
 def cases() -> str:

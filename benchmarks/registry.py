@@ -74,7 +74,7 @@ def ours(name: str, backend: str | None, **options: Any) -> Build:
     def build(params: list[Tensor], grads: Gradients) -> Pipeline:
         try:
             fusedopt = importlib.import_module("fusedopt")
-            backends = importlib.import_module("fusedopt.backends")
+            backends = importlib.import_module("fusedopt.backends.registry")
             reason = backends.report().get(backend or "", {}).get("reason")
             chosen = "" if reason else backends.choose(backend, params).name
         except (ImportError, RuntimeError) as error:

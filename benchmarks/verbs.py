@@ -14,7 +14,7 @@ import fusedopt
 from benchmarks.param_sets import GRAD_NORM, GRAD_SCALE, Shape, make_params
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, SGD, Unavailable, compare_steps
 from benchmarks.traffic import Options, Traffic, memory_per_param, traffic
-from fusedopt.plan import SKIP, StepInputs
+from fusedopt.plan.plan import SKIP, StepInputs
 
 VERBS = ("reduce", "update")
 CHECKED_NUMEL = 20_003

@@ -8,9 +8,9 @@ are one step over the parameters.
 import torch as _torch  # noqa: F401  first: the native module then shares torch's OpenMP pool
 
 from .adamw import FusedAdamW
-from .backends import FusedOptFallbackWarning
-from .grad_scaler import GradScaler, fuse_scaler
+from .backends.registry import FusedOptFallbackWarning
 from .param_groups import param_groups
+from .scaler.grad_scaler import GradScaler, fuse_scaler
 from .sgd import FusedSGD
 
 __version__ = "0.1.0"

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 import fusedopt
-from fusedopt import backends, installation
+from fusedopt import installation
+from fusedopt.backends import registry as backends
 
 MAPS = Path("/proc/self/maps")
 

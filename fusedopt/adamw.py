@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adam import Adam
 
-from .groups import torch_defaults
 from .optimizer import FusedOptimizer
 from .options import Options, is_pair
-from .options_table import KernelOptions
-from .plan import Group
+from .plan.groups import torch_defaults
+from .plan.options_table import KernelOptions
+from .plan.plan import Group
 
 
 class FusedAdamW(FusedOptimizer):

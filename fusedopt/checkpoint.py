@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .memory import allocate, huge_pages, unallocated
 from .options import literal
-from .plan import Group, copy_all
-from .rows import check_param, label_of
-from .state import (
+from .plan.memory import allocate, huge_pages, unallocated
+from .plan.plan import Group, copy_all
+from .plan.rows import check_param, label_of
+from .plan.state import (
     MASTER,
     STEP,
     ParamState,

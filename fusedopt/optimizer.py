@@ -19,19 +19,18 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .amp import AmpAttributes
-from .backends import Backend, choose, prepare
-from .groups import (
+from .backends.registry import Backend, choose, prepare
+from .modes import durable, marked_untraced, refuse_tracing, untraced
+from .options import OPTION_NAMES, Options, check_group
+from .plan.groups import (
     check_containers,
     copies,
     refuse_differentiable,
     refuse_duplicates,
     take_out_options,
 )
-from .modes import durable, marked_untraced, refuse_tracing, untraced
-from .options import OPTION_NAMES, Options, check_group
-from .options_table import KernelOptions, pack
-from .plan import (
+from .plan.options_table import KernelOptions, pack
+from .plan.plan import (
     CLIP_COEF,
     GRAD_NORM,
     N_STEP_SCALARS,
@@ -42,7 +41,8 @@ from .plan import (
     is_served,
     served_params,
 )
-from .rows import check_param, checked_rows, complete_rows, label_of
+from .plan.rows import check_param, checked_rows, complete_rows, label_of
+from .scaler.attributes import AmpAttributes, ours
 from .shared import Shared
 
 # Another thread may change gradients and states while a plan is being built.
@@ -85,6 +85,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     # ---- the step -------------------------------------------------------------------------------
 
+    @ours
     @marked_untraced  # behind the hooks' wrapper
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
@@ -116,8 +117,6 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             finally:
                 inputs.held = None  # frees what nobody else has any more
         return loss
-
-    _own_step = step  # whatever becomes of `step`, in a subclass or here
 
     def _take(self, backend: Backend, plan: Plan, inputs: StepInputs) -> None:
         """All or nothing: a signal's handler may raise anywhere, but inside of a native call."""

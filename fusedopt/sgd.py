@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim.sgd import SGD
 
 from .callers import users_level
-from .groups import torch_defaults
 from .optimizer import FusedOptimizer
 from .options import Options
-from .options_table import KernelOptions
-from .plan import Group
+from .plan.groups import torch_defaults
+from .plan.options_table import KernelOptions
+from .plan.plan import Group
 
 
 class FusedSGD(FusedOptimizer):

@@ -9,32 +9,17 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .backends.registry import Backend
 from .options import Options
-from .plan import Plan
-
-if TYPE_CHECKING:
-    from .backends import Backend
-
+from .plan.plan import Plan
+from .scaler.exchange import ScalerExchange
 
 PLANS_ASIDE = 8
-
-
-@dataclass
-class ScalerExchange:
-    """What passes between a GradScaler and the optimizer that it steps."""
-
-    # `grad_scale` and `found_inf`, each if it is set; and both as they were before a scaler came.
-    values: dict[str, Any] = field(default_factory=dict)
-    before: dict[str, Any] = field(default_factory=dict)
-    answered: bool = False  # the step is over, so `found_inf` is its answer and not the scaler's
-    # One flag for each scaler of ours, by its id, and the flag that the next step fills in.
-    flags: dict[int, Tensor] = field(default_factory=dict)
-    due: Tensor | None = None
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import backends
+from fusedopt.backends import registry as backends
 
 
 def make(**options: object) -> tuple[torch.Tensor, fusedopt.FusedSGD]:

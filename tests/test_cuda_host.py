@@ -16,8 +16,7 @@ from cases import CHUNK
 from harness import make_param, randn
 
 import fusedopt
-from fusedopt import backends
-from fusedopt.backends import cuda
+from fusedopt.backends import cuda, registry as backends
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU here")
 not_built = importlib.util.find_spec("fusedopt._cuda") is None
@@ -178,9 +177,9 @@ def test_auto_never_takes_cuda_for_cpu_tensors(monkeypatch: pytest.MonkeyPatch) 
 
 def chunk_fields(numels: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Row, index and position of every chunk, as the kernels read them (csrc/plan.h)."""
-    from fusedopt.backends import native
+    from fusedopt.backends.records import chunk_table
 
-    table = native.chunk_table(numels)
+    table = chunk_table(numels)
     pairs = table.view(torch.int32).view(-1, 4)
     return pairs[:, 0].long(), pairs[:, 1].long(), table.view(-1, 2)[:, 1]
 

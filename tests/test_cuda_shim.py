@@ -35,7 +35,7 @@ from tolerances import assert_same_bits
 from torch import Tensor
 
 import fusedopt
-from fusedopt.backends import device, native
+from fusedopt.backends import device, records
 
 MEASURE = OptimizerCase("measure", "sgd", {"lr": 0.125}, {"max_grad_norm": 2.0})
 
@@ -161,7 +161,7 @@ def test_more_elements_than_an_int_counts(monkeypatch: pytest.MonkeyPatch) -> No
     """The first and the last chunks of a tensor of 2^31 elements and more; the rest stays away."""
     n, near, far = 2**31 + 5000, slice(0, CHUNK), slice(-2 * CHUNK, None)
     for module in (native, device):
-        chunks = native.chunk_table([n])
+        chunks = records.chunk_table([n])
         few = torch.cat([chunks[:1], chunks[-3:]])
         monkeypatch.setattr(module, "chunk_table", lambda numels, few=few: few)
     params = [make_param(lazily_zero(n)) for _ in range(2)]

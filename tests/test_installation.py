@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import fusedopt
-from fusedopt import __main__, backends, installation
-from fusedopt.backends import native
+from fusedopt import __main__, installation
+from fusedopt.backends import cpu as native, registry as backends
 
 STEP = """
 import torch, fusedopt

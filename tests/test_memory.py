@@ -69,7 +69,9 @@ def test_no_allocation_after_the_first_step(kind, dtype, options, cpu_backend):
 @pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fusedopt.GradScaler])
 def test_no_allocation_under_a_scaler(scaler_class, cpu_backend, monkeypatch):
     """The scaler itself makes a few scalars; the step adds nothing."""
-    monkeypatch.setattr(fusedopt.amp, "_runs_our_step", lambda _: True)  # and what counts around it
+    monkeypatch.setattr(
+        fusedopt.scaler.attributes, "_runs_our_step", lambda _: True
+    )  # and what counts around it
     params, opt = make(backend="cpu", max_grad_norm=1.0, amp_scaling=True)
     scaler = scaler_class("cpu", init_scale=8.0)
     scaler.scale(torch.zeros(()))
@@ -151,7 +153,7 @@ def test_state_without_huge_pages(madvise, monkeypatch, cpu_backend):
     """Where the system has none, smaller pages serve, with the same bits."""
     twin, twin_opt = large_pair()
     twin_opt.step()
-    monkeypatch.setattr("fusedopt.memory._madvise", lambda: madvise)
+    monkeypatch.setattr("fusedopt.plan.memory._madvise", lambda: madvise)
     params, opt = large_pair()
     opt.init_state()
     assert [opt.state[p]["exp_avg"].stride() for p in params] == [p.stride() for p in params]
@@ -163,7 +165,7 @@ def test_state_without_huge_pages(madvise, monkeypatch, cpu_backend):
 def test_huge_pages_are_asked_for_before_memory_is_touched(monkeypatch, cpu_backend):
     """For every page of a state, before, and once more for those that the allocator had touched."""
     asked = []
-    monkeypatch.setattr("fusedopt.memory._madvise", lambda: lambda *args: asked.append(args))
+    monkeypatch.setattr("fusedopt.plan.memory._madvise", lambda: lambda *args: asked.append(args))
     params, opt = large_pair()
     opt.init_state()
     states = [v for p in params for k, v in opt.state[p].items() if k != "step"]

@@ -218,7 +218,7 @@ def test_groups_that_take_turns_have_a_plan_each(backend, monkeypatch):
 
 
 def test_plans_set_aside_keep_nothing_alive(backend):
-    params, opt = two_groups(backend, 20_000)  # see SecondOwner in csrc/cpu/watch.h
+    params, opt = two_groups(backend, 20_000)  # see SecondOwner in csrc/watch/watch.h
     for step in range(3):
         give_grads(params, step)
         by_groups(opt)
@@ -280,15 +280,15 @@ def test_dropped_optimizer_frees_everything(backend):
 
 def test_table_sizes_are_those_of_the_native_module(cpu_backend):
     from fusedopt import _cpu
-    from fusedopt.backends import native
+    from fusedopt.backends import records
 
     # param, master, state[3], step; numel; group, dtype
-    assert struct.calcsize("=6Qqii") == native.ROW.size == _cpu.ROW_BYTES
+    assert struct.calcsize("=6Qqii") == records.ROW.size == _cpu.ROW_BYTES
     # data; dtype, present
-    assert struct.calcsize("=Qii") == native.GRAD.size == _cpu.GRAD_BYTES
+    assert struct.calcsize("=Qii") == records.GRAD.size == _cpu.GRAD_BYTES
     # row, index; position
     assert struct.calcsize("=iiq") == _cpu.CHUNK_BYTES
-    assert native.CHUNK_ELEMENTS == _cpu.CHUNK_ELEMENTS == 8192
+    assert records.CHUNK_ELEMENTS == _cpu.CHUNK_ELEMENTS == 8192
     assert _cpu.LANES == 256
 
 
@@ -296,7 +296,7 @@ def test_table_sizes_are_those_of_the_native_module(cpu_backend):
     "numels", [[1], [8192], [8193], [0], [5, 0, 8191, 20000], [3] * 50, [16384, 1]], ids=str
 )
 def test_chunk_table(cpu_backend, numels):
-    from fusedopt.backends.native import chunk_table
+    from fusedopt.backends.records import chunk_table
 
     expected, position = [], 0
     for row, numel in enumerate(numels):
@@ -309,7 +309,7 @@ def test_chunk_table(cpu_backend, numels):
 
 
 def test_rows_hold_the_addresses_of_the_tensors(cpu_backend):
-    from fusedopt.backends.native import GRAD, ROW
+    from fusedopt.backends.records import GRAD, ROW
 
     dtypes = {3: torch.float16, 0: torch.bfloat16, 90: torch.float32, 4: torch.float32}
     params = [torch.nn.Parameter(randn((n,), n).to(d)) for n, d in dtypes.items()]

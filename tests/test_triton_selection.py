@@ -16,8 +16,7 @@ from harness import make_param, randn
 from test_cuda_host import in_a_child, refusal
 
 import fusedopt
-from fusedopt import backends
-from fusedopt.backends import cuda, native, triton
+from fusedopt.backends import cpu as native, cuda, registry as backends, triton
 
 NO_NVCC = "no CUDA compiler: nvcc is not on PATH"
 OLD_DRIVER = "CUDA: the NVIDIA driver is too old for this CUDA runtime"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from watch_scenes import KEPT, REBUILT, Scene, nothing
 
-from fusedopt.backends.tables import DTYPE_CODES, GRAD, READY
+from fusedopt.backends.records import DTYPE_CODES, GRAD, READY
 from fusedopt.backends.watch import PythonWatch
 
 
@@ -56,9 +56,9 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
     if request.param == "python":
         return PythonWatch
     require_cpu_backend()
-    from fusedopt.backends import native
+    from fusedopt import _cpu
 
-    return native.watch
+    return _cpu.Watch
 
 
 def named(value: Any) -> str | None:

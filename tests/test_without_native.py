@@ -18,7 +18,7 @@ from tolerances import assert_same_bits
 from torch import Tensor
 
 import fusedopt
-from fusedopt.backends import native
+from fusedopt.backends import modules
 from fusedopt.backends.watch import PythonWatch
 
 SHAPES = [(5, 3), (300,), (), (0,), (2, 3, 4)]
@@ -76,7 +76,7 @@ def test_steps_with_the_watch_in_python(backend: str, monkeypatch: pytest.Monkey
     require_cpu_backend()
     with kernels(backend):
         natively, expected = trained(backend)
-        monkeypatch.setattr(native, "unavailable_reason", lambda: "no C++ compiler")
+        monkeypatch.setattr(modules, "load", lambda name: (None, "no C++ compiler"))
         in_python, tensors = trained(backend)
     assert natively is not PythonWatch and in_python is PythonWatch
     assert_same(tensors, expected)
@@ -88,7 +88,7 @@ def test_triton_in_a_process_that_has_no_native_module(tmp_path: Path) -> None:
         "import sys\n"
         "sys.modules['fusedopt._cpu'] = None  # cannot be imported\n"
         "import test_without_native, torch\n"
-        "from fusedopt import backends\n"
+        "from fusedopt.backends import registry as backends\n"
         "assert not backends.report()['cpu']['available']\n"
         "with test_without_native.kernels('triton'):\n"
         "    watch, tensors = test_without_native.trained('triton')\n"

@@ -10,7 +10,7 @@ from cases import transposed
 from harness import make_param, randn
 from torch import Tensor
 
-from fusedopt.backends.tables import AWAITS_STATE, READY, STAGED
+from fusedopt.backends.records import AWAITS_STATE, READY, STAGED
 
 
 class Scene:

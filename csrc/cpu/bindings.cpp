@@ -8,7 +8,7 @@
 #include "../check.h"
 #include "../rule_names.h"
 #include "dispatch.h"
-#include "watch.h"
+#include "../watch/watch.h"
 
 namespace py = pybind11;
 

@@ -10,26 +10,11 @@ from typing import Any
 
 import torch
 
-from .. import installation
-from ..plan import OPTIONS_BYTES
-from .device import (
-    DEVICE_NUMBER,
-    DEVICE_NUMBERS,
-    ROW_STEP_BYTES,
-    DeviceBackend,
-    DeviceTables,
-    Driver,
-    Launches,
-)
-from .native import reason_not_built
-from .tables import CHUNK_BYTES, CHUNK_ELEMENTS, GRAD, ROW, address
+from . import modules
+from .device import DeviceBackend, DeviceTables, Driver, Launches
+from .records import address
 
-try:
-    from .. import _cuda
-
-    _import_error: str | None = installation.strange(_cuda)
-except ImportError as error:
-    _import_error = str(error)
+_cuda, _import_error = modules.load("_cuda")
 
 
 class CudaDriver(Driver):
@@ -81,7 +66,7 @@ def unavailable_reason() -> str | None:
     if _driver is not None:
         return None
     if _import_error is not None:
-        return reason_not_built("_cuda") or _import_error
+        return _import_error
     if torch.version.hip is not None:
         return "this torch is built for ROCm"
     reason = driver_problem()
@@ -104,29 +89,6 @@ def driver_problem() -> str | None:
 def details() -> dict[str, Any]:
     """Versions that the native module knows of, for the environment report."""
     return {} if _import_error is not None else dict(_cuda.versions())
-
-
-def _check_mirrors(native: Any) -> None:
-    mine = {
-        "ROW_BYTES": ROW.size,
-        "GRAD_BYTES": GRAD.size,
-        "CHUNK_BYTES": CHUNK_BYTES,
-        "CHUNK_ELEMENTS": CHUNK_ELEMENTS,
-        "ROW_STEP_BYTES": ROW_STEP_BYTES,
-        "OPTIONS_BYTES": OPTIONS_BYTES,
-        "DEVICE_NUMBER_BYTES": DEVICE_NUMBER.size,
-        "DEVICE_NUMBERS": DEVICE_NUMBERS,
-    }
-    theirs = {name: getattr(native, name) for name in mine}
-    if mine != theirs:
-        raise ImportError(
-            f"fusedopt._cuda was built from other sources than this package (tables {theirs}, "
-            f"expected {mine}); reinstall fusedopt"
-        )
-
-
-if _import_error is None:
-    _check_mirrors(_cuda)
 
 
 class CudaBackend(DeviceBackend):

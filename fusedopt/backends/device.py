@@ -17,8 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..plan import HALF_DTYPES, N_STEP_SCALARS, OPTIONS_BYTES, Layout, Plan, Row, StepInputs
-from .tables import ROW, TablePlan, address, chunk_table, pack_rows
+from ..plan.plan import HALF_DTYPES, N_STEP_SCALARS, OPTIONS_BYTES, Layout, Plan, Row, StepInputs
+from .records import ROW, address, chunk_table, pack_rows
+from .tables import TablePlan
 
 DEVICE_NUMBER = struct.Struct("=Qii")  # data; field of the options table, fp64 (csrc/cuda/step.h)
 DEVICE_NUMBERS = 4  # of a group, at most

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import (
+from ..plan.plan import (
     CLIP_COEF,
     FOUND_INF,
     GRAD_MULT,

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import OPTIONS_BYTES
+from ..plan.plan import OPTIONS_BYTES
 from .device import DEVICE_NUMBER, DEVICE_NUMBERS, DeviceBackend, DeviceTables, Driver, Launches
-from .tables import GRAD, address
+from .records import GRAD, address
 
 OLDEST = (3, 6)  # release of Triton
 OLDEST_ON_AMD = (3, 7)  # before, its square root of tiny numbers was not the correctly rounded one

@@ -1,6 +1,6 @@
 """What a plan was built for, compared before every step with what is there now.
 
-``PythonWatch`` is the twin of ``Watch`` in csrc/cpu/watch.h for an installation without the native
+``PythonWatch`` is the twin of ``Watch`` in csrc/watch/watch.h for an installation without the native
 module: the same answers and the same bytes, only slower. Each thing is asked of all tensors in one
 ``map`` and compared in one list, which is the fastest that Python does.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Group, Look
-from .tables import AWAITS_STATE, DTYPE_CODES, FROZEN, GRAD, STAGED
+from ..plan.plan import Group, Look
+from .records import AWAITS_STATE, DTYPE_CODES, FROZEN, GRAD, STAGED
 
 # Where a tensor lies and how: one column each. Everything from the third on is its layout.
 _COLUMNS: tuple[Callable[[Tensor], Any], ...] = (
@@ -143,7 +143,7 @@ class Snapshot:
 
 
 class PythonWatch:
-    """See ``Watch`` in csrc/cpu/watch.h.
+    """See ``Watch`` in csrc/watch/watch.h.
 
     Args:
         groups: ``optimizer.param_groups``.

@@ -13,17 +13,19 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .modes import durable, is_recorded, untraced
-from .options import is_number
-from .plan import FOUND_INF, is_fsdp1_shard, served_params
-from .shared import Shared
+from ..modes import durable, is_recorded, untraced
+from ..options import is_number
+from ..plan.plan import FOUND_INF, is_fsdp1_shard, served_params
+from ..shared import Shared
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class AmpAttributes:
@@ -223,6 +225,16 @@ _HOOKED: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = (
 )
 
 
+# The step of this package, by identity: functools.wraps would copy an attribute.
+_OURS: set[Callable[..., Any]] = set()
+
+
+def ours(step: F) -> F:
+    """Note that ``step`` knows scaled gradients."""
+    _OURS.add(step)
+    return step
+
+
 def _runs_our_step(optimizer: Any) -> bool:
     """Whether ``optimizer.step`` is FusedOptimizer's, and only that."""
     step = optimizer.__dict__.get("step")
@@ -241,11 +253,9 @@ def _runs_our_step(optimizer: Any) -> bool:
 @functools.lru_cache(maxsize=64)
 def _is_our_step(step: Callable[..., Any]) -> bool:
     """Whether ``step``, with hooks or without, is FusedOptimizer's and not a subclass's own."""
-    from .optimizer import FusedOptimizer
-
     while step in _HOOKED:
         step = _HOOKED[step]
-    return step is FusedOptimizer._own_step
+    return step in _OURS
 
 
 def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .options import OPTION_NAMES, Options, check_group, literal
+from ..options import OPTION_NAMES, Options, check_group, literal
 from .plan import Group
 
 
@@ -72,7 +72,7 @@ def copies(groups: Any, state: Any) -> tuple[list[Group], dict[Any, Any]]:
 
 
 def is_plain_dict(own: object) -> bool:
-    """The plan looks into it without asking its class; see Watch in csrc/cpu/watch.h."""
+    """The plan looks into it without asking its class; see Watch in csrc/watch/watch.h."""
     return isinstance(own, dict) and type(own).__getitem__ is dict.__getitem__
 
 

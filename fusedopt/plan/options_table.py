@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import OPTION_NAMES, flag, number
+from ..options import OPTION_NAMES, flag, number
 from .plan import OPTIONS_BYTES, Group
 
 # Stands in the table for a number that is on the device: a NaN that nobody else uses, so that a

@@ -2,89 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import installation
-from ..plan import Group, Layout, Plan, Row, StepInputs
-from .tables import (
-    CHUNK_BYTES,
-    CHUNK_ELEMENTS,
-    GRAD,
-    ROW,
-    TablePlan,
-    address,
-    chunk_table,
-    pack_rows,
-)
+from ..plan.plan import Layout, Plan, Row, StepInputs
+from . import modules
+from .records import ROW, address, chunk_table, pack_rows
+from .tables import TablePlan
 
-try:
-    from .. import _cpu
-
-    _import_error: str | None = installation.strange(_cpu)
-except ImportError as error:
-    _import_error = str(error)
-
-SIMD_VARIABLE = "FUSEDOPT_SIMD"
+_cpu, _reason = modules.load("_cpu")
 
 
 def unavailable_reason() -> str | None:
     """Why ``_cpu`` cannot be used, or ``None``."""
-    if _import_error is None:
-        return None
-    return reason_not_built("_cpu") or _import_error
-
-
-def reason_not_built(module: str) -> str | None:
-    """Why there is no such module: what setup.py wrote down, or what the folder shows."""
-    return installation.recorded_reason(module) or installation.obstacle(module)
+    return _reason
 
 
 def details() -> dict[str, Any]:
-    if _import_error is not None:
+    if _reason is not None:
         return {}
     return {
         "simd": _cpu.simd(),
         "compiled_simd": _cpu.simd_levels(),
         "openmp": _cpu.built_with_openmp(),
     }
-
-
-def _set_up() -> str | None:
-    """Make the module ready; what is in the way, or ``None``."""
-    mine = (ROW.size, GRAD.size, CHUNK_BYTES, CHUNK_ELEMENTS)
-    native = (_cpu.ROW_BYTES, _cpu.GRAD_BYTES, _cpu.CHUNK_BYTES, _cpu.CHUNK_ELEMENTS)
-    if mine != native:
-        return (
-            f"fusedopt._cpu was built from other sources than this package (tables {native}, "
-            f"expected {mine}); reinstall fusedopt"
-        )
-    _cpu.use_torch(
-        tensor_type=torch.Tensor,
-        parameter_type=torch.nn.Parameter,
-        is_neg=torch.Tensor.is_neg,
-        exchange=torch.Tensor.__dlpack_c_exchange_api__,
-    )
-    level = os.environ.get(SIMD_VARIABLE)
-    if level and level not in _cpu.simd_levels():
-        levels = ", ".join(_cpu.simd_levels())
-        return f"{SIMD_VARIABLE}={level!r} is not in this build or not on this CPU; use {levels}"
-    if level:
-        _cpu.set_simd(level)
-    return None
-
-
-if _import_error is None:
-    _import_error = _set_up()
-
-
-def watch(groups: list[Group], state: dict[Tensor, Any], kinds: list[int]) -> Any:
-    """The native look at every tensor before each step (csrc/cpu/watch.h)."""
-    return _cpu.Watch(groups, state, kinds)
 
 
 class CpuPlan(TablePlan):

@@ -52,7 +52,7 @@ class Row:
 
     State is the optimizer's. A row refers to it weakly, and to no memory of the parameter's, so
     that what a user drops or moves elsewhere between two steps is freed at once, as with torch.
-    (The native watch keeps tensors of a page or less until the next step: csrc/cpu/watch.h.)
+    (The native watch keeps tensors of a page or less until the next step: csrc/watch/watch.h.)
     """
 
     def __init__(self, param: Tensor, label: str, group: int) -> None:

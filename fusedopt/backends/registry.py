@@ -1,0 +1,204 @@
+"""The three verbs every backend implements, and the choice of a backend.
+
+``reduce`` (gradients -> one partial per chunk), ``finalize`` (partials -> ``StepScalars``, step
+counts) and ``update`` (one pass over params and states). None of them reads anything back to the
+host.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import installation
+from ..callers import users_level
+from ..options import BACKEND_NAMES
+from ..plan.plan import Layout, Plan, Row, StepInputs
+
+BACKEND_VARIABLE = "FUSEDOPT_BACKEND"
+
+
+class FusedOptFallbackWarning(UserWarning):
+    """A slower backend serves than the one that was expected; the message says why."""
+
+
+class Backend(Protocol):
+    """Stateless: what belongs to one parameter set is in its plan."""
+
+    name: str
+
+    def plan(self, rule: str, rows: Sequence[Row], layout: Layout) -> Plan: ...
+
+    def reduce(self, plan: Plan, step: StepInputs) -> None: ...
+
+    def finalize(self, plan: Plan, step: StepInputs) -> None: ...
+
+    def update(self, plan: Plan, step: StepInputs) -> None: ...
+
+
+REFERENCE = "reference"
+TITLES = {"cuda": "CUDA", "triton": "Triton", "cpu": "CPU"}  # in the order of preference
+UPDATE_DRIVER = "update the driver, or reinstall fusedopt with an older CUDA toolkit"
+
+
+def _module(name: str) -> Any:
+    """Imported when it is first asked for."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+def requested_backend(argument: str | None) -> str:
+    """``backend=`` if given, else the environment's ``FUSEDOPT_BACKEND``, else ``"auto"``."""
+    name = argument or os.environ.get(BACKEND_VARIABLE) or "auto"
+    if name not in BACKEND_NAMES:
+        raise ValueError(
+            f"Invalid {BACKEND_VARIABLE} value: {name!r}; use one of {', '.join(BACKEND_NAMES)}"
+        )
+    return name
+
+
+def prepare(argument: str | None, params: Sequence[Tensor]) -> None:
+    """Import what will serve ``params``, so that the first step need not.
+
+    Raises:
+        ValueError: ``FUSEDOPT_BACKEND`` names no backend.
+    """
+    name = requested_backend(argument)
+    on_gpu = any(p.device.type == "cuda" for p in params)
+    candidates = _by_speed(on_gpu) if name == "auto" else [name]
+    usable = (each for each in candidates if each == REFERENCE or _missing(each) is None)
+    chosen = next(usable, REFERENCE)
+    fits = chosen == REFERENCE or _unfit(chosen, "cuda" if on_gpu else "cpu", params) is None
+    _module("watch")
+    _module(chosen if fits else REFERENCE)
+
+
+def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
+    """The backend for ``params``.
+
+    Raises:
+        RuntimeError: a backend was asked for by name that cannot serve these parameters; or the
+            CUDA backend is there, its driver is not, and Triton cannot serve either.
+    """
+    name = requested_backend(argument)
+    if not params and name != REFERENCE:
+        name = "cpu" if _missing("cpu") is None else REFERENCE  # there is nothing to serve
+    elif name == "auto":
+        name = _best(params)
+    elif name != REFERENCE:
+        obstacle = _missing(name) or _unfit(name, _device_type(name), params)
+        if obstacle is not None:
+            raise RuntimeError(
+                f"backend {name!r} cannot serve: {obstacle}; use `backend='reference'`"
+            )
+    backend: Backend = getattr(_module(name), f"{name.capitalize()}Backend")()
+    return backend
+
+
+def _best(params: Sequence[Tensor]) -> str:
+    """The fastest that can serve; announces one that is slower than was to be expected."""
+    on_gpu = any(p.device.type == "cuda" for p in params)  # ROCm's devices have this name, too
+    names = _by_speed(on_gpu)
+    obstacle = _unfit(names[0], "cuda" if on_gpu else "cpu", params)
+    if obstacle is not None:
+        _announce(obstacle, REFERENCE)
+        return REFERENCE
+    obstacles: list[str] = []
+    for name in names:
+        obstacle = _missing(name)
+        if obstacle is None:
+            if obstacles:
+                _announce(obstacles[0], name, _remedy(names[0]))
+            return name
+        obstacles.append(obstacle)
+    problem = _module("cuda").driver_problem() if "cuda" in names else None
+    if problem is not None:
+        raise RuntimeError(
+            f"the CUDA backend is installed and cannot use this GPU: {problem}; {UPDATE_DRIVER}, "
+            f"or use `backend='reference'` (plain torch operations); {obstacles[-1]}"
+        )
+    _announce(" and ".join(obstacles), REFERENCE, _remedy(names[0]))
+    return REFERENCE
+
+
+def _by_speed(on_gpu: bool) -> list[str]:
+    if not on_gpu:
+        return ["cpu"]
+    return ["cuda", "triton"] if torch.version.hip is None else ["triton"]
+
+
+def _missing(name: str) -> str | None:
+    """Why the backend can serve no parameters here, whatever they are."""
+    reason: str | None = _module(name).unavailable_reason()
+    return None if reason is None else f"the {TITLES[name]} backend is not available ({reason})"
+
+
+def _remedy(name: str) -> str:
+    """What would make the backend available. Some reasons say that themselves."""
+    reason: str = _module(name).unavailable_reason()
+    if name == "triton" or any(words in reason for words in ("reinstall", "; use ", "Windows")):
+        return ""
+    compiler = "a C++ compiler" if name == "cpu" else "nvcc"
+    remedy = f"reinstall fusedopt with {compiler} on PATH"
+    if installation.obstacle(f"_{name}") is not None:
+        remedy = installation.remedy()
+    elif name == "cuda" and _module("cuda").driver_problem() is not None:
+        remedy = UPDATE_DRIVER
+    elif "=0 was set" in reason:
+        remedy = f"reinstall fusedopt without {reason.split()[0]}"
+    elif "no C" not in reason:  # there was a compiler
+        remedy = "put that right and reinstall fusedopt"
+    return f" For the {TITLES[name]} backend {remedy}."
+
+
+def _device_type(name: str) -> str:
+    device_type: str = "cpu" if name == "cpu" else _module(name).driver().device_type
+    return device_type
+
+
+def _unfit(name: str, device_type: str, params: Sequence[Tensor]) -> str | None:
+    """Why the kernels of a backend are not for these parameters."""
+    elsewhere = {p.device.type for p in params} - {device_type}
+    if elsewhere:
+        return (
+            f"parameters are on {', '.join(sorted(elsewhere))}, for which backend {name!r} has no "
+            "kernel"
+        )
+    if any(p.dtype == torch.float64 for p in params):
+        return "some parameters are float64, for which there is no fused kernel"
+    return None
+
+
+_announced: set[str] = set()
+
+
+def _announce(obstacle: str, name: str, remedy: str = "") -> None:
+    if obstacle in _announced:
+        return
+    _announced.add(obstacle)
+    slow = " (plain torch operations, right but slow)" if name == REFERENCE else ""
+    title = TITLES.get(name, name)
+    warnings.warn(
+        f"fusedopt: {obstacle}; the {title} backend{slow} serves instead.{remedy} "
+        f"`python -m fusedopt` shows what is installed; `backend={name!r}` silences this.",
+        FusedOptFallbackWarning,
+        stacklevel=users_level(),
+    )
+
+
+def report() -> dict[str, dict[str, Any]]:
+    """Every backend: whether it can serve here, and why not."""
+    told = {}
+    for name in TITLES:
+        reason = _module(name).unavailable_reason()
+        available = {"available": reason is None, "reason": reason or ""}
+        told[name] = {**available, **_module(name).details()}
+        if name == "cpu" and reason is not None:
+            told[name]["remedy"] = _remedy(name).strip()
+    told[REFERENCE] = {"available": True, "reason": "", "note": "plain torch operations; slow"}
+    return told

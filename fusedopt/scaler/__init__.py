@@ -1,0 +1,1 @@
+"""What passes between a GradScaler and the optimizers."""

@@ -1,0 +1,155 @@
+"""A GradScaler that leaves the inf/NaN check to the optimizer's own pass over the gradients.
+
+torch's scaler reads and writes every gradient once more before it calls an optimizer that handles
+scaling by itself: 8 bytes per fp32 parameter. The one place that depends on torch's private
+``_check_inf_per_device`` and ``_per_optimizer_states``; ``tests/test_fused_scaler.py`` pins both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler as TorchGradScaler, OptState
+from torch.optim import Optimizer
+
+from ..modes import untraced
+from ..optimizer import FusedOptimizer
+
+
+class _AsksTheOptimizer:
+    """Mixin over ``torch.amp.GradScaler``."""
+
+    _enabled: bool
+    _scale: torch.Tensor | None
+    _per_optimizer_states: dict[int, dict[str, Any]]
+
+    @untraced  # which would trace it, and lose what is noted in the optimizer
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, which for our optimizers comes down to handing over scale and flag."""
+        if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
+            return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
+        own = self._per_optimizer_states[id(optimizer)]
+        preset = optimizer._shared.amp.values.get("grad_scale")
+        if own["stage"] is OptState.READY:
+            assert self._scale is not None  # or nobody could have asked
+            found_inf = self._record_flag(optimizer, clear=False)
+            scale = self._scale if preset is None else self._scale * preset
+        else:  # unscale_() has looked already
+            device, found = optimizer._flag_device(torch.device("cpu")), own["found_inf_per_device"]
+            found_inf = sum(flag.to(device, non_blocking=True) for flag in found.values())
+            scale = preset
+        try:
+            optimizer._amp_offer(scale, found_inf)
+            result = optimizer.step(*args)
+        except BaseException:  # of a step in place of ours, maybe, which restores nothing
+            optimizer._amp_restore()
+            raise
+        optimizer._amp_undecided()
+        own["stage"] = OptState.STEPPED
+        optimizer._amp_withdraw()
+        return result
+
+    def _may_ask(self, optimizer: FusedOptimizer) -> bool:
+        return (
+            self._enabled
+            and self._scale is not None
+            and self._per_optimizer_states[id(optimizer)]["stage"] is not OptState.STEPPED
+            and optimizer._takes_scaled_gradients()
+        )
+
+    def sweeps(self, optimizer: Optimizer) -> bool:
+        """Whether ``step(optimizer)`` would sweep over the gradients once more to check them.
+
+        False for the optimizers of this package. True for every other, also for a wrapper around
+        one of ours (``Lookahead(FusedAdamW(...))``), and while a step pre-hook or a ``step`` of
+        somebody else's has to find unscaled gradients. The step is right in either case.
+        """
+        return not (
+            isinstance(optimizer, FusedOptimizer)
+            and (optimizer._takes_scaled_gradients() or optimizer._step_supports_amp_scaling)
+        )
+
+    @untraced
+    def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, torch.Tensor]:
+        if not isinstance(optimizer, FusedOptimizer):
+            found: dict[torch.device, torch.Tensor] = super()._check_inf_per_device(optimizer)  # type: ignore[misc]
+            return found
+        flag = self._record_flag(optimizer, clear=True)  # torch adds it up at once
+        return {flag.device: flag}
+
+    def _record_flag(self, optimizer: FusedOptimizer, clear: bool) -> torch.Tensor:
+        scale, _ = self._check_scale_growth_tracker("step")  # type: ignore[attr-defined]
+        flag = optimizer._expect_inf_flag(optimizer._flag_device(scale.device), clear, self)
+        own = self._per_optimizer_states[id(optimizer)]
+        own["found_inf_per_device"] = {flag.device: flag}
+        return flag
+
+
+class GradScaler(_AsksTheOptimizer, TorchGradScaler):  # type: ignore[misc]
+    """:class:`torch.amp.GradScaler` without the extra sweep over the gradients.
+
+    Same arguments, same scale after every step, same ``state_dict``. For the optimizers of this
+    package ``step()`` reads and writes no gradient: the optimizer checks them in the pass that
+    computes the norm and writes the flag that ``update()`` reads. All other optimizers, and calls
+    of ``unscale_``, are treated as torch treats them.
+    """
+
+
+_PLAIN_SCALERS = (
+    TorchGradScaler,
+    torch.cuda.amp.GradScaler,
+    torch.cpu.amp.grad_scaler.GradScaler,
+)
+
+
+def fuse_scaler(scaler: Any) -> Any:
+    """Turn a scaler that a framework made into one that behaves like :class:`GradScaler`.
+
+    Works on Accelerate's ``accelerator.scaler``, Lightning's ``plugin.scaler``, timm's
+    ``NativeScaler._scaler`` and the like, at any time between ``update()`` and ``step()``.
+
+    Args:
+        scaler: a ``torch.amp.GradScaler`` or an instance of a subclass; converted in place.
+
+    Returns:
+        ``scaler``.
+
+    Raises:
+        TypeError: not a GradScaler, or one that brings its own check (FSDP's ShardedGradScaler
+            reduces the flag over ranks, which an optimizer's own flag would bypass).
+    """
+    if isinstance(scaler, _AsksTheOptimizer):
+        return scaler
+    cls = type(scaler)
+    if not isinstance(scaler, TorchGradScaler):
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler, got {cls.__name__}; a wrapper often has it "
+            "inside: `fusedopt.fuse_scaler(wrapper.scaler)`"
+        )
+    if cls in _PLAIN_SCALERS:
+        scaler.__class__ = GradScaler
+        return scaler
+    for name in ("_check_inf_per_device", "_unscale_grads_", "unscale_", "step"):
+        if getattr(cls, name) is not getattr(TorchGradScaler, name):
+            raise TypeError(
+                f"scaler: {cls.__name__} overrides {name}, which fuse_scaler would bypass; "
+                "use it as it is (the step is right, with one more sweep over the gradients)"
+            )
+    scaler.__class__ = _fused_class(cls)
+    return scaler
+
+
+def _fused_class(cls: type) -> type:
+    return type(f"Fused{cls.__name__}", (_AsksTheOptimizer, cls), {"__reduce_ex__": _reduce})
+
+
+def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+    """Pickle by the original class: the fused one exists only at run time."""
+    return _rebuild, (type(self).__mro__[2], self.__getstate__())
+
+
+def _rebuild(cls: type, state: dict[str, Any]) -> Any:
+    scaler: Any = object.__new__(cls)
+    scaler.__setstate__(state)
+    return fuse_scaler(scaler)
