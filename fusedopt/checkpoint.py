@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .options import literal
 from .plan.memory import allocate, huge_pages, unallocated
-from .plan.plan import Group, copy_all
+from .plan.plan import copy_all
 from .plan.rows import check_param, label_of
 from .plan.state import (
     MASTER,
@@ -31,6 +31,7 @@ from .plan.state import (
     step_tensor,
     wants_master,
 )
+from .rules.declaration import Group
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -58,7 +59,7 @@ def check(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Wanted:
         return wanted  # torch refuses it in a moment
     _check_keys(state_dict)
     for g, (own, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        names = optimizer._state_names({**optimizer.defaults, **saved})
+        names = optimizer.rule.state_names({**optimizer.defaults, **saved})
         for i, (param, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
             if key in state_dict["state"]:
                 label = label_of(own, g, i, optimizer._shared.names)

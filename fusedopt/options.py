@@ -1,17 +1,15 @@
-"""Options: those of a whole optimizer, and the checks of those that belong to a param group."""
+"""Options of a whole optimizer, and what counts as a number or a flag."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 BACKEND_NAMES = ("auto", "cuda", "triton", "cpu", "reference")
-# Options of a param group that are true or false, of every rule.
-FLAG_NAMES = frozenset({"amsgrad", "decoupled_weight_decay", "maximize", "nesterov"})
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Options:
         if self.backend is not None and not (
             isinstance(self.backend, str) and self.backend in BACKEND_NAMES
         ):
-            raise _invalid("backend", self.backend, f"use one of {', '.join(BACKEND_NAMES)}")
+            raise invalid("backend", self.backend, f"use one of {', '.join(BACKEND_NAMES)}")
 
     def _number(self, name: str, allowed: Callable[[float], bool], remedy: str) -> None:
         """Make the option a float, if it can be one and is allowed."""
@@ -59,16 +57,16 @@ class Options:
         try:
             converted = number(value)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: torch's
-            raise _invalid(name, value, remedy) from error
+            raise invalid(name, value, remedy) from error
         if not allowed(converted):
-            raise _invalid(name, converted, remedy)
+            raise invalid(name, converted, remedy)
         object.__setattr__(self, name, converted)
 
     def _flag(self, name: str, remedy: str) -> None:
         """Make the option a bool, if it is equal to one."""
         value = getattr(self, name)
-        if not _is_flag(value):
-            raise _invalid(name, value, remedy)
+        if not is_flag(value):
+            raise invalid(name, value, remedy)
         object.__setattr__(self, name, bool(value))
 
     def changed(self, **changes: Any) -> Options:
@@ -81,7 +79,7 @@ class Options:
 OPTION_NAMES = frozenset(Options.__dataclass_fields__)
 
 
-def _invalid(
+def invalid(
     name: str, value: object, remedy: str, where: str = "", error: type[Exception] = ValueError
 ) -> Exception:
     return error(f"Invalid {name} value: {value!r}{where}; {remedy}")
@@ -107,35 +105,9 @@ def flag(value: Any) -> bool:
     """``value`` as a bool, if it is equal to one; not the truth of a string or of None."""
     if value is True or value is False:
         return bool(value)
-    if not _is_flag(value):
+    if not is_flag(value):
         raise TypeError(f"{value!r} is neither True nor False")
     return bool(value)
-
-
-def check_group(
-    group: Mapping[str, Any],
-    numbers: Sequence[str],
-    where: str = "",
-    error: type[Exception] = ValueError,
-) -> None:
-    """Refuse hyper-parameters of a param group that are no numbers, or NaN, or no bools.
-
-    Args:
-        group: the options, of which some may be absent.
-        numbers: names of the rule's number options; ``betas`` is a pair of them.
-        where: says which group it is, for the message.
-        error: the exception to raise; it names the option, its value and the group.
-    """
-    for name in numbers:
-        value = group.get(name, 0.0)
-        if name == "betas" and name in group:
-            if not is_pair(value):
-                raise _invalid(name, value, "use a pair of numbers", where, error)
-        elif not is_number(value):
-            raise _invalid(name, value, "use a number, or a tensor of one element", where, error)
-    for name in FLAG_NAMES & group.keys():
-        if not _is_flag(group[name]):
-            raise _invalid(name, group[name], "use True or False", where, error)
 
 
 def is_number(value: Any, nan: bool = False) -> bool:
@@ -163,7 +135,7 @@ def is_pair(value: Any) -> bool:
         return False
 
 
-def _is_flag(value: Any) -> bool:
+def is_flag(value: Any) -> bool:
     try:
         return bool(value in (True, False))
     except (TypeError, ValueError, RuntimeError):  # several elements: numpy's, torch's

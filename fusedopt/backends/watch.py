@@ -1,6 +1,6 @@
 """What a plan was built for, compared before every step with what is there now.
 
-``PythonWatch`` is the twin of ``Watch`` in csrc/watch/watch.h for an installation without the native
+``PythonWatch`` is the twin of ``Watch`` in csrc/watch/watch.h for installations without the native
 module: the same answers and the same bytes, only slower. Each thing is asked of all tensors in one
 ``map`` and compared in one list, which is the fastest that Python does.
 """
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan.plan import Group, Look
-from .records import AWAITS_STATE, DTYPE_CODES, FROZEN, GRAD, STAGED
+from ..plan.plan import Look
+from ..rules.declaration import Group
+from .records import AWAITS_STATE, CODECS, FROZEN, GRAD, STAGED
 
 # Where a tensor lies and how: one column each. Everything from the third on is its layout.
 _COLUMNS: tuple[Callable[[Tensor], Any], ...] = (
@@ -197,14 +198,14 @@ class PythonWatch:
         else:
             alike = [True] * len(rows)
         for row, address, dtype, same in zip(rows, addresses, dtypes, alike, strict=True):
-            if not same or dtype not in DTYPE_CODES or row in self._staged:
+            if not same or dtype not in CODECS or row in self._staged:
                 continue
             # A lazily negated view has a stride of two: only a single element can look dense.
             if row in self._single and grads[row].is_neg():
                 continue
             if address == 0 and self._addresses[row] != 0:
                 continue  # zeros that were never allocated
-            found[row] = (address, DTYPE_CODES[dtype], 1)
+            found[row] = (address, CODECS[dtype], 1)
         return found
 
 
