@@ -254,9 +254,9 @@ class Interpreter(backend.TritonDriver):
         self.memory: Memory | None = None  # if set, all that kernels may touch
 
     def launcher(
-        self, device: torch.device, verb: str, rule: str, halves: bool, values: dict[str, int]
+        self, device: torch.device, variant: backend.Key, values: dict[str, int]
     ) -> backend.Launch:
-        variant = kernels().Variant(verb, rule, halves)
+        variant = kernels().Variant(*variant)
         names = variant.kernel.arg_names
         constants = variant.constants
         arguments = {name: values[name] for name in names if name not in constants}
