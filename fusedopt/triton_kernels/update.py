@@ -121,9 +121,8 @@ def store_halves(address, block, wanted, bits, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load_values(address, codec, block, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
-    """fp32 values of a master or state; zeros where there is none."""
-    wanted = address != 0
+def load_values(address, codec, block, wanted, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
+    """fp32 values of a master or state; zeros where nothing is wanted."""
     if STREAMS == "any-states":
         if codec == FLOAT32:
             x = load_stream(address, block.at, block.there & wanted, tl.float32, ALIGNED)
@@ -136,8 +135,7 @@ def load_values(address, codec, block, ALIGNED: tl.constexpr, STREAMS: tl.conste
 
 
 @triton.jit
-def store_values(address, codec, block, x, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
-    wanted = address != 0
+def store_values(address, codec, block, wanted, x, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
     if STREAMS == "any-states":
         if codec == FLOAT32:
             store_stream(address, block.at, block.there & wanted, x, ALIGNED)
@@ -154,7 +152,8 @@ def load_states(streams, block, RULE: tl.constexpr, STATES: tl.constexpr, ALIGNE
     for k in tl.static_range(STATES):
         address = streams.states[k]
         codec = streams.state_codecs[k]
-        states = states + (load_values(address, codec, block, ALIGNED, STREAMS),)
+        wanted = k < RULE.n_always or address != 0
+        states = states + (load_values(address, codec, block, wanted, ALIGNED, STREAMS),)
     return states
 
 
@@ -216,7 +215,7 @@ def update_block(
         half_loaded = load_halves(half, block, half != 0, ALIGNED)
         wide = (is_float == 0) & grad_aligned if ALIGNED else is_float == 0
         grad_loaded = load_halves(grad_at, block, wide, ALIGNED)
-    param = load_values(primary, streams.primary_codec, block, ALIGNED, STREAMS)
+    param = load_values(primary, streams.primary_codec, block, primary != 0, ALIGNED, STREAMS)
     states = load_states(streams, block, RULE, STATES, ALIGNED, STREAMS)
     if GRAD == "either":
         grad = load_stream(grad_at, at, float_grad & grad_aligned, tl.float32, True)
@@ -236,18 +235,22 @@ def update_block(
     grad = clipped(grad, grad_mult, max_grad_value)
     new = apply_rule(kind, row_step, grad, param, states, streams, RULE, STATES)
 
-    store_values(primary, streams.primary_codec, block, new[0], ALIGNED, STREAMS)
+    store_values(primary, streams.primary_codec, block, primary != 0, new[0], ALIGNED, STREAMS)
     for k in tl.static_range(STATES):
-        codec = streams.state_codecs[k]
-        store_values(streams.states[k], codec, block, new[1 + k], ALIGNED, STREAMS)
+        state, codec = streams.states[k], streams.state_codecs[k]
+        wanted = k < RULE.n_always or state != 0
+        store_values(state, codec, block, wanted, new[1 + k], ALIGNED, STREAMS)
     if STREAMS != "float32":
         if half != 0:
             store_halves(half, block, True, narrowed(new[0], streams.half_codec), ALIGNED)
 
 
 @triton.jit
-def codec_of(row, stream):
-    return (load(row + ROW_CODECS, tl.int32) >> (CODEC_BITS * stream)) & CODEC_MASK
+def codec_of(row, stream, STREAMS: tl.constexpr):
+    codec = tl.full([], FLOAT32, tl.int32)
+    if STREAMS == "any-states":
+        codec = (load(row + ROW_CODECS, tl.int32) >> (CODEC_BITS * stream)) & CODEC_MASK
+    return codec
 
 
 @triton.jit
@@ -267,9 +270,9 @@ def streams_of(row, grad, begin, STATES: tl.constexpr, STREAMS: tl.constexpr):
     """The streams of a chunk, and whether all of the row's are aligned."""
     grad_codec = load(grad + GRAD_CODEC, tl.int32)
     grad_at = load(grad + GRAD_DATA, tl.int64) + begin * bytes_of(grad_codec)
-    param_codec = codec_of(row, PARAM)
+    param_codec = codec_of(row, PARAM, "any-states")
     is_float = param_codec == FLOAT32
-    primary_codec = tl.where(is_float, param_codec, codec_of(row, MASTER))
+    primary_codec = tl.where(is_float, FLOAT32, codec_of(row, MASTER, STREAMS))
     param = stream_of(row, PARAM, begin, param_codec)
     primary = tl.where(is_float, param, stream_of(row, MASTER, begin, primary_codec))
     half = tl.where(is_float, 0, param)
@@ -277,7 +280,7 @@ def streams_of(row, grad, begin, STATES: tl.constexpr, STREAMS: tl.constexpr):
     states = ()
     state_codecs = ()
     for k in tl.static_range(STATES):
-        codec = codec_of(row, STATES_FROM + k)
+        codec = codec_of(row, STATES_FROM + k, STREAMS)
         state = stream_of(row, STATES_FROM + k, begin, codec)
         addresses = addresses | state
         states = states + (state,)

@@ -91,32 +91,54 @@ def word_of(words, at):
 
 
 @triton.jit
+def mask_of(flags):
+    """Flags of the slots as bits of one number."""
+    bit = tl.full([SLOTS], 1, tl.int64) << tl.arange(0, SLOTS).to(tl.int64)
+    return tl.sum(tl.where(flags, bit, 0), 0)
+
+
+@triton.jit
+def exponent_of(x):
+    """Of a positive integer: the number of its highest bit."""
+    return (x.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1023
+
+
+@triton.jit
+def digits_of(words):
+    """The digits, each below 2^32 and in its slot.
+
+    A digit takes what its lower neighbour has above 32 bits. All carries that are left are ones,
+    and adding two masks of bits passes them on as far as they go: a bit of ``carrying`` starts one,
+    and those of ``full`` hand it to the next.
+    """
+    slot = tl.arange(0, SLOTS)
+    words = tl.where(slot < DIGITS, words, 0)
+    below = tl.gather(words >> 32, tl.maximum(slot - 1, 0), 0)
+    sums = (words & 0xFFFFFFFF) + tl.where(slot == 0, 0, below)
+    carrying, full = mask_of(sums > 0xFFFFFFFF), mask_of(sums == 0xFFFFFFFF)
+    into = (2 * carrying + full) ^ full
+    return (sums + ((into >> slot.to(tl.int64)) & 1)) & 0xFFFFFFFF
+
+
+@triton.jit
 def sum_of_squares(words):
-    """Rounded to nearest even; inf or NaN where a chunk had one."""
-    carry = tl.full([], 0, tl.uint64)
-    first, second, third, high, low = carry, carry, carry, carry, carry
-    below = carry != 0
-    sticky = below
-    at = tl.full([], 0, tl.int64)
-    for d in tl.static_range(DIGITS + 1):
-        sum = carry
-        if d < DIGITS:
-            sum += word_of(words, d)
-        below = below | (third != 0)
-        third, second, first, carry = second, first, sum & 0xFFFFFFFF, sum >> 32
-        found = first != 0
-        at = tl.where(found, d, at)
-        high = tl.where(found, (first << 32) | second, high)
-        low = tl.where(found, third, low)
-        sticky = tl.where(found, below, sticky)
-    # The exponent of the highest digit tells how far it has to be shifted.
-    top = tl.maximum(high >> 32, 1).to(tl.float64).to(tl.int64, bitcast=True) >> 52
-    shift = 31 + 1023 - top
-    bits = shift.to(tl.uint64)
-    high = (high << bits) | ((low << bits) >> 32)
-    sticky = sticky | (((low << bits) & 0xFFFFFFFF) != 0)
+    """Rounded to nearest even; inf or NaN where a chunk had one.
+
+    The highest three digits have 65 bits at least. A double keeps 53 of them; of all that is below
+    only matters whether it is zero.
+    """
+    digits = digits_of(words)
+    there = mask_of(digits != 0)
+    at = exponent_of(tl.maximum(there, 1))
+    first, second, third = word_of(digits, at), word_of(digits, at - 1), word_of(digits, at - 2)
+    shift = 31 - exponent_of(tl.maximum(first, 1))
+    high = ((first << 32) | second) << shift.to(tl.uint64)
+    low = third << shift.to(tl.uint64)
+    below = there & ((tl.full([], 1, tl.int64) << tl.maximum(at - 2, 0)) - 1)
+    sticky = (below != 0) | ((low & 0xFFFFFFFF) != 0)
+    kept = high | (low >> 32) | sticky.to(tl.uint64)
     exponent = 32 * (at - 1) + LOWEST - shift
     power = ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
-    sum = tl.where(high == 0, 0.0, (high | sticky.to(tl.uint64)).to(tl.float64) * power)
+    sum = kept.to(tl.float64) * power
     sum = tl.where(word_of(words, INF_CHUNKS) != 0, float("inf"), sum)
     return tl.where(word_of(words, NAN_CHUNKS) != 0, float("nan"), sum)
