@@ -121,17 +121,27 @@ def store_halves(address, block, wanted, bits, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load_values(address, codec, block, wanted, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
-    """fp32 values of a master or state; zeros where nothing is wanted."""
+def load_values(
+    address, codec, block, wanted, ALIGNED: tl.constexpr, STREAMS: tl.constexpr
+):  # fmt: skip
+    """A master or state as it lies in memory: both ways to load it, of which one loads nothing."""
     if STREAMS == "any-states":
-        if codec == FLOAT32:
-            x = load_stream(address, block.at, block.there & wanted, tl.float32, ALIGNED)
-        else:
-            loaded = load_halves(address, block, wanted, ALIGNED)
-            x = widened(unpacked(loaded, ALIGNED), codec)
-        return x
+        is_float = codec == FLOAT32
+        floats = load_stream(address, block.at, block.there & wanted & is_float, tl.float32, ALIGNED)
+        return floats, load_halves(address, block, wanted & (is_float == 0), ALIGNED)
     else:
-        return load_stream(address, block.at, block.there & wanted, tl.float32, ALIGNED)
+        floats = load_stream(address, block.at, block.there & wanted, tl.float32, ALIGNED)
+        return floats, floats
+
+
+@triton.jit
+def values_of(loaded, codec, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
+    """fp32 values of what ``load_values`` has loaded; zeros where nothing was wanted."""
+    values, halves = loaded
+    if STREAMS == "any-states":
+        if codec != FLOAT32:
+            values = widened(unpacked(halves, ALIGNED), codec)
+    return values
 
 
 @triton.jit
@@ -215,14 +225,16 @@ def update_block(
         half_loaded = load_halves(half, block, half != 0, ALIGNED)
         wide = (is_float == 0) & grad_aligned if ALIGNED else is_float == 0
         grad_loaded = load_halves(grad_at, block, wide, ALIGNED)
-    param = load_values(primary, streams.primary_codec, block, primary != 0, ALIGNED, STREAMS)
-    states = load_states(streams, block, RULE, STATES, ALIGNED, STREAMS)
+    primary_codec = streams.primary_codec
+    param_loaded = load_values(primary, primary_codec, block, primary != 0, ALIGNED, STREAMS)
+    states_loaded = load_states(streams, block, RULE, STATES, ALIGNED, STREAMS)
     if GRAD == "either":
         grad = load_stream(grad_at, at, float_grad & grad_aligned, tl.float32, True)
         grad = load_over(grad_at, at, float_grad & (grad_aligned == 0), grad)
     else:
         grad = load_stream(grad_at, at, float_grad, tl.float32, GRAD == "wide")
 
+    param = values_of(param_loaded, primary_codec, ALIGNED, STREAMS)
     if STREAMS != "float32":
         half_bits = unpacked(half_loaded, ALIGNED)
         grad_bits = unpacked(grad_loaded, ALIGNED)
@@ -233,9 +245,13 @@ def update_block(
         if half != 0:
             param = current_param(param, half_bits, primary != 0, streams.half_codec)
     grad = clipped(grad, grad_mult, max_grad_value)
+    states = ()
+    for k in tl.static_range(STATES):
+        codec = streams.state_codecs[k]
+        states = states + (values_of(states_loaded[k], codec, ALIGNED, STREAMS),)
     new = apply_rule(kind, row_step, grad, param, states, streams, RULE, STATES)
 
-    store_values(primary, streams.primary_codec, block, primary != 0, new[0], ALIGNED, STREAMS)
+    store_values(primary, primary_codec, block, primary != 0, new[0], ALIGNED, STREAMS)
     for k in tl.static_range(STATES):
         state, codec = streams.states[k], streams.state_codecs[k]
         wanted = k < RULE.n_always or state != 0
