@@ -53,17 +53,24 @@ class Block(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """Addresses of where a chunk starts in each stream, 0 for none, and codecs."""
+    """Where a chunk starts in each stream; 0: there is none."""
 
     grad: tl.tensor
     grad_codec: tl.tensor
     grad_aligned: tl.tensor
     primary: tl.tensor  # the master, or a param of fp32
-    primary_codec: tl.tensor
     half: tl.tensor  # a param of 16 bits
-    half_codec: tl.tensor
     states: tl.tuple
-    state_codecs: tl.tuple
+    codecs: tl.tensor  # of the row
+
+
+@triton.jit
+def codec_of(codecs, stream, STREAMS: tl.constexpr):
+    """Of a stream of the row."""
+    if STREAMS == "any-states" or stream == PARAM:
+        return (codecs >> (CODEC_BITS * stream)) & CODEC_MASK
+    else:
+        return tl.full([], FLOAT32, tl.int32)
 
 
 @triton.jit
@@ -161,7 +168,7 @@ def load_states(streams, block, RULE: tl.constexpr, STATES: tl.constexpr, ALIGNE
     states = ()
     for k in tl.static_range(STATES):
         address = streams.states[k]
-        codec = streams.state_codecs[k]
+        codec = codec_of(streams.codecs, STATES_FROM + k, STREAMS)
         wanted = k < RULE.n_always or address != 0
         states = states + (load_values(address, codec, block, wanted, ALIGNED, STREAMS),)
     return states
@@ -223,9 +230,10 @@ def update_block(
         float_grad = there & is_float
         half_grad = there & (is_float == 0)
         half_loaded = load_halves(half, block, half != 0, ALIGNED)
-        wide = (is_float == 0) & grad_aligned if ALIGNED else is_float == 0
+        wide = (is_float == 0) & grad_aligned if GRAD == "either" else is_float == 0
         grad_loaded = load_halves(grad_at, block, wide, ALIGNED)
-    primary_codec = streams.primary_codec
+    half_codec = codec_of(streams.codecs, PARAM, STREAMS)
+    primary_codec = tl.where(half == 0, FLOAT32, codec_of(streams.codecs, MASTER, STREAMS))
     param_loaded = load_values(primary, primary_codec, block, primary != 0, ALIGNED, STREAMS)
     states_loaded = load_states(streams, block, RULE, STATES, ALIGNED, STREAMS)
     if GRAD == "either":
@@ -238,35 +246,28 @@ def update_block(
     if STREAMS != "float32":
         half_bits = unpacked(half_loaded, ALIGNED)
         grad_bits = unpacked(grad_loaded, ALIGNED)
-        if ALIGNED:
+        if GRAD == "either":
             grad_bits = load_over(grad_at, at, half_grad & (grad_aligned == 0), grad_bits)
         if is_float == 0:
             grad = widened(grad_bits, streams.grad_codec)
         if half != 0:
-            param = current_param(param, half_bits, primary != 0, streams.half_codec)
+            param = current_param(param, half_bits, primary != 0, half_codec)
     grad = clipped(grad, grad_mult, max_grad_value)
     states = ()
     for k in tl.static_range(STATES):
-        codec = streams.state_codecs[k]
+        codec = codec_of(streams.codecs, STATES_FROM + k, STREAMS)
         states = states + (values_of(states_loaded[k], codec, ALIGNED, STREAMS),)
     new = apply_rule(kind, row_step, grad, param, states, streams, RULE, STATES)
 
     store_values(primary, primary_codec, block, primary != 0, new[0], ALIGNED, STREAMS)
     for k in tl.static_range(STATES):
-        state, codec = streams.states[k], streams.state_codecs[k]
+        state = streams.states[k]
+        codec = codec_of(streams.codecs, STATES_FROM + k, STREAMS)
         wanted = k < RULE.n_always or state != 0
         store_values(state, codec, block, wanted, new[1 + k], ALIGNED, STREAMS)
     if STREAMS != "float32":
         if half != 0:
-            store_halves(half, block, True, narrowed(new[0], streams.half_codec), ALIGNED)
-
-
-@triton.jit
-def codec_of(row, stream, STREAMS: tl.constexpr):
-    codec = tl.full([], FLOAT32, tl.int32)
-    if STREAMS == "any-states":
-        codec = (load(row + ROW_CODECS, tl.int32) >> (CODEC_BITS * stream)) & CODEC_MASK
-    return codec
+            store_halves(half, block, True, narrowed(new[0], half_codec), ALIGNED)
 
 
 @triton.jit
@@ -276,9 +277,10 @@ def moved(address, n_bytes):
 
 
 @triton.jit
-def stream_of(row, stream, begin, codec):
+def stream_of(row, codecs, stream, begin, STREAMS: tl.constexpr):
     """Where element ``begin`` of a row's stream lies."""
-    return moved(load(row + ROW_DATA + 8 * stream, tl.int64), begin * bytes_of(codec))
+    address = load(row + ROW_DATA + 8 * stream, tl.int64)
+    return moved(address, begin * bytes_of(codec_of(codecs, stream, STREAMS)))
 
 
 @triton.jit
@@ -286,26 +288,18 @@ def streams_of(row, grad, begin, STATES: tl.constexpr, STREAMS: tl.constexpr):
     """The streams of a chunk, and whether all of the row's are aligned."""
     grad_codec = load(grad + GRAD_CODEC, tl.int32)
     grad_at = load(grad + GRAD_DATA, tl.int64) + begin * bytes_of(grad_codec)
-    param_codec = codec_of(row, PARAM, "any-states")
-    is_float = param_codec == FLOAT32
-    primary_codec = tl.where(is_float, FLOAT32, codec_of(row, MASTER, STREAMS))
-    param = stream_of(row, PARAM, begin, param_codec)
-    primary = tl.where(is_float, param, stream_of(row, MASTER, begin, primary_codec))
+    codecs = load(row + ROW_CODECS, tl.int32)
+    param = stream_of(row, codecs, PARAM, begin, STREAMS)
+    is_float = codec_of(codecs, PARAM, STREAMS) == FLOAT32
+    primary = tl.where(is_float, param, stream_of(row, codecs, MASTER, begin, STREAMS))
     half = tl.where(is_float, 0, param)
     addresses = primary | half
     states = ()
-    state_codecs = ()
     for k in tl.static_range(STATES):
-        codec = codec_of(row, STATES_FROM + k, STREAMS)
-        state = stream_of(row, STATES_FROM + k, begin, codec)
-        addresses = addresses | state
-        states = states + (state,)
-        state_codecs = state_codecs + (codec,)
+        states = states + (stream_of(row, codecs, STATES_FROM + k, begin, STREAMS),)
+        addresses = addresses | states[k]
     grad_aligned = grad_at % 16 == 0
-    streams = Streams(
-        *(grad_at, grad_codec, grad_aligned, primary, primary_codec, half, param_codec),
-        *(states, state_codecs),
-    )
+    streams = Streams(grad_at, grad_codec, grad_aligned, primary, half, states, codecs)
     return streams, addresses % 16 == 0
 
 
@@ -336,6 +330,9 @@ def update_chunk(
     n = tl.where(load(grad + GRAD_PRESENT, tl.int32) != 0, chunk_elements(numel, index), 0)
     streams, aligned = streams_of(row, grad, index.to(tl.int64) * CHUNK, STATES, STREAMS)
     kind, grad_mult, most = settings_of(step, group, RULE)
+    GRAD: tl.constexpr = "wide" if STREAMS == "any-states" else "either"
+    if STREAMS == "any-states":
+        aligned = aligned & streams.grad_aligned  # AMD has no registers left for two more masks
     whole = tl.where(aligned, n // BLOCK * BLOCK, 0)
     if STATES == 1 and STREAMS == "float32":
         # With few loads the compiler puts all others behind a load that waits for another one, and
@@ -350,7 +347,7 @@ def update_chunk(
     else:
         for first in range(0, whole, BLOCK):
             update_block(streams, kind, grad_mult, most, row_step, first, n,
-                         RULE, STATES, STREAMS, True, "either", BLOCK)  # fmt: skip
+                         RULE, STATES, STREAMS, True, GRAD, BLOCK)  # fmt: skip
     for first in range(whole, n, BLOCK // 4):
         update_block(streams, kind, grad_mult, most, row_step, first, n,
                      RULE, STATES, STREAMS, False, "narrow", BLOCK // 4)  # fmt: skip

@@ -57,7 +57,8 @@ class Variant:
         threads = THREADS if self.verb == "update" else target.warp_size
         options = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
         if target.backend == "cuda":
-            options["maxnreg"] = 80  # six blocks of update a multiprocessor
+            # six blocks of update a multiprocessor, or five
+            options["maxnreg"] = 96 if self.streams == "any-states" else 80
         elif target.warp_size == 32:
             options["waves_per_eu"] = 16  # on RDNA, 96 registers
         return options
