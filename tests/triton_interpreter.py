@@ -199,7 +199,8 @@ def call(function: Any, *arguments: Any, length: int = 1) -> Any:
 
     def into(value: Any) -> Any:
         if isinstance(value, tuple):
-            return tl.tuple([into(one) for one in value])
+            made = [into(one) for one in value]
+            return type(value)(*made) if hasattr(value, "_fields") else tl.tuple(made)
         if isinstance(value, np.ndarray):
             kind = types[value.dtype]
             handle = TensorHandle(np.resize(value, length), kind)
