@@ -259,7 +259,6 @@ def test_fusion_would_be_seen(target):
 # ---- memory order -------------------------------------------------------------------------------
 
 
-
 @each_nvidia
 @each_reduce
 def test_the_ticket_publishes_the_words(name, target):

@@ -50,7 +50,9 @@ def words(value: str) -> list[str]:
     value = value.replace("-1.0 * ", "-")  # Triton 3.6 and 3.7 take -x for 0 - x, which is never -0
     value = re.sub(r"!= 0(\.0)?\b|bits_of", "", value)  # how they say that a flag is set
     value = re.sub(r"\b(tl|h|o)\.|\b(Decay|R)::|static_cast<\w+>|\.to\(tl\.\w+\)", "", value)
-    value = re.sub(r"\bk([A-Z]\w*)|\b([A-Z][A-Z\d_]+)\b", lambda m: m[0][m[1] is not None:].lower(), value)
+    value = re.sub(
+        r"\bk([A-Z]\w*)|\b([A-Z][A-Z\d_]+)\b", lambda m: m[0][m[1] is not None :].lower(), value
+    )
     value = re.sub(r"\b(Hyper|Kind)\b|_rn\b|(?<=\d)f\b", "", value).replace("||", "|")
     found = re.findall(r"[a-z_]\w*|\d[\d.]*|[-+*/|]|[<>=!]=|[<>]", value)
     return [word for word in found if word != "where"]
@@ -92,8 +94,10 @@ def triton_statements(function: ast.FunctionDef) -> list[Statement]:
     for node in ast.walk(function):
         if isinstance(node, ast.Return) and node.value is not None:
             statements.append((node.lineno, ("return", words(ast.unparse(node.value)))))
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(
-            node.targets[0], ast.Tuple
+        elif (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and isinstance(node.targets[0], ast.Tuple)
         ):
             statements.append((node.lineno, ("call", words(ast.unparse(node.value)))))
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -266,7 +270,10 @@ def test_update(name: str, n_states: int) -> None:
     table = values(len(rule.states))
     names = ("param", *(state.name for state in rule.states))
     pytest.importorskip("triton")
-    text, Kind = triton_interpreter.part(f"rules.{name}"), triton_interpreter.part("rules.common").Kind
+    text, Kind = (
+        triton_interpreter.part(f"rules.{name}"),
+        triton_interpreter.part("rules.common").Kind,
+    )
     for row in few_hypers(name):
         grad, *ours = (column.copy() for column in table)
         h, decay, variant = row[:-2].copy(), int(row[-2]), int(row[-1])

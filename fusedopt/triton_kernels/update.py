@@ -134,7 +134,9 @@ def load_values(
     """A master or state as it lies in memory: both ways to load it, of which one loads nothing."""
     if STREAMS == "any-states":
         is_float = codec == FLOAT32
-        floats = load_stream(address, block.at, block.there & wanted & is_float, tl.float32, ALIGNED)
+        floats = load_stream(
+            address, block.at, block.there & wanted & is_float, tl.float32, ALIGNED
+        )
         return floats, load_halves(address, block, wanted & (is_float == 0), ALIGNED)
     else:
         floats = load_stream(address, block.at, block.there & wanted, tl.float32, ALIGNED)

@@ -50,7 +50,12 @@ class Variant:
         rule = {"RULE": TEXTS[self.rule]}
         if self.verb != "update":
             return rule
-        return {**rule, "STATES": self.states, "STREAMS": self.streams, "BLOCK": BLOCK // 2 if self.streams == "any-states" else BLOCK}
+        return {
+            **rule,
+            "STATES": self.states,
+            "STREAMS": self.streams,
+            "BLOCK": BLOCK // 2 if self.streams == "any-states" else BLOCK,
+        }
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
         """How it is compiled. Rounding is the numeric contract's, whatever Triton's default."""
