@@ -46,7 +46,8 @@ void update_elements(const float* h, Kind kind, Elements e, std::index_sequence<
 
 template <class R, int kThere>
 void update_with(int states, const float* h, Kind kind, Elements e) {
-  if (states == kThere) update_elements<R, kThere>(h, kind, e, std::make_index_sequence<R::kStates>());
+  using All = std::make_index_sequence<R::kStates>;
+  if (states == kThere) update_elements<R, kThere>(h, kind, e, All());
   if constexpr (kThere < R::kStates) update_with<R, kThere + 1>(states, h, kind, e);
 }
 

@@ -7,6 +7,7 @@ no case of the table would. Rules are found by their files, so that a new one ne
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import itertools
 import math
@@ -160,8 +161,8 @@ STATES = [0.0, -0.0, 0.7, -1e-30, 5 * TINY, 3e38, math.inf, math.nan]
 STEPS = [1, 2, 3, 10, 1000, 123457, 2**24]
 LRS = [0.02, 0.0, 1e30, -0.5, 1e-42]
 DECAYS = [0.1, 0.3, 0.0, 1e10, -0.1]
-NUMBERS = [0.0, 0.9, 0.999, 0.5, 0.95, 0.499999999, 1 - 1e-9, 0.99999, 0.3, 1.0, 0.6, 1e-8, 1e-40, 0.1,
-           1e-42, -3.0]  # fmt: skip
+NUMBERS = [0.0, 0.9, 0.999, 0.5, 0.95, 0.499999999, 1 - 1e-9, 0.99999, 0.3, 1.0, 0.6, 1e-8, 1e-40,
+           0.1, 1e-42, -3.0]  # fmt: skip
 ROWS = 20_000  # of options
 
 
@@ -313,3 +314,24 @@ def test_other_names_or_another_order_are_refused(name: str) -> None:
             different = zip([*names, "nothing"], [*wrong, "nothing"], strict=False)
             ours, theirs = next((a, b) for a, b in different if a != b)
             assert f"has {theirs}, fusedopt has {ours}" in str(caught.value)
+
+
+def test_every_part_of_a_text_tells_binaries_apart() -> None:
+    """Else a text that was changed would be served by the binary of the old one, from the cache."""
+    pytest.importorskip("triton")
+    from triton.compiler import ASTSource
+
+    from fusedopt.triton_kernels.kernels import finalize_kernel
+    from fusedopt.triton_kernels.rules import TEXTS
+
+    text, other = TEXTS["sgd"], TEXTS["adamw"]
+    parts = {name: getattr(other, name) for name in vars(text) if name != "cache_key"}
+    parts["row_step_bytes"] = 2 * text.row_step_bytes
+    hashes = set()
+    for name, value in [("name", text.name), *parts.items()]:
+        changed = copy.copy(text)
+        vars(changed).pop("cache_key", None)
+        setattr(changed, name, value)
+        source = ASTSource(finalize_kernel, {"RULE": "constexpr"}, constexprs={"RULE": changed})
+        hashes.add(source.hash())
+    assert len(hashes) == 1 + len(parts)
