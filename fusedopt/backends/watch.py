@@ -1,8 +1,8 @@
 """What a plan was built for, compared before every step with what is there now.
 
-``PythonWatch`` is the twin of ``Watch`` in csrc/watch/watch.h for an installation without the native
-module: the same answers and the same bytes, only slower. Each thing is asked of all tensors in one
-``map`` and compared in one list, which is the fastest that Python does.
+``PythonWatch`` is the twin of ``Watch`` in csrc/watch/watch.h for an installation without the
+native module: the same answers and the same bytes, only slower. Each thing is asked of all tensors
+in one ``map`` and compared in one list, which is the fastest that Python does.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from tolerances import assert_same_bits
 from torch import Tensor
 
 import fusedopt
-from fusedopt.backends import device, records
+from fusedopt.backends import cpu, device, records
 
 MEASURE = OptimizerCase("measure", "sgd", {"lr": 0.125}, {"max_grad_norm": 2.0})
 
@@ -160,7 +160,7 @@ def lazily_zero(n: int) -> Tensor:
 def test_more_elements_than_an_int_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first and the last chunks of a tensor of 2^31 elements and more; the rest stays away."""
     n, near, far = 2**31 + 5000, slice(0, CHUNK), slice(-2 * CHUNK, None)
-    for module in (native, device):
+    for module in (cpu, device):
         chunks = records.chunk_table([n])
         few = torch.cat([chunks[:1], chunks[-3:]])
         monkeypatch.setattr(module, "chunk_table", lambda numels, few=few: few)
