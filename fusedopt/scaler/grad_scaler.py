@@ -2,7 +2,8 @@
 
 torch's scaler reads and writes every gradient once more before it calls an optimizer that handles
 scaling by itself: 8 bytes per fp32 parameter. The one place that depends on torch's private
-``_check_inf_per_device`` and ``_per_optimizer_states``; ``tests/test_fused_scaler.py`` pins both.
+``_check_inf_per_device`` and ``_per_optimizer_states``, which ``tests/scaler/test_fused_scaler.py``
+pins.
 """
 
 from __future__ import annotations
