@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .options import literal
-from .plan.memory import allocate, huge_pages, unallocated
+from .plan.memory import unfilled_state
 from .plan.plan import Group, copy_all
 from .plan.rows import check_param, label_of
 from .plan.state import (
@@ -27,27 +27,35 @@ from .plan.state import (
     check_state,
     dense_like,
     fits,
-    state_dtype,
     step_tensor,
     wants_master,
 )
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+from .shared import Shared
 
 Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: parameter and states
-Write = tuple[Tensor, Tensor]  # the tensor that is written to, and the one that is read
-Fill = tuple[Tensor, Tensor, Tensor]  # the same of one without memory, and whose form it gets
+Write = tuple[Tensor, Tensor]  # a tensor of the optimizer, and the one that is copied to it
+Fill = tuple[ParamState, str, Tensor]  # a checkpoint's tensor, to be copied in the form of another
 
 # A group of torch's that has `foreach` and not these is one of NAdam, RAdam or Adamax. Groups of
 # Apex's Adam have neither.
 _OLDER_THAN_FOREACH = {"amsgrad", "nesterov"}
 
 
+class Loadable(Protocol):
+    """What loading needs of a ``FusedOptimizer``, which is a ``torch.optim.Optimizer``."""
+
+    defaults: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    _shared: Shared
+
+    def _state_names(self, group: Group) -> tuple[str, ...]: ...
+
+
 # ---- what a checkpoint must hold -----------------------------------------------------------------
 
 
-def check(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Wanted:
+def check(optimizer: Loadable, state_dict: dict[str, Any]) -> Wanted:
     """Raise unless the checkpoint is one for this optimizer; say whose state each entry is."""
     wanted: Wanted = {}
     groups = state_dict["param_groups"]
@@ -126,38 +134,30 @@ def _check_saved(
 # ---- how its values get in -----------------------------------------------------------------------
 
 
-class _Held:
-    """Carries state past torch's ``load_state_dict``, which would cast it to half."""
-
-    def __init__(self, state: ParamState) -> None:
-        self.state = state
-
-
-def load(optimizer: FusedOptimizer, state_dict: dict[str, Any], wanted: Wanted) -> None:
+def load(optimizer: Loadable, state_dict: dict[str, Any], wanted: Wanted) -> None:
     """Copy a checkpoint that was checked; until all memory is there nothing is changed."""
     state: dict[Any, Any] = {}
-    writes: list[Write] = []  # to the optimizer's own tensors
+    writes: list[Write] = []
     fills: list[Fill] = []
     for key, value in state_dict["state"].items():
         if key in wanted:
-            state[key] = _Held(_receive(optimizer, *wanted[key], value, writes, fills))
+            state[wanted[key][0]] = _receive(optimizer, *wanted[key], value, writes, fills)
         else:
             state[key] = copy.deepcopy(value)
-    new = [target for target, _, _ in fills]
-    allocate(new, [like for _, _, like in fills])
-    with huge_pages(new):
-        copy_all(new, [source for _, source, _ in fills])
+    with unfilled_state([like for _, _, like in fills]) as new:
+        copy_all(new, [own[name] for own, name, _ in fills])
+    for (own, name, _), tensor in zip(fills, new, strict=True):
+        own[name] = tensor
     names = names_given(optimizer)
-    _load_without_hooks(optimizer, {**state_dict, "state": state})
+    # torch casts what it loads to the parameter's dtype: it loads the groups alone.
+    _load_without_hooks(optimizer, {**state_dict, "state": {}})
     optimizer._shared.names = names
-    for key, value in optimizer.state.items():
-        if isinstance(value, _Held):
-            optimizer.state[key] = value.state
+    optimizer.state.update(state)
     copy_all([target for target, _ in writes], [source for _, source in writes])
 
 
 def _receive(
-    optimizer: FusedOptimizer,
+    optimizer: Loadable,
     param: Tensor,
     names: Sequence[str],
     saved: ParamState,
@@ -167,7 +167,7 @@ def _receive(
     """The state for ``param`` that ``saved`` stands for; shares no memory with it.
 
     A tensor of the optimizer that nobody else can see is used again, so that loading needs no
-    second state. What is still to be copied into tensors is added to ``writes`` and ``fills``.
+    second state. What is still to be copied is added to ``writes`` and ``fills``.
 
     Accepts what ``torch.optim`` saves: states in the parameter's dtype, ``step`` as a number or in
     any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
@@ -190,8 +190,8 @@ def _receive(
             state[name] = optimizer.state[param][name]
             writes.append((state[name], value))
         else:
-            state[name] = unallocated(like, state_dtype(param))
-            fills.append((state[name], value, like))
+            state[name] = value
+            fills.append((state, name, like))
     return state
 
 
@@ -204,7 +204,7 @@ def _can_be_updated(param: Tensor) -> bool:
     return True
 
 
-def _is_reusable(optimizer: FusedOptimizer, param: Tensor, name: str, like: Tensor) -> bool:
+def _is_reusable(optimizer: Loadable, param: Tensor, name: str, like: Tensor) -> bool:
     """Whether the optimizer has such a tensor, in memory that torch allocated for it alone."""
     own = optimizer.state.get(param)
     tensor = own.get(name) if type(own) is dict else None
@@ -235,7 +235,7 @@ def _owners(holder: Any, param: Tensor, name: str) -> tuple[int, ...]:
     )
 
 
-def _load_without_hooks(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+def _load_without_hooks(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """torch's own; the hooks see the checkpoint and the result, not the state on its way."""
     names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
     hooks = {name: getattr(optimizer, name) for name in names}
@@ -249,7 +249,7 @@ def _load_without_hooks(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -
 # ---- the names of parameters ---------------------------------------------------------------------
 
 
-def names_given(optimizer: FusedOptimizer) -> WeakTensorKeyDictionary:
+def names_given(optimizer: Loadable) -> WeakTensorKeyDictionary:
     """By parameter. torch replaces a group's names by a checkpoint's, which may be in any order."""
     names, known = WeakTensorKeyDictionary(), optimizer._shared.names
     for group in optimizer.param_groups:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.memory import strides
 from ..plan.plan import Group, Look
 from .records import AWAITS_STATE, DTYPE_CODES, FROZEN, GRAD, STAGED
 
@@ -31,10 +32,7 @@ def _place(value: object) -> Place | None:
     try:
         # As in the native watch: a subclass is not asked, nor is the mode of a default device.
         with torch._C.DisableTorchFunction():
-            address, shape, strides = value.data_ptr(), value.shape, value.stride()
-            # A dimension of one element may carry any stride.
-            strides = tuple(s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
-            return address, value.dtype, value.device, shape, strides
+            return value.data_ptr(), value.dtype, value.device, value.shape, strides(value)
     except Exception:  # torch raises many kinds where a tensor has no memory of its own
         return None
 

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
-from .memory import allocate, huge_pages, is_dense, unallocated
+from .memory import is_dense, state_dtype, strides, unfilled_state
 from .plan import HALF_DTYPES, is_served
 
 MASTER = "master_param"
@@ -33,10 +33,6 @@ _OF_SOME_RULE = {MOMENTUM, "exp_avg", "exp_avg_sq", _STARTS_LATER, "exp_inf", "s
 _OF_SOME_RULE |= {"grad_avg", "acc_delta", "sum", "prev", "ax", "state1", "state2"}
 
 ParamState = dict[str, Any]
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def is_readable(param: Tensor) -> bool:
@@ -56,17 +52,24 @@ def wants_master(param: Tensor, master_weights: bool | None) -> bool:
     return param.dtype in HALF_DTYPES and master_weights is not False
 
 
-def is_complete(param: Tensor, state: ParamState, names: Sequence[str], master: bool) -> bool:
+def names_with_master(
+    param: Tensor, names: Sequence[str], master_weights: bool | None
+) -> tuple[str, ...]:
+    """The states that ``param`` needs, those of the rule before the master."""
+    return (*names, MASTER) if wants_master(param, master_weights) else (*names,)
+
+
+def is_complete(
+    param: Tensor, state: ParamState, names: Sequence[str], master_weights: bool | None
+) -> bool:
     """Whether ``state`` can be used by the kernels as it is."""
-    if not master and MASTER in state:
+    wanted = names_with_master(param, names, master_weights)
+    if MASTER in state and MASTER not in wanted:
         return False
-    if not names and not master:
-        return True
-    wanted = [*names, MASTER] if master else [*names]
     if names and not is_step(state.get(STEP), param):
         return False
     like = dense_like(param)
-    return all(name in state and fits(state[name], like) for name in wanted)
+    return all(fits(state.get(name), like) for name in wanted)
 
 
 def fits(value: object, like: Tensor) -> bool:
@@ -76,11 +79,8 @@ def fits(value: object, like: Tensor) -> bool:
         and value.dtype == state_dtype(like)
         and value.device == like.device
         and value.shape == like.shape
+        and strides(value) == strides(like)
         and not value.is_neg()
-        and all(
-            v == p or n < 2
-            for v, p, n in zip(value.stride(), like.stride(), like.shape, strict=True)
-        )
     )
 
 
@@ -205,41 +205,39 @@ def _is_count(value: Any) -> bool:
 
 
 def complete_all(
-    params: Sequence[Tensor],
-    states: Sequence[ParamState],
-    names: Sequence[Sequence[str]],
-    master_weights: bool | None,
+    incomplete: Sequence[tuple[Tensor, ParamState, Sequence[str]]], master_weights: bool | None
 ) -> list[ParamState]:
-    """Copies of ``states`` with what is missing, and with what does not fit converted.
+    """Copies of states with what is missing, and with what does not fit converted.
 
     A new master starts as its parameter, a new moment as zero. An existing value keeps its numbers
     in the right dtype, device and layout. All memory is allocated before any of it is filled.
+
+    Args:
+        incomplete: parameters with their state and the names of the states that the rule wants.
+        master_weights: as given by the user.
     """
-    result = [as_ours(state, own) for state, own in zip(states, names, strict=True)]
-    wanted: list[tuple[int, str, Tensor]] = []
+    complete: list[ParamState] = []
+    missing: list[tuple[ParamState, str, Tensor]] = []
     likes: list[Tensor] = []
-    for i, param in enumerate(params):
-        like = dense_like(param)
-        master = [MASTER] if wants_master(param, master_weights) else []
-        if not master:
-            result[i].pop(MASTER, None)  # of a time when the parameter was half: stale by now
-        for name in (*names[i], *master):
-            if not fits(result[i].get(name), like):
-                wanted.append((i, name, unallocated(like, state_dtype(like))))
+    for param, state, names in incomplete:
+        own, like = as_ours(state, names), dense_like(param)
+        complete.append(own)
+        wanted = names_with_master(param, names, master_weights)
+        if MASTER not in wanted:
+            own.pop(MASTER, None)  # of a time when the parameter was half: stale by now
+        for name in wanted:
+            if not fits(own.get(name), like):
+                missing.append((own, name, param))
                 likes.append(like)
-    tensors = [new for _, _, new in wanted]
-    allocate(tensors, likes)
-    with huge_pages(tensors):
-        for i, name, new in wanted:
-            old = result[i].get(name)
+    with unfilled_state(likes) as tensors:
+        for (own, name, param), new in zip(missing, tensors, strict=True):
+            old = own.get(name, param.detach() if name == MASTER else None)
             if isinstance(old, Tensor):
                 new.copy_(old)
-            elif name == MASTER:
-                new.copy_(params[i].detach())
             else:
                 new.zero_()
-            result[i][name] = new
-    for param, own, wished in zip(params, result, names, strict=True):
-        if (wished or STEP in own) and not is_step(own.get(STEP), param):
+            own[name] = new
+    for own, (param, _, names) in zip(complete, incomplete, strict=True):
+        if (names or STEP in own) and not is_step(own.get(STEP), param):
             own[STEP] = step_tensor(own.get(STEP, 0), param)
-    return result
+    return complete
