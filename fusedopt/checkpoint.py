@@ -28,7 +28,7 @@ from .plan.state import (
     dense_like,
     fits,
     step_tensor,
-    wants_master,
+    wanted_names,
 )
 from .shared import Shared
 
@@ -176,7 +176,7 @@ def _receive(
     if is_lazy(param) or not _can_be_updated(param):
         return copy.deepcopy(own)  # the step converts it, once the parameter can be updated
     like = dense_like(param)
-    if not wants_master(param, optimizer._shared.options.master_weights):
+    if MASTER not in wanted_names(param, names, optimizer._shared.options.master_weights):
         own.pop(MASTER, None)  # of a half parameter
     state: ParamState = {}
     for name, value in own.items():

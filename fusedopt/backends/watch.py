@@ -109,7 +109,7 @@ class Snapshot:
         return contents, items
 
 
-class PythonWatch:
+class PythonWatch(Snapshot):
     """See ``Watch`` in csrc/watch/watch.h.
 
     Args:
@@ -119,8 +119,8 @@ class PythonWatch:
     """
 
     def __init__(self, groups: list[Group], state: dict[Tensor, Any], kinds: Sequence[int]) -> None:
+        super().__init__(groups, state, [kind != FROZEN for kind in kinds])
         self._kinds = kinds
-        self._snapshot = Snapshot(groups, state, [kind != FROZEN for kind in kinds])
 
     def refresh(self, groups: list[Group], state: dict[Tensor, Any], address: int) -> Look | None:
         """Fill in the Grad records at ``address``, those of odd rows as absent.
@@ -129,15 +129,15 @@ class PythonWatch:
             Rows whose gradient the kernels cannot read as it lies, rows that have none, and what
             the step has to hold; ``None`` when the plan no longer describes the optimizer.
         """
-        items = self._snapshot.current_items(groups, state)
+        items = self.current_items(groups, state)
         if items is None:
             return None
         grads: list[Any] = []
         odd: list[int] = []
         absent: list[int] = []
         records = bytearray()
-        for row, (param, kind) in enumerate(zip(self._snapshot.params, self._kinds, strict=True)):
-            if kind != STAGED and _is_negated(param, self._snapshot.places[row]):
+        for row, (param, kind) in enumerate(zip(self.params, self._kinds, strict=True)):
+            if kind != STAGED and _is_negated(param, self.places[row]):
                 return None
             try:
                 grad = param.grad
@@ -157,7 +157,7 @@ class PythonWatch:
         """The fields of the row's record; ``None`` if the kernels cannot read the gradient."""
         if type(grad) not in _PLAIN or self._kinds[row] == STAGED:
             return None
-        place, like = _place(grad), self._snapshot.places[row]
+        place, like = _place(grad), self.places[row]
         if place is None or like is None or place[2:] != like[2:] or place[1] not in DTYPE_CODES:
             return None
         zeros_without_memory = place[0] == 0 and like[0] != 0

@@ -85,8 +85,6 @@ def checked_rows(
     """Rows of all params in order, as far as they can be used; nothing is created yet.
 
     Args:
-        groups: ``optimizer.param_groups``.
-        state: ``optimizer.state``.
         names: state names the rule wants, for each group.
         names_given: what messages call the parameters, where the groups' names are not theirs.
 
@@ -117,13 +115,10 @@ def complete_rows(
     master_weights: bool | None,
     every_param: bool,
 ) -> dict[Tensor, ParamState]:
-    """Create the state that is missing, and refer to it.
+    """Create the state that is missing, and let the rows refer to all of it.
 
     Args:
         rows: of ``checked_rows``.
-        state: ``optimizer.state``.
-        names: state names the rule wants, for each group.
-        master_weights: as given by the user.
         every_param: create state for every parameter that requires grad, not only for those that
             have a gradient now.
 
@@ -140,8 +135,7 @@ def complete_rows(
         own = state.get(row.param, {})
         if wanted and not is_complete(row.param, own, names[row.group], master_weights):
             due.append((row.param, own, names[row.group]))
-    complete = complete_all(due, master_weights)
-    new = {param: own for (param, _, _), own in zip(due, complete, strict=True)}
+    new = complete_all(due, master_weights)
     state.update(new)
     for row in served:
         if not is_readable(row.param):

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
+from ..options import number
 from .memory import is_dense, state_dtype, strides, unfilled_state
 from .plan import HALF_DTYPES, is_served
 
@@ -48,22 +49,19 @@ def dense_like(param: Tensor) -> Tensor:
     return torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
 
 
-def wants_master(param: Tensor, master_weights: bool | None) -> bool:
-    return param.dtype in HALF_DTYPES and master_weights is not False
-
-
-def names_with_master(
+def wanted_names(
     param: Tensor, names: Sequence[str], master_weights: bool | None
 ) -> tuple[str, ...]:
-    """The states that ``param`` needs, those of the rule before the master."""
-    return (*names, MASTER) if wants_master(param, master_weights) else (*names,)
+    """The states of ``param``: those that the rule ``names``, and the master of a half one."""
+    has_master = param.dtype in HALF_DTYPES and master_weights is not False
+    return (*names, MASTER) if has_master else (*names,)
 
 
 def is_complete(
     param: Tensor, state: ParamState, names: Sequence[str], master_weights: bool | None
 ) -> bool:
     """Whether ``state`` can be used by the kernels as it is."""
-    wanted = names_with_master(param, names, master_weights)
+    wanted = wanted_names(param, names, master_weights)
     if MASTER in state and MASTER not in wanted:
         return False
     if names and not is_step(state.get(STEP), param):
@@ -193,20 +191,17 @@ def _has_no_memory(value: Tensor, param: Tensor) -> bool:
 
 def _is_count(value: Any) -> bool:
     """A count that is where the kernels read it on a GPU is not fetched from there."""
-    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32:
-        if value.device.type != "cpu":
-            return True
-    elif isinstance(value, (str, bytes)):
-        return False
+    if isinstance(value, Tensor) and is_step(value, value) and not value.is_cpu:
+        return True
     try:
-        return 0.0 <= float(value) < math.inf
+        return 0.0 <= number(value) < math.inf
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: several elements
         return False
 
 
 def complete_all(
     incomplete: Sequence[tuple[Tensor, ParamState, Sequence[str]]], master_weights: bool | None
-) -> list[ParamState]:
+) -> dict[Tensor, ParamState]:
     """Copies of states with what is missing, and with what does not fit converted.
 
     A new master starts as its parameter, a new moment as zero. An existing value keeps its numbers
@@ -216,13 +211,12 @@ def complete_all(
         incomplete: parameters with their state and the names of the states that the rule wants.
         master_weights: as given by the user.
     """
-    complete: list[ParamState] = []
+    complete = {param: as_ours(state, names) for param, state, names in incomplete}
     missing: list[tuple[ParamState, str, Tensor]] = []
     likes: list[Tensor] = []
-    for param, state, names in incomplete:
-        own, like = as_ours(state, names), dense_like(param)
-        complete.append(own)
-        wanted = names_with_master(param, names, master_weights)
+    for param, _, names in incomplete:
+        own, like = complete[param], dense_like(param)
+        wanted = wanted_names(param, names, master_weights)
         if MASTER not in wanted:
             own.pop(MASTER, None)  # of a time when the parameter was half: stale by now
         for name in wanted:
@@ -237,7 +231,8 @@ def complete_all(
             else:
                 new.zero_()
             own[name] = new
-    for own, (param, _, names) in zip(complete, incomplete, strict=True):
+    for param, _, names in incomplete:
+        own = complete[param]
         if (names or STEP in own) and not is_step(own.get(STEP), param):
             own[STEP] = step_tensor(own.get(STEP, 0), param)
     return complete

@@ -29,8 +29,8 @@ class _AsksTheOptimizer:
         """As torch's, which for our optimizers comes down to handing over scale and flag."""
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
             return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
-        own = self._per_optimizer_states[id(optimizer)]
-        preset = optimizer._shared.amp.values.get("grad_scale")
+        own, amp = self._per_optimizer_states[id(optimizer)], optimizer._shared.amp
+        preset = amp.values.get("grad_scale")
         if own["stage"] is OptState.READY:
             assert self._scale is not None  # or nobody could have asked
             found_inf = self._record_flag(optimizer, clear=False)
@@ -40,14 +40,14 @@ class _AsksTheOptimizer:
             found_inf = sum(flag.to(device, non_blocking=True) for flag in found.values())
             scale = preset
         try:
-            optimizer._amp_offer(scale, found_inf)
+            amp.offer(scale, found_inf)
             result = optimizer.step(*args)
         except BaseException:  # of a step in place of ours, maybe, which restores nothing
-            optimizer._amp_restore()
+            amp.restore()
             raise
-        optimizer._amp_undecided()
+        amp.undecided()
         own["stage"] = OptState.STEPPED
-        optimizer._amp_withdraw()
+        amp.values.clear()
         return result
 
     def _may_ask(self, optimizer: FusedOptimizer) -> bool:
