@@ -17,8 +17,6 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "dtypes.h"
-#include "rules.h"
 
 #if defined(__x86_64__)
 #include <x86intrin.h>
@@ -33,19 +31,19 @@ constexpr float kGradScale = 65536.0f;
 struct Case {
   const char* name;
   bool updates;
-  Rule rule;
-  DType dtype;      // of params and gradients; a half param has a master
+  const char* rule;
+  Codec codec;      // of params and gradients; a half param has a master
   int64_t in_each;  // elements of a tensor, which is then one chunk; 0: all chunks are one tensor
 };
 
 constexpr Case kCases[] = {
-    {"reduce:float32", false, Rule::kAdamW, DType::kFloat32, 0},
-    {"reduce:bfloat16", false, Rule::kAdamW, DType::kBFloat16, 0},
-    {"update:adamw:float32", true, Rule::kAdamW, DType::kFloat32, 0},
-    {"update:adamw:bfloat16", true, Rule::kAdamW, DType::kBFloat16, 0},
-    {"update:sgd-momentum:float32", true, Rule::kSGD, DType::kFloat32, 0},
-    {"reduce:float32:tensors-of-8", false, Rule::kAdamW, DType::kFloat32, 8},
-    {"update:adamw:float32:tensors-of-8", true, Rule::kAdamW, DType::kFloat32, 8},
+    {"reduce:float32", false, AdamW::kName, Codec::kFloat32, 0},
+    {"reduce:bfloat16", false, AdamW::kName, Codec::kBFloat16, 0},
+    {"update:adamw:float32", true, AdamW::kName, Codec::kFloat32, 0},
+    {"update:adamw:bfloat16", true, AdamW::kName, Codec::kBFloat16, 0},
+    {"update:sgd-momentum:float32", true, SGD::kName, Codec::kFloat32, 0},
+    {"reduce:float32:tensors-of-8", false, AdamW::kName, Codec::kFloat32, 8},
+    {"update:adamw:float32:tensors-of-8", true, AdamW::kName, Codec::kFloat32, 8},
 };
 
 // The same value at every element: no branch of a kernel depends on it.
@@ -55,8 +53,8 @@ struct Values {
 
   Values(int64_t n, float value) : wide(n, value), half(n, float_to_bfloat16(value)) {}
 
-  void* in(DType dtype, int64_t at) {
-    return dtype == DType::kFloat32 ? static_cast<void*>(&wide[at]) : &half[at];
+  void* in(Codec codec, int64_t at) {
+    return codec == Codec::kFloat32 ? static_cast<void*>(&wide[at]) : &half[at];
   }
 };
 
@@ -64,55 +62,69 @@ struct Problem {
   Case what;
   Values param, grad;
   std::vector<float> exp_avg, exp_avg_sq;
-  std::vector<double> partials;
   std::vector<Chunk> chunks;
-  AdamW::Options adamw = {1e-3, 0.1, 0.9, 0.999, 1e-8, true, false, false};
-  SGD::Options sgd = {0.1, 0.01, 0.9, 0.0, false, false, false, 0};
-  std::vector<AdamW::RowScalars> adamw_scalars;
-  std::vector<SGD::RowScalars> sgd_scalars;
+  AdamW::Options adamw = {1e-3, 0.1, true, false, 0.9, 0.999, 1e-8, false};
+  SGD::Options sgd = {0.1, 0.01, false, false, 0.9, 0.0, false, 0};
+  std::vector<RowStep<AdamW>> adamw_steps;
+  std::vector<RowStep<SGD>> sgd_steps;
   std::vector<Grad> grads;
   std::vector<Row> rows;
   PlanView plan;
+  float grad_scale = kGradScale;
+  StepScalars scalars = {};
+  StepRecord step = {};
+  mutable uint64_t words[kWords] = {};
 
   Problem(const Case& chosen, int64_t n_chunks)
       : what(chosen),
         param(n_chunks * in_a_chunk(), 0.125f),
         grad(n_chunks * in_a_chunk(), 0.25f * kGradScale),
         exp_avg(n_chunks * in_a_chunk(), 0.0f),
-        exp_avg_sq(exp_avg),
-        partials(n_chunks) {
+        exp_avg_sq(exp_avg) {
     const int64_t n = n_chunks * in_a_chunk();
     const int64_t in_each = what.in_each ? what.in_each : n;
     for (int64_t at = 0; at < n; at += in_each) add_tensor(at, in_each);
-    adamw_scalars.assign(rows.size(), AdamW::row_scalars(adamw, 10));
-    sgd_scalars.assign(rows.size(), SGD::row_scalars(sgd, 10));
-    void* scalars = adamw_scalars.data();
-    if (what.rule == Rule::kSGD) scalars = sgd_scalars.data();
-    plan = {rows.data(),   grads.data(), scalars, static_cast<int64_t>(rows.size()),
-            chunks.data(), n_chunks,     n,       partials.data()};
+    adamw_steps.assign(rows.size(), row_step<AdamW>(adamw, 10.0f));
+    sgd_steps.assign(rows.size(), row_step<SGD>(sgd, 10.0f));
+    const bool is_adamw = what.rule == AdamW::kName;
+    plan = {rows.data(),
+            grads.data(),
+            is_adamw ? static_cast<const void*>(&adamw) : &sgd,
+            is_adamw ? static_cast<void*>(adamw_steps.data()) : sgd_steps.data(),
+            static_cast<int64_t>(rows.size()),
+            chunks.data(),
+            n_chunks};
+    scalars.grad_mult = 1.0f / kGradScale;
+    step = {-1.0, std::numeric_limits<double>::infinity(), &grad_scale, nullptr, nullptr, &scalars,
+            0, StepRecord::kNormIsTwo | StepRecord::kMeasured};
   }
 
   int64_t in_a_chunk() const { return what.in_each ? what.in_each : kChunk; }
 
   void add_tensor(int64_t at, int64_t numel) {
     Row row = {};
-    row.param = param.in(what.dtype, at);
-    row.master = what.dtype == DType::kFloat32 ? nullptr : &param.wide[at];
-    row.state[0] = &exp_avg[at];
-    row.state[1] = what.rule == Rule::kAdamW ? &exp_avg_sq[at] : nullptr;
+    row.data[kParam] = param.in(what.codec, at);
+    row.data[kMaster] = what.codec == Codec::kFloat32 ? nullptr : &param.wide[at];
+    row.data[kStates] = &exp_avg[at];
+    row.data[kStates + 1] = what.rule == AdamW::kName ? &exp_avg_sq[at] : nullptr;
     row.numel = numel;
-    row.dtype = what.dtype;
+    row.codecs = static_cast<uint32_t>(what.codec);
     for (int64_t first = 0; first < numel; first += kChunk) {
       chunks.push_back(
           {static_cast<int32_t>(rows.size()), static_cast<int32_t>(first / kChunk), at + first});
     }
-    grads.push_back({grad.in(what.dtype, at), what.dtype, 1});
+    grads.push_back({grad.in(what.codec, at), what.codec, 1});
     rows.push_back(row);
   }
 
-  UpdateArgs update_args() const {
-    const void* options = what.rule == Rule::kAdamW ? static_cast<const void*>(&adamw) : &sgd;
-    return {what.rule, options, 1.0f / kGradScale, std::numeric_limits<float>::infinity()};
+  int rule() const {
+    int found = -1;
+    for (int rule = 0; rule < Rules::kCount; ++rule) {
+      Rules::with(rule, [&](auto tag) {
+        if (decltype(tag)::Rule::kName == what.rule) found = rule;
+      });
+    }
+    return found;
   }
 };
 
@@ -131,9 +143,9 @@ uint64_t ticks() {
 extern "C" __attribute__((noinline)) void measured_call(const Kernels& kernels,
                                                         const Problem& problem) {
   if (problem.what.updates) {
-    kernels.update(problem.plan, problem.update_args(), 1);
+    kernels.update(problem.plan, problem.rule(), problem.step, 1);
   } else {
-    kernels.reduce(problem.plan, NormType::kTwo, 1.0f / kGradScale, 1);
+    kernels.reduce(problem.plan, problem.step, problem.words, 1);
   }
 }
 

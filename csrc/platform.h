@@ -9,9 +9,11 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define FUSEDOPT_FN static __host__ __device__ __forceinline__
+#define FUSEDOPT_MEMBER __host__ __device__ __forceinline__
+#define FUSEDOPT_FN static FUSEDOPT_MEMBER
 #else
-#define FUSEDOPT_FN static inline __attribute__((always_inline))
+#define FUSEDOPT_MEMBER inline __attribute__((always_inline))
+#define FUSEDOPT_FN static FUSEDOPT_MEMBER
 #endif
 
 namespace fusedopt {
@@ -65,6 +67,18 @@ FUSEDOPT_FN float float_of(uint32_t bits) {
   return __uint_as_float(bits);
 #else
   float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+// 2^exponent, of an exponent that is in the range of doubles.
+FUSEDOPT_FN double power_of_two(int exponent) {
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(static_cast<long long>(bits));
+#else
+  double x;
   __builtin_memcpy(&x, &bits, sizeof x);
   return x;
 #endif

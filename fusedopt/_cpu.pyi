@@ -1,25 +1,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-ROW_BYTES: int
-GRAD_BYTES: int
-CHUNK_BYTES: int
+RECORDS: dict[str, list[tuple[str, int, int, str]]]
+RULES: dict[str, dict[str, Any]]
 CHUNK_ELEMENTS: int
-LANES: int
+WORDS: int
 
 class Plan:
-    def __init__(
-        self,
-        rows: int,
-        grads: int,
-        row_scalars: int,
-        n_rows: int,
-        chunks: int,
-        n_chunks: int,
-        n_elements: int,
-        partials: int,
-        step_scalars: int,
-    ) -> None: ...
+    def __init__(self, rule: str, tables: dict[str, int]) -> None: ...
+    def reduce(self, num_threads: int) -> None: ...
+    def finalize(self) -> None: ...
+    def update(self, num_threads: int) -> None: ...
 
 class Watch:
     def __init__(
@@ -31,22 +22,6 @@ class Watch:
 
 def use_torch(
     tensor_type: type, parameter_type: type, is_neg: object, exchange: object
-) -> None: ...
-def reduce(plan: Plan, norm_type: float, grad_scale: int, num_threads: int) -> None: ...
-def finalize(
-    plan: Plan,
-    rule: str,
-    options: bytearray,
-    norm_type: float,
-    max_grad_norm: float,
-    measured: bool,
-    skip_nonfinite: bool,
-    grad_scale: int,
-    found_inf: int,
-    inf_flag: int,
-) -> None: ...
-def update(
-    plan: Plan, rule: str, options: bytearray, max_grad_value: float, num_threads: int
 ) -> None: ...
 def simd_levels() -> list[str]: ...
 def simd() -> str: ...

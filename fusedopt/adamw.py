@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 from torch import Tensor
 from torch.optim.adam import Adam
 
 from .optimizer import FusedOptimizer
-from .options import Options, is_pair
-from .plan.groups import torch_defaults
-from .plan.options_table import KernelOptions
-from .plan.plan import Group
+from .rules.adamw import RULE
 
 
 class FusedAdamW(FusedOptimizer):
@@ -58,9 +54,8 @@ class FusedAdamW(FusedOptimizer):
         RuntimeError: ``differentiable=True``.
     """
 
-    rule = "adamw"
-    numbers = ("lr", "betas", "eps", "weight_decay")
-    table = struct.Struct("=5d3q")  # AdamW::Options
+    rule = RULE
+    twin = Adam
 
     def __init__(
         self,
@@ -85,41 +80,4 @@ class FusedAdamW(FusedOptimizer):
         amp_scaling: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults = torch_defaults(
-            Adam,
-            self.numbers,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )
-        options = Options(
-            max_grad_norm,
-            norm_type,
-            max_grad_value,
-            master_weights,
-            skip_nonfinite,
-            amp_scaling,
-            backend,
-        )
-        super().__init__(params, defaults, options)
-
-    def _state_names(self, group: Group) -> tuple[str, ...]:
-        names = ("exp_avg", "exp_avg_sq")
-        return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
-
-    def _kernel_options(self, group: Group) -> KernelOptions:
-        beta1, beta2 = betas = group["betas"]
-        if type(betas) is not tuple and type(betas) is not list and not is_pair(betas):
-            raise TypeError(betas)  # would be unpacked: the keys of a dict, a set in any order
-        return (
-            (group["lr"], group["weight_decay"], beta1, beta2, group["eps"]),
-            (group["decoupled_weight_decay"], group["maximize"], group["amsgrad"]),
-        )
+        super().__init__(params, locals())

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .options import literal
 from .plan.memory import unfilled_state
-from .plan.plan import Group, copy_all
+from .plan.plan import copy_all
 from .plan.rows import check_param, label_of
 from .plan.state import (
     MASTER,
@@ -30,6 +30,7 @@ from .plan.state import (
     step_tensor,
     wanted_names,
 )
+from .rules.declaration import Group, Rule
 from .shared import Shared
 
 Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: parameter and states
@@ -47,9 +48,8 @@ class Loadable(Protocol):
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
+    rule: Rule
     _shared: Shared
-
-    def _state_names(self, group: Group) -> tuple[str, ...]: ...
 
 
 # ---- what a checkpoint must hold -----------------------------------------------------------------
@@ -66,7 +66,7 @@ def check(optimizer: Loadable, state_dict: dict[str, Any]) -> Wanted:
         return wanted  # torch refuses it in a moment
     _check_keys(state_dict)
     for g, (own, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        names = optimizer._state_names({**optimizer.defaults, **saved})
+        names = optimizer.rule.state_names({**optimizer.defaults, **saved})
         for i, (param, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
             if key in state_dict["state"]:
                 label = label_of(own, g, i, optimizer._shared.names)

@@ -1,14 +1,12 @@
 """FusedOptimizer: everything that does not depend on the update rule.
 
 ``step()`` is unscale + inf/NaN check + global-norm clip + weight decay + update + low-precision
-copy, as three verbs of a backend over a cached plan. All that can be refused is refused before
+copy, as the verbs of a cached plan. All that can be refused is refused before
 anything moves.
 """
 
 from __future__ import annotations
 
-import struct
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,29 +17,31 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import checkpoint
-from .backends.registry import Backend, choose, prepare
+from .backends.registry import choose, prepare
 from .modes import durable, marked_untraced, refuse_tracing, untraced
-from .options import OPTION_NAMES, Options, check_group
+from .options import OPTION_NAMES, Options
 from .plan.groups import (
     check_containers,
+    check_group,
     copies,
     refuse_differentiable,
     refuse_duplicates,
     take_out_options,
+    torch_defaults,
 )
-from .plan.options_table import KernelOptions, pack
+from .plan.options_table import Line, pack
 from .plan.plan import (
     CLIP_COEF,
     GRAD_NORM,
     N_STEP_SCALARS,
     SKIPPED_STEPS,
-    Group,
     Plan,
     StepInputs,
     is_served,
     served_params,
 )
 from .plan.rows import check_param, checked_rows, complete_rows, label_of
+from .rules.declaration import Group, Rule
 from .scaler.attributes import AmpAttributes, ours
 from .shared import Shared
 
@@ -52,33 +52,27 @@ BUILDS = 8
 class FusedOptimizer(AmpAttributes, Optimizer):
     """Base class of the optimizers; see ``FusedAdamW`` and ``FusedSGD``.
 
-    A subclass names its rule and its number options, and says which states a group needs and what
-    the kernels read of its hyper-parameters.
+    A subclass names its rule and torch's class of the same arguments; it has a signature and a
+    docstring.
     """
 
-    rule: str
-    table: struct.Struct  # the rule's Options (csrc/rules.h): numbers as doubles, then flags
-    numbers: tuple[str, ...]  # options of a param group that are a number, or a pair (`betas`)
+    rule: Rule
+    twin: type[Optimizer]  # torch's, which checks the arguments that it knows
 
     @untraced
-    def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
+    def __init__(self, params: Any, arguments: dict[str, Any]) -> None:
+        """``arguments``: the locals of the subclass's own ``__init__``."""
+        own = {k: v for k, v in arguments.items() if k not in ("self", "params", "__class__")}
+        given = {name: own.pop(name) for name in OPTION_NAMES}
+        defaults = torch_defaults(self.twin, self.rule, own)
+        options = Options(**given)
         refuse_differentiable(defaults, type(self).__name__)
-        check_group(defaults, self.numbers)
+        check_group(defaults, self.rule)
         with durable():
             scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
-        self._shared = Shared(options, scalars)
+        self._shared = Shared(options, scalars, Line(self.rule))
         super().__init__(params, defaults)
         prepare(options.backend, list(served_params(self.param_groups)))
-
-    # ---- what a rule says about itself ----------------------------------------------------------
-
-    @abstractmethod
-    def _state_names(self, group: Group) -> tuple[str, ...]:
-        """States of a parameter in ``group``, in the order the kernels know them by."""
-
-    @abstractmethod
-    def _kernel_options(self, group: Group) -> KernelOptions:
-        """The numbers and the flags of the group, in the order of ``table``."""
 
     def _check_loaded_groups(self, groups: list[Group]) -> None:
         """Warn of what the groups of a checkpoint, which will be loaded, change."""
@@ -110,7 +104,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             grad_mode = torch.is_grad_enabled()
             inputs = self._step_inputs()
             try:
-                self._take(*self._current_plan(inputs), inputs)
+                self._take(self._current_plan(inputs), inputs)
             except BaseException:
                 torch.set_grad_enabled(grad_mode)  # a signal may cut short torch.no_grad's exit
                 raise
@@ -118,15 +112,17 @@ class FusedOptimizer(AmpAttributes, Optimizer):
                 inputs.held = None  # frees what nobody else has any more
         return loss
 
-    def _take(self, backend: Backend, plan: Plan, inputs: StepInputs) -> None:
+    def _take(self, plan: Plan, inputs: StepInputs) -> None:
         """All or nothing: a signal's handler may raise anywhere, but inside of a native call."""
         plan.stage_params()
+        plan.begin(inputs)
         if inputs.measured:
-            backend.reduce(plan, inputs)
-        backend.finalize(plan, inputs)
+            plan.reduce()
+            plan.exchange()
+        plan.finalize()
         self._shared.amp.due = None  # the flag holds this step's answer
         try:
-            backend.update(plan, inputs)
+            plan.update()
             self._settle(plan, inputs)
         except BaseException:
             self._settle(plan, inputs)  # whether there was an update or not
@@ -162,11 +158,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             if not isinstance(self.param_groups, list):
                 raise TypeError
             table, device_numbers = pack(
-                groups,
-                self._kernel_options,
-                self.table,
-                self._stays_on_device,
-                self._check_options,
+                groups, shared.line, self._stays_on_device, self._check_options
             )
         except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
             check_containers(self.param_groups, self.state)
@@ -190,13 +182,13 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _check_options(self, index: int, group: Group) -> None:
         check_containers(self.param_groups, self.state)
         where = f"param group {index}"
-        for name in (*self.numbers, *self.defaults):
+        for name in (*self.rule.number_keys, *self.defaults):
             if name not in group:
                 raise RuntimeError(
                     f"{where} has no option {name!r}; set it: "
                     f"`optimizer.param_groups[{index}][{name!r}] = optimizer.defaults[{name!r}]`"
                 )
-        check_group(group, self.numbers, f" in {where}", RuntimeError)
+        check_group(group, self.rule, f" in {where}", RuntimeError)
         refuse_differentiable(group, where)
         self._take_out(self.param_groups[index], where, RuntimeError)
 
@@ -208,60 +200,54 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _drop_plan(self) -> None:
         self._shared.drop_plans()
 
-    def _current_plan(self, inputs: StepInputs) -> tuple[Backend, Plan]:
+    def _current_plan(self, inputs: StepInputs) -> Plan:
         shared = self._shared
-        layout = [self._state_names(group) for group in inputs.groups]
-        plan, backend = shared.plan, shared.backend
-        if plan is not None and backend is not None and plan.layout == layout:
+        layout = [self.rule.state_names(group) for group in inputs.groups]
+        for plan in (shared.plan, *shared.aside):
+            if plan is None or plan.layout != layout:
+                continue
             inputs.held = plan.refresh(inputs.groups, self.state)
             if inputs.held is not None:
-                return backend, plan
-        for backend, plan in shared.aside:
-            if plan.layout == layout:
-                inputs.held = plan.refresh(inputs.groups, self.state)
-                if inputs.held is not None:
+                if plan is not shared.plan:
                     shared.set_aside(self.state)
-                    shared.aside = [each for each in shared.aside if each[1] is not plan]
-                    shared.backend, shared.plan = backend, plan
-                    return backend, plan
+                    shared.take_up(plan)
+                return plan
         for _ in range(BUILDS):
             groups, state = copies(inputs.groups, self.state)
-            backend, plan = self._build_plan(groups, state, every_param=False)
+            plan = self._build_plan(groups, state, every_param=False)
             inputs.held = plan.refresh(inputs.groups, self.state)
             if inputs.held is None:  # another thread changes them: the step goes by the copies
                 plan.look_at(groups, state)
                 inputs.held = plan.refresh(groups, state)
             if inputs.held is not None:
-                return backend, plan
+                return plan
         raise RuntimeError("parameters or gradients changed while step() was preparing")
 
-    def _build_plan(
-        self, groups: list[Group], state: dict[Tensor, Any], every_param: bool
-    ) -> tuple[Backend, Plan]:
+    def _build_plan(self, groups: list[Group], state: dict[Tensor, Any], every_param: bool) -> Plan:
         """A plan for the optimizer as the copies show it; creates what state is missing."""
         shared, options = self._shared, self._shared.options
-        layout = [self._state_names(group) for group in groups]
+        layout = [self.rule.state_names(group) for group in groups]
         rows = checked_rows(groups, state, layout, shared.names)
         with durable(), torch.no_grad():
-            former, former_backend = shared.plan, shared.backend
+            former = shared.plan
             shared.set_aside(self.state)
             backend = choose(options.backend, [row.param for row in rows if row.served])
             # Here and not in the step, which may be the first and captured.
             shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
             new = complete_rows(rows, state, layout, options.master_weights, every_param)
             self.state.update({param: dict(own) for param, own in new.items()})
-            known = former_backend is not None and former_backend.name == backend.name
+            known = former is not None and former.backend == backend.name
             if former is not None and known and former.layout == layout and former.rebind(rows):
                 plan = former
-                shared.aside = [each for each in shared.aside if each[1] is not former]
             else:
                 plan = backend.plan(self.rule, rows, layout)
+                plan.backend = backend.name
         try:
             plan.look_at(self.param_groups, self.state)
         except (RuntimeError, TypeError):  # another thread changes them
             plan.look_at(groups, state)
-        shared.backend, shared.plan = backend, plan
-        return backend, plan
+        shared.take_up(plan)
+        return plan
 
     @untraced
     def init_state(self) -> None:
@@ -306,10 +292,11 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     @property
     def backend(self) -> dict[str, str]:
         """Name of the backend that serves each device; empty before the first step."""
-        if self._shared.backend is None:
+        plan = self._shared.plan
+        if plan is None:
             return {}
         devices = {str(p.device) for p in served_params(self.param_groups)}
-        return dict.fromkeys(sorted(devices), self._shared.backend.name)
+        return dict.fromkeys(sorted(devices), plan.backend)
 
     @untraced
     def memory_footprint(self) -> dict[str, int]:
@@ -367,7 +354,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         if isinstance(param_group, dict):
             where = f"param group {index}"
             filled_in = {**self.defaults, **param_group}  # the defaults may have been edited
-            check_group(filled_in, self.numbers, f" in {where}")
+            check_group(filled_in, self.rule, f" in {where}")
             refuse_differentiable(filled_in, where)
             for group in (filled_in, param_group):
                 self._take_out(group, where, ValueError)
@@ -407,7 +394,10 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         state = dict(state)
         if "_options" in state:  # unpickled; load_state_dict comes here, too
             self._shared = Shared(
-                state.pop("_options"), state.pop("_scalars"), measured=state.pop("_measured")
+                state.pop("_options"),
+                state.pop("_scalars"),
+                Line(self.rule),
+                measured=state.pop("_measured"),
             )
             self._shared.names.update(state.pop("_names", ()))
         super().__setstate__(state)
@@ -448,7 +438,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         for i, group in enumerate(groups):
             where = f"param group {i} of the state_dict"
             refuse_differentiable(group, where)
-            check_group(group, self.numbers, f" in {where}")
+            check_group(group, self.rule, f" in {where}")
         wanted = checkpoint.check(self, state_dict)
         self._check_loaded_groups(groups)
         with self._shared.turn, durable(), torch.no_grad():  # not beside a step

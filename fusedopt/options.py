@@ -1,17 +1,15 @@
-"""Options: those of a whole optimizer, and the checks of those that belong to a param group."""
+"""Options of a whole optimizer, and what counts as a number or a flag."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 BACKEND_NAMES = ("auto", "cuda", "triton", "cpu", "reference")
-# Options of a param group that are true or false, of every rule.
-FLAG_NAMES = frozenset({"amsgrad", "decoupled_weight_decay", "maximize", "nesterov"})
 
 
 def number(value: Any) -> float:
@@ -23,12 +21,12 @@ def number(value: Any) -> float:
 
 def flag(value: Any) -> bool:
     """``value`` as a bool, if it is equal to one; not the truth of a string or of None."""
-    if not _is_flag(value):
+    if not is_flag(value):
         raise TypeError(f"{value!r} is neither True nor False")
     return bool(value)
 
 
-def _is_flag(value: Any) -> bool:
+def is_flag(value: Any) -> bool:
     try:
         return bool(value in (True, False))
     except (TypeError, ValueError, RuntimeError):  # several elements: numpy's, torch's
@@ -86,17 +84,17 @@ def _converted(name: str, value: Any, remedy: str) -> float | bool | str:
     if name == "backend":
         if isinstance(value, str) and value in BACKEND_NAMES:
             return value
-        raise _invalid(name, value, remedy)
+        raise invalid(name, value, remedy)
     try:
         converted = number(value) if name in _ALLOWED else flag(value)
     except _NOT_CONVERTED as error:
-        raise _invalid(name, value, remedy) from error
+        raise invalid(name, value, remedy) from error
     if name in _ALLOWED and not _ALLOWED[name](converted):
-        raise _invalid(name, converted, remedy)
+        raise invalid(name, converted, remedy)
     return converted
 
 
-def _invalid(
+def invalid(
     name: str, value: object, remedy: str, where: str = "", error: type[Exception] = ValueError
 ) -> Exception:
     return error(f"Invalid {name} value: {value!r}{where}; {remedy}")
@@ -109,32 +107,6 @@ def literal(value: Any) -> str:
     plain = value.item() if hasattr(value, "item") else value
     nonfinite = isinstance(plain, float) and not math.isfinite(plain)
     return f"float('{plain}')" if nonfinite else repr(plain)
-
-
-def check_group(
-    group: Mapping[str, Any],
-    numbers: Sequence[str],
-    where: str = "",
-    error: type[Exception] = ValueError,
-) -> None:
-    """Refuse hyper-parameters of a param group that are no numbers, or NaN, or no bools.
-
-    Args:
-        group: the options, of which some may be absent.
-        numbers: names of the rule's number options; ``betas`` is a pair of them.
-        where: says which group it is, for the message.
-        error: the exception to raise; it names the option, its value and the group.
-    """
-    for name in numbers:
-        value = group.get(name, 0.0)
-        if name == "betas" and name in group:
-            if not is_pair(value):
-                raise _invalid(name, value, "use a pair of numbers", where, error)
-        elif not is_number(value):
-            raise _invalid(name, value, "use a number, or a tensor of one element", where, error)
-    for name in FLAG_NAMES & group.keys():
-        if not _is_flag(group[name]):
-            raise _invalid(name, group[name], "use True or False", where, error)
 
 
 def is_number(value: Any, nan: bool = False) -> bool:

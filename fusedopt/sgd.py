@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch.optim.sgd import SGD
 
 from .callers import users_level
 from .optimizer import FusedOptimizer
-from .options import Options
-from .plan.groups import torch_defaults
-from .plan.options_table import KernelOptions
-from .plan.plan import Group
+from .rules.declaration import Group
+from .rules.sgd import RULE
 
 
 class FusedSGD(FusedOptimizer):
@@ -48,9 +45,8 @@ class FusedSGD(FusedOptimizer):
         ValueError, TypeError, RuntimeError: as :class:`FusedAdamW`.
     """
 
-    rule = "sgd"
-    numbers = ("lr", "momentum", "dampening", "weight_decay")
-    table = struct.Struct("=4d3q8x")  # SGD::Options
+    rule = RULE
+    twin = SGD
 
     def __init__(
         self,
@@ -74,33 +70,7 @@ class FusedSGD(FusedOptimizer):
         amp_scaling: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults = torch_defaults(
-            SGD,
-            self.numbers,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-        )
-        options = Options(
-            max_grad_norm,
-            norm_type,
-            max_grad_value,
-            master_weights,
-            skip_nonfinite,
-            amp_scaling,
-            backend,
-        )
-        defaults["decoupled_weight_decay"] = decoupled_weight_decay
-        super().__init__(params, defaults, options)
-
-    def _state_names(self, group: Group) -> tuple[str, ...]:
-        return ("momentum_buffer",) if float(group["momentum"]) != 0.0 else ()
+        super().__init__(params, locals())
 
     def _check_loaded_groups(self, groups: list[Group]) -> None:
         for index, (own, saved) in enumerate(zip(self.param_groups, groups, strict=False)):
@@ -117,9 +87,3 @@ class FusedSGD(FusedOptimizer):
                     stacklevel=users_level(),
                 )
                 return
-
-    def _kernel_options(self, group: Group) -> KernelOptions:
-        return (
-            (group["lr"], group["weight_decay"], group["momentum"], group["dampening"]),
-            (group["decoupled_weight_decay"], group["maximize"], group["nesterov"]),
-        )

@@ -1,11 +1,10 @@
-// Any dtype in memory, fp32 in the loops.
+// Any codec in memory, fp32 in the loops.
 //
 // Included by kernels.cpp alone, which is compiled once per instruction set; hence the anonymous
 // namespace: nothing in here may be shared between the copies.
 #pragma once
 
-#include "../dtypes.h"
-#include "../plan.h"
+#include "../records.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -83,26 +82,30 @@ void narrow_bfloat16(const float* in, int64_t n, uint16_t* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = float_to_bfloat16(in[i]);
 }
 
-// fp32 data is used where it lies; anything else is widened into buffer.
 template <Fetch kFetch>
-const float* as_float(const void* data, DType dtype, int64_t begin, int64_t n, float* buffer) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data) + begin;
-  const uint16_t* half = static_cast<const uint16_t*>(data) + begin;
-  prefetch<kFetch>(half, n);
-  if (dtype == DType::kFloat16) {
-    widen_float16(half, n, buffer);
+void widen(const uint16_t* in, Codec codec, int64_t n, float* out) {
+  prefetch<kFetch>(in, n);
+  if (codec == Codec::kFloat16) {
+    widen_float16(in, n, out);
   } else {
-    widen_bfloat16(half, n, buffer);
+    widen_bfloat16(in, n, out);
   }
-  return buffer;
 }
 
-void narrow(const float* in, DType dtype, int64_t n, uint16_t* out) {
-  if (dtype == DType::kFloat16) {
+void narrow(const float* in, Codec codec, int64_t n, uint16_t* out) {
+  if (codec == Codec::kFloat16) {
     narrow_float16(in, n, out);
   } else {
     narrow_bfloat16(in, n, out);
   }
+}
+
+// fp32 data is used where it lies; anything else is widened into buffer.
+template <Fetch kFetch>
+const float* as_float(const void* data, Codec codec, int64_t begin, int64_t n, float* buffer) {
+  if (codec == Codec::kFloat32) return static_cast<const float*>(data) + begin;
+  widen<kFetch>(static_cast<const uint16_t*>(data) + begin, codec, n, buffer);
+  return buffer;
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 
 #include <cstring>
 
-#include "../rules.h"
 #include "denormals.h"
 
 namespace fusedopt {
@@ -36,44 +35,28 @@ KernelList& kernel_list() {
   return list;
 }
 
-// Lanes by chunk index, then adjacent pairs: the order is fixed, whatever computed the partials.
-template <class Combine>
-double combine_partials(const PlanView& plan, Combine combine) {
-  double lanes[kLanes] = {};
-  for (int64_t c = 0; c < plan.n_chunks; ++c) {
-    lanes[c % kLanes] = combine(lanes[c % kLanes], plan.partials[c]);
-  }
-  for (int width = kLanes / 2; width >= 1; width /= 2) {
-    for (int l = 0; l < width; ++l) lanes[l] = combine(lanes[2 * l], lanes[2 * l + 1]);
-  }
-  return lanes[0];
-}
-
-double total(const PlanView& plan, NormType norm_type) {
-  if (norm_type == NormType::kTwo) {
-    return combine_partials(plan, [](double a, double b) { return a + b; });
-  }
-  return combine_partials(plan, [](double a, double b) { return larger(a, b); });
-}
-
 // Tensors mostly share group and step count, so the last answer is usually the next one.
 template <class R>
-void prepare_rows(const PlanView& plan, const void* options) {
-  const auto* groups = static_cast<const typename R::Options*>(options);
-  auto* row_scalars = static_cast<typename R::RowScalars*>(plan.row_scalars);
-  typename R::RowScalars memo = {};
-  int32_t memo_group = -1;
-  int64_t memo_step = -1;
+void prepare_rows(const PlanView& plan) {
+  const auto* groups = static_cast<const typename R::Options*>(plan.options);
+  auto* row_steps = static_cast<RowStep<R>*>(plan.row_steps);
+  int64_t known = -1;
   for (int64_t r = 0; r < plan.n_rows; ++r) {
     const Row& row = plan.rows[r];
     if (!plan.grads[r].present) continue;
-    const int64_t step = row.step ? static_cast<int64_t>(*row.step + 1.0f) : 0;
-    if (row.group != memo_group || step != memo_step) {
-      memo = R::row_scalars(groups[row.group], step);
-      memo_group = row.group;
-      memo_step = step;
-    }
-    row_scalars[r] = memo;
+    const float step = row.step ? *row.step + 1.0f : 0.0f;
+    const bool same =
+        known >= 0 && row.group == plan.rows[known].group && step == row_steps[known].step;
+    row_steps[r] = same ? row_steps[known] : row_step<R>(groups[row.group], step);
+    known = r;
+  }
+}
+
+template <class R>
+void write_step_counts(const PlanView& plan) {
+  const auto* row_steps = static_cast<const RowStep<R>*>(plan.row_steps);
+  for (int64_t r = 0; r < plan.n_rows; ++r) {
+    if (plan.grads[r].present && plan.rows[r].step) *plan.rows[r].step = row_steps[r].step;
   }
 }
 
@@ -101,27 +84,17 @@ bool built_with_openmp() {
 #endif
 }
 
-void finalize(const PlanView& plan, Rule rule, const void* options, const StepOptions& step_options,
-              const float* grad_scale, const float* found_inf, float* inf_flag,
-              StepScalars& scalars) {
+void finalize(const PlanView& plan, int rule, const StepRecord& step, const uint64_t* words) {
   const DenormalsKept denormals_kept;
-  const double sum = step_options.measured ? total(plan, step_options.norm_type) : 0.0;
-  decide(step_options, sum, grad_scale, found_inf, scalars);
-  if (inf_flag) *inf_flag = scalars.found_inf;
-  if (scalars.skip != 0.0f) return;
-  if (rule == Rule::kAdamW) {
-    prepare_rows<AdamW>(plan, options);
-  } else {
-    prepare_rows<SGD>(plan, options);
-  }
+  decide(step, words, *step.scalars);
+  if (step.scalars->skip != 0.0f) return;
+  Rules::with(rule, [&](auto tag) { prepare_rows<typename decltype(tag)::Rule>(plan); });
 }
 
-void count(const PlanView& plan, StepScalars& scalars) {
-  scalars.skipped_steps += scalars.skip;
-  if (scalars.skip != 0.0f) return;
-  for (int64_t r = 0; r < plan.n_rows; ++r) {
-    if (plan.grads[r].present && plan.rows[r].step) *plan.rows[r].step += 1.0f;
-  }
+void count(const PlanView& plan, int rule, const StepRecord& step) {
+  step.scalars->skipped_steps += step.scalars->skip;
+  if (step.scalars->skip != 0.0f) return;
+  Rules::with(rule, [&](auto tag) { write_step_counts<typename decltype(tag)::Rule>(plan); });
 }
 
 }  // namespace fusedopt

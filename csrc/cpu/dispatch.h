@@ -1,4 +1,4 @@
-// The CPU backend as seen from the bindings: three verbs and the choice of instruction set.
+// The choice of instruction set, and what of the CPU backend is no pass over memory.
 #pragma once
 
 #include "kernels.h"
@@ -16,15 +16,12 @@ bool select_kernels(const char* name);
 
 bool built_with_openmp();
 
-// Partials and counters -> StepScalars and RowScalars. inf_flag (may be null) is the tensor
-// GradScaler.update() will read.
-void finalize(const PlanView& plan, Rule rule, const void* options, const StepOptions& step_options,
-              const float* grad_scale, const float* found_inf, float* inf_flag,
-              StepScalars& scalars);
+// words -> StepScalars, and a RowStep for each row
+void finalize(const PlanView& plan, int rule, const StepRecord& step, const uint64_t* words);
 
 // The rows' step counts, or the count of skipped steps. Belongs to the update, in the same call
 // from Python: a signal's handler may raise between two calls, and a step that raised has not
 // counted.
-void count(const PlanView& plan, StepScalars& scalars);
+void count(const PlanView& plan, int rule, const StepRecord& step);
 
 }  // namespace fusedopt

@@ -23,6 +23,12 @@ namespace {
 constexpr int64_t kStride = 16;               // chunks
 constexpr int64_t kSerialElements = 1 << 15;  // below this a second thread costs more than it does
 
+int64_t n_elements(const PlanView& plan) {
+  if (plan.n_chunks == 0) return 0;
+  const Chunk& last = plan.chunks[plan.n_chunks - 1];
+  return last.position + min(kChunk, plan.rows[last.row].numel - last.index * kChunk);
+}
+
 // First chunk whose position is at or past the given share of the plan's elements.
 int64_t chunk_at(const PlanView& plan, int64_t element) {
   int64_t low = 0;
@@ -43,16 +49,16 @@ int64_t chunk_at(const PlanView& plan, int64_t element) {
 template <class Body>
 void for_chunk_ranges(const PlanView& plan, int num_threads, const Body& body) {
 #if defined(_OPENMP)
-  if (num_threads > 1 && plan.n_elements >= kSerialElements) {
+  const int64_t elements = n_elements(plan);
+  if (num_threads > 1 && elements >= kSerialElements) {
 #pragma omp parallel num_threads(num_threads)
     {
       const DenormalsKept denormals_kept;
       const int64_t threads = omp_get_num_threads();
       const int64_t thread = omp_get_thread_num();
-      const int64_t first = chunk_at(plan, plan.n_elements / threads * thread);
+      const int64_t first = chunk_at(plan, elements / threads * thread);
       const bool is_last = thread + 1 == threads;
-      body(first,
-           is_last ? plan.n_chunks : chunk_at(plan, plan.n_elements / threads * (thread + 1)));
+      body(first, is_last ? plan.n_chunks : chunk_at(plan, elements / threads * (thread + 1)));
     }
     return;
   }
@@ -61,21 +67,29 @@ void for_chunk_ranges(const PlanView& plan, int num_threads, const Body& body) {
   body(static_cast<int64_t>(0), plan.n_chunks);
 }
 
-void reduce(const PlanView& plan, NormType norm_type, float inv_scale, int num_threads) {
+void reduce(const PlanView& plan, const StepRecord& step, uint64_t* words, int num_threads) {
+  const float inv_scale = inverse_scale(step.grad_scale);
+  const bool norm_is_two = step.has(StepRecord::kNormIsTwo);
   for_chunk_ranges(plan, num_threads, [&](int64_t first, int64_t last) {
+    uint64_t own[kWords] = {};
     for (int64_t c = first; c < last; ++c) {
-      plan.partials[c] = reduce_chunk(plan, plan.chunks[c], norm_type, inv_scale);
+      reduce_chunk(plan, plan.chunks[c], norm_is_two, inv_scale, own);
     }
+#pragma omp critical(fusedopt_words)
+    for (int w = 0; w < kWords; ++w) words[w] = combined(w, words[w], own[w]);
   });
 }
 
-void update(const PlanView& plan, const UpdateArgs& args, int num_threads) {
+void update(const PlanView& plan, int rule, const StepRecord& step, int num_threads) {
+  using UpdateChunk = void (*)(const PlanView&, const Chunk&, const StepRecord&);
+  UpdateChunk update_one = nullptr;
+  Rules::with(rule, [&](auto tag) { update_one = update_chunk<typename decltype(tag)::Rule>; });
   for_chunk_ranges(plan, num_threads, [&](int64_t first, int64_t last) {
     // Strides of chunks backwards, since the last gradients reduced are the likeliest to be in
     // cache still; forwards inside a stride, long enough for the hardware prefetchers.
     for (int64_t end = last; end > first; end -= kStride) {
       for (int64_t c = end - kStride > first ? end - kStride : first; c < end; ++c) {
-        update_chunk(plan, plan.chunks[c], args);
+        update_one(plan, plan.chunks[c], step);
       }
     }
   });

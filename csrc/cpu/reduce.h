@@ -1,4 +1,4 @@
-// One chunk of gradients -> its partial: sum of squares, or largest magnitude.
+// One chunk of gradients -> its partial, or its largest magnitude, -> the words of this thread.
 //
 // Included by kernels.cpp alone, which is compiled once per instruction set; hence the anonymous
 // namespace: nothing in here may be shared between the copies.
@@ -46,28 +46,28 @@ void add_squares(const T* grad, int64_t n, float mult1, float mult2, float* lane
 template <Fetch kFetch>
 void add_squares_of(const Grad& grad, int64_t begin, int64_t n, float mult1, float mult2,
                     float* lanes) {
-  switch (grad.dtype) {
-    case DType::kFloat32:
+  switch (grad.codec) {
+    case Codec::kFloat32:
       return add_squares<kFetch>(static_cast<const float*>(grad.data) + begin, n, mult1, mult2,
                                  lanes);
-    case DType::kBFloat16:
+    case Codec::kBFloat16:
       return add_squares<kFetch>(static_cast<const BFloat16*>(grad.data) + begin, n, mult1, mult2,
                                  lanes);
-    case DType::kFloat16:
+    case Codec::kFloat16:
       alignas(64) float buffer[kBlock];
       for (int64_t i = 0; i < n; i += kBlock) {
         const int64_t m = min(kBlock, n - i);
-        const float* in = as_float<kFetch>(grad.data, grad.dtype, begin + i, m, buffer);
+        const float* in = as_float<kFetch>(grad.data, grad.codec, begin + i, m, buffer);
         add_squares<Fetch::kNone>(in, m, mult1, mult2, lanes);
       }
   }
 }
 
 // Sum over the chunk of (grad * mult1 * mult2)^2. Lanes past the last element hold zero, and adding
-// zero is exact, so a short chunk needs only the lanes it has.
+// zero is exact, so a short chunk needs only the lanes it has, rounded up to a vector or more.
 float sum_squares(const Grad& grad, int64_t begin, int64_t n, float mult1, float mult2) {
   alignas(64) float lanes[kLanes];
-  int width = 1;
+  int width = 8;
   while (width < kLanes && width < n) width *= 2;
   for (int l = 0; l < width; ++l) lanes[l] = 0.0f;
   if (n == kChunk) {  // most of what is fetched early is its own
@@ -84,7 +84,7 @@ float max_magnitude(const Grad& grad, int64_t begin, int64_t n, float mult) {
   int32_t largest = 0;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t m = min(kBlock, n - i);
-    const float* g = as_float<Fetch::kNear>(grad.data, grad.dtype, begin + i, m, buffer);
+    const float* g = as_float<Fetch::kNear>(grad.data, grad.codec, begin + i, m, buffer);
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < m; ++j) {
       const int32_t magnitude = static_cast<int32_t>(bits_of(g[j] * mult) & 0x7fffffffu);
@@ -94,23 +94,30 @@ float max_magnitude(const Grad& grad, int64_t begin, int64_t n, float mult) {
   return float_of(static_cast<uint32_t>(largest));
 }
 
-__attribute__((noinline)) double sum_squares_rescaled(const Grad& grad, int64_t begin, int64_t n,
-                                                      float inv_scale) {
+__attribute__((noinline)) Partial sum_squares_rescaled(const Grad& grad, int64_t begin, int64_t n,
+                                                       float inv_scale) {
   const float largest = max_magnitude(grad, begin, n, inv_scale);
-  if (largest == 0.0f || largest - largest != 0.0f) return largest;
+  if (largest == 0.0f || largest - largest != 0.0f) return {largest, 0};
   const Rescale rescale = rescale_for(largest);
-  return static_cast<double>(sum_squares(grad, begin, n, inv_scale, rescale.scale)) *
-         rescale.unscale * rescale.unscale;
+  return {sum_squares(grad, begin, n, inv_scale, rescale.scale), rescale.exponent};
 }
 
-double reduce_chunk(const PlanView& plan, const Chunk& chunk, NormType norm_type, float inv_scale) {
+void reduce_chunk(const PlanView& plan, const Chunk& chunk, bool norm_is_two, float inv_scale,
+                  uint64_t* words) {
   const Grad& grad = plan.grads[chunk.row];
-  if (!grad.present) return 0.0;
+  if (!grad.present) return;
   const int64_t begin = chunk.index * kChunk;
   const int64_t n = min(kChunk, plan.rows[chunk.row].numel - begin);
-  if (norm_type == NormType::kInf) return max_magnitude(grad, begin, n, inv_scale);
+  if (!norm_is_two) {
+    const uint64_t largest = bits_of(max_magnitude(grad, begin, n, inv_scale));
+    words[kLargest] = combined(kLargest, words[kLargest], largest);
+    return;
+  }
   const float sum = sum_squares(grad, begin, n, inv_scale, 1.0f);
-  return in_range(sum) ? sum : sum_squares_rescaled(grad, begin, n, inv_scale);
+  const Addend addend = in_range(sum) ? addend_of_normal({sum, 0})
+                                      : addend_of(sum_squares_rescaled(grad, begin, n, inv_scale));
+  words[addend.at] += addend.low;
+  words[addend.at + 1] += addend.high;
 }
 
 }  // namespace

@@ -1,17 +1,27 @@
-// One chunk of params and states, updated in place by the rules of ../rules.h.
+// One chunk of params and states, updated in place by the rules of ../rules.h. One element's story:
+//
+//   for each chunk, by one thread:                             update_chunk()
+//     g = widened(grad[i])                                     fp32 where it lies, else a buffer in
+//     L1 p = master[i], or widened(param[i]) where there is none if (param[i] != narrowed(p)) p =
+//     widened(param[i])       someone wrote to it: it is the truth s[k] = widened(state[k][i]) for
+//     each element, vectorised:                            run()
+//       g = clip(g * grad_mult, max_grad_value)                unscale, clip, maximize: one factor
+//       R::update(hyper, kind, g, p, s...)                     the rule, in registers
+//     master[i] = p, param[i] = narrowed(p), state[k][i] = narrowed(s[k])
 //
 // Included by kernels.cpp alone, which is compiled once per instruction set; hence the anonymous
 // namespace: nothing in here may be shared between the copies.
 #pragma once
 
+#include <utility>
+
 #include "../rules.h"
 #include "convert.h"
-#include "kernels.h"
 
 namespace fusedopt {
 namespace {
 
-// One contiguous run of a tensor as the rule sees it: fp32, in memory or in an L1 buffer.
+// One contiguous run of a tensor as the rule sees it: fp32, in memory or in a buffer in L1.
 struct Run {
   int64_t n;
   const float* grad;
@@ -22,154 +32,130 @@ struct Run {
 template <class R>
 using RunFn = void (*)(const typename R::Hyper&, const Run&, float grad_mult, float max_grad_value);
 
-template <Decay kDecay, bool kAmsgrad>
-void run_adamw(const AdamW::Hyper& hyper, const Run& run, float grad_mult, float max_grad_value) {
-  const AdamW::Hyper h = hyper;
+// The kinds of a rule are numbered: decay by decay the variants.
+template <class R, int kNumber, size_t... k>
+void run(const typename R::Hyper& hyper, const Run& run, float grad_mult, float max_grad_value,
+         std::index_sequence<k...>) {
+  constexpr Kind kKind = {static_cast<Decay>(kNumber / R::kVariants), kNumber % R::kVariants};
+  constexpr size_t kThere = R::states(kKind.variant);
+  const typename R::Hyper h = hyper;
   const float* __restrict grad = run.grad;
   float* __restrict param = run.param;
-  float* __restrict exp_avg = run.state[0];
-  float* __restrict exp_avg_sq = run.state[1];
-  float* __restrict max_exp_avg_sq = run.state[2];
+  float* const state[] = {run.state[k]...};
   for (int64_t first = 0; first < run.n; first += kSlice) {
     if (run.n > kSlice) {
       prefetch<Fetch::kNear>(grad + first, kSlice);
       prefetch<Fetch::kNear>(param + first, kSlice);
-      prefetch<Fetch::kNear>(exp_avg + first, kSlice);
-      prefetch<Fetch::kNear>(exp_avg_sq + first, kSlice);
-      if (kAmsgrad) prefetch<Fetch::kNear>(max_exp_avg_sq + first, kSlice);
-    }
-    const int64_t last = min(first + kSlice, run.n);
-#pragma omp simd
-    for (int64_t i = first; i < last; ++i) {
-      const float g = clipped(grad[i], grad_mult, max_grad_value);
-      float p = param[i], m = exp_avg[i], v = exp_avg_sq[i];
-      float v_max = kAmsgrad ? max_exp_avg_sq[i] : 0.0f;
-      AdamW::update<kAmsgrad>(h, kDecay, g, p, m, v, v_max);
-      param[i] = p;
-      exp_avg[i] = m;
-      exp_avg_sq[i] = v;
-      if (kAmsgrad) max_exp_avg_sq[i] = v_max;
-    }
-  }
-}
-
-template <Decay kDecay, bool kMomentum, bool kNesterov>
-void run_sgd(const SGD::Hyper& hyper, const Run& run, float grad_mult, float max_grad_value) {
-  const SGD::Hyper h = hyper;
-  const float* __restrict grad = run.grad;
-  float* __restrict param = run.param;
-  float* __restrict momentum_buffer = run.state[0];
-  for (int64_t first = 0; first < run.n; first += kSlice) {
-    if (run.n > kSlice) {
-      prefetch<Fetch::kNear>(grad + first, kSlice);
-      prefetch<Fetch::kNear>(param + first, kSlice);
-      if (kMomentum) prefetch<Fetch::kNear>(momentum_buffer + first, kSlice);
+      ((k < kThere ? prefetch<Fetch::kNear>(state[k] + first, kSlice) : void()), ...);
     }
     const int64_t last = min(first + kSlice, run.n);
 #pragma omp simd
     for (int64_t i = first; i < last; ++i) {
       const float g = clipped(grad[i], grad_mult, max_grad_value);
       float p = param[i];
-      float buffer = kMomentum ? momentum_buffer[i] : 0.0f;
-      SGD::update(h, kDecay, kMomentum, kNesterov, g, p, buffer);
+      float s[] = {(k < kThere ? state[k][i] : 0.0f)...};
+      R::template update<static_cast<int>(kThere)>(h, kKind, g, p, s[k]...);
       param[i] = p;
-      if (kMomentum) momentum_buffer[i] = buffer;
+      ((k < kThere ? void(state[k][i] = s[k]) : void()), ...);
     }
   }
 }
 
-template <Decay kDecay>
-RunFn<AdamW> choose(const AdamW::Options& o) {
-  return o.amsgrad ? run_adamw<kDecay, true> : run_adamw<kDecay, false>;
+template <class R, int kNumber>
+void run_kind(const typename R::Hyper& hyper, const Run& r, float grad_mult, float max_grad_value) {
+  run<R, kNumber>(hyper, r, grad_mult, max_grad_value, std::make_index_sequence<R::kStates>());
 }
 
-template <Decay kDecay>
-RunFn<SGD> choose(const SGD::Options& o) {
-  if (o.momentum == 0.0) return run_sgd<kDecay, false, false>;
-  return o.nesterov ? run_sgd<kDecay, true, true> : run_sgd<kDecay, true, false>;
-}
-
-template <class Options>
-auto choose_run(const Options& o, Decay decay) {
-  switch (decay) {
-    case Decay::kCoupled:
-      return choose<Decay::kCoupled>(o);
-    case Decay::kDecoupled:
-      return choose<Decay::kDecoupled>(o);
-    default:
-      return choose<Decay::kNone>(o);
-  }
+template <class R, int... kNumber>
+RunFn<R> run_of(Kind kind, std::integer_sequence<int, kNumber...>) {
+  static constexpr RunFn<R> kRuns[] = {run_kind<R, kNumber>...};
+  return kRuns[static_cast<int>(kind.decay) * R::kVariants + kind.variant];
 }
 
 // The param is the truth wherever it is not the rounding of its master: someone wrote to it since
 // the last step. The lines are fetched for the write anyway, so on a CPU looking costs no
 // bandwidth.
-void follow_external_writes(const uint16_t* param, DType dtype, int64_t n, float* master) {
+void follow_external_writes(const uint16_t* param, Codec codec, int64_t n, float* master) {
   if (n <= 0) __builtin_unreachable();
   alignas(64) uint16_t expected[kBlock];
   alignas(64) float written[kBlock];
-  narrow(master, dtype, n, expected);
+  narrow(master, codec, n, expected);
   if (__builtin_memcmp(expected, param, static_cast<size_t>(n) * sizeof *param) == 0) return;
-  as_float<Fetch::kNear>(param, dtype, 0, n, written);
+  widen<Fetch::kNear>(param, codec, n, written);
   for (int64_t i = 0; i < n; ++i) {
     if (expected[i] != param[i]) master[i] = written[i];
   }
 }
 
-template <class R>
-void update_half(const Row& row, int64_t begin, Run run, RunFn<R> fn,
-                 const typename R::Hyper& hyper, const UpdateArgs& args, float mult) {
-  alignas(64) float buffer[kBlock];
-  uint16_t* param = static_cast<uint16_t*>(row.param) + begin;
-  if (row.master) {
-    run.param = row.master + begin;
-    follow_external_writes(param, row.dtype, run.n, run.param);
-  } else {
-    as_float<Fetch::kNear>(param, row.dtype, 0, run.n, buffer);
-    run.param = buffer;
+// A stream of the row that is read and written, n elements of it from `begin` on.
+class Stream {
+ public:
+  Stream(const Row& row, int number, int64_t begin)
+      : data_(static_cast<char*>(row.data[number]) + begin * bytes_of(row.codec(number))),
+        codec_(row.codec(number)) {}
+  float* load(int64_t n, float* buffer) const {
+    if (codec_ == Codec::kFloat32) return static_cast<float*>(data_);
+    widen<Fetch::kNear>(half(), codec_, n, buffer);
+    return buffer;
   }
-  fn(hyper, run, mult, args.max_grad_value);
-  narrow(run.param, row.dtype, run.n, param);
+  // x is what load() has returned, or of another stream.
+  void store(int64_t n, const float* x) const {
+    if (data_ != x) narrow(x, codec_, n, half());
+  }
+  uint16_t* half() const { return static_cast<uint16_t*>(data_); }
+  Codec codec() const { return codec_; }
+
+ private:
+  void* const data_;
+  const Codec codec_;
+};
+
+// Any codecs: the rule runs over buffers where memory is not fp32.
+template <class R>
+void update_block(const Row& row, const Grad& grad, int64_t begin, int64_t n, Kind kind,
+                  RunFn<R> fn, const typename R::Hyper& hyper, float grad_mult,
+                  float max_grad_value) {
+  alignas(64) float buffers[kStreams][kBlock];
+  alignas(64) float grad_buffer[kBlock];
+  const bool has_master = row.data[kMaster] != nullptr;
+  const Stream param(row, kParam, begin), primary(row, has_master ? kMaster : kParam, begin);
+  Run run = {n, as_float<Fetch::kNear>(grad.data, grad.codec, begin, n, grad_buffer), nullptr, {}};
+  const int n_states = R::states(kind.variant);
+  for (int s = 0; s < n_states; ++s) {
+    run.state[s] = Stream(row, kStates + s, begin).load(n, buffers[kStates + s]);
+  }
+  run.param = primary.load(n, buffers[kParam]);
+  if (has_master) follow_external_writes(param.half(), param.codec(), n, run.param);
+  fn(hyper, run, grad_mult, max_grad_value);
+  primary.store(n, run.param);
+  if (has_master) param.store(n, run.param);
+  for (int s = 0; s < n_states; ++s) Stream(row, kStates + s, begin).store(n, run.state[s]);
 }
 
 template <class R>
-void update_chunk_by(const PlanView& plan, const Chunk& chunk, const UpdateArgs& args) {
+void update_chunk(const PlanView& plan, const Chunk& chunk, const StepRecord& step) {
   const Row& row = plan.rows[chunk.row];
   const Grad& grad = plan.grads[chunk.row];
   if (!grad.present) return;
-  const auto& options = static_cast<const typename R::Options*>(args.options)[row.group];
-  const auto hyper =
-      R::hyper(options, static_cast<const typename R::RowScalars*>(plan.row_scalars)[chunk.row]);
-  const RunFn<R> fn = choose_run(options, R::decay(options));
-  const float mult = options.maximize ? -args.grad_mult : args.grad_mult;
+  const auto& options = static_cast<const typename R::Options*>(plan.options)[row.group];
+  const auto& hyper = static_cast<const RowStep<R>*>(plan.row_steps)[chunk.row].hyper;
+  const Kind kind = kind_of<R>(options);
+  const RunFn<R> fn = run_of<R>(kind, std::make_integer_sequence<int, kDecays * R::kVariants>());
+  const float grad_mult = options.maximize ? -step.scalars->grad_mult : step.scalars->grad_mult;
+  const float max_grad_value = static_cast<float>(step.max_grad_value);
 
-  alignas(64) float buffer[kBlock];
-  const bool direct = row.dtype == DType::kFloat32 && grad.dtype == DType::kFloat32;
   const int64_t first = chunk.index * kChunk;
-  const int64_t last = first + min(kChunk, row.numel - first);
-  const int64_t stride = direct ? kChunk : kBlock;
-  for (int64_t begin = first; begin < last; begin += stride) {
-    Run run;
-    run.n = min(stride, last - begin);
-    run.grad = as_float<Fetch::kNear>(grad.data, grad.dtype, begin, run.n, buffer);
-    for (int s = 0; s < R::kStates; ++s) {
-      run.state[s] = row.state[s] ? row.state[s] + begin : nullptr;
+  const int64_t n = min(kChunk, row.numel - first);
+  if (row.codecs == 0 && grad.codec == Codec::kFloat32) {
+    Run run = {n, static_cast<const float*>(grad.data) + first, row.as_float(kParam) + first, {}};
+    for (int s = 0; s < R::states(kind.variant); ++s) {
+      run.state[s] = row.as_float(kStates + s) + first;
     }
-    if (row.dtype == DType::kFloat32) {
-      run.param = static_cast<float*>(row.param) + begin;
-      fn(hyper, run, mult, args.max_grad_value);
-    } else {
-      update_half<R>(row, begin, run, fn, hyper, args, mult);
-    }
+    return fn(hyper, run, grad_mult, max_grad_value);
   }
-}
-
-void update_chunk(const PlanView& plan, const Chunk& chunk, const UpdateArgs& args) {
-  switch (args.rule) {
-    case Rule::kAdamW:
-      return update_chunk_by<AdamW>(plan, chunk, args);
-    case Rule::kSGD:
-      return update_chunk_by<SGD>(plan, chunk, args);
+  for (int64_t at = 0; at < n; at += kBlock) {
+    update_block<R>(row, grad, first + at, min(kBlock, n - at), kind, fn, hyper, grad_mult,
+                    max_grad_value);
   }
 }
 

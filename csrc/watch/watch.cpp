@@ -64,13 +64,13 @@ const void* address(const dlpack::Tensor& t) {
   return static_cast<const char*>(t.data) + t.byte_offset;
 }
 
-bool kernel_dtype(const dlpack::Tensor& t, DType& dtype) {
+bool kernel_codec(const dlpack::Tensor& t, Codec& codec) {
   if (t.dtype_code == dlpack::kFloat && t.dtype_bits == 32) {
-    dtype = DType::kFloat32;
+    codec = Codec::kFloat32;
   } else if (t.dtype_code == dlpack::kFloat && t.dtype_bits == 16) {
-    dtype = DType::kFloat16;
+    codec = Codec::kFloat16;
   } else if (t.dtype_code == dlpack::kBfloat && t.dtype_bits == 16) {
-    dtype = DType::kBFloat16;
+    codec = Codec::kBFloat16;
   } else {
     return false;
   }
@@ -293,7 +293,7 @@ bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
   dlpack::Tensor t;
   if (row.kind == RowKind::kStaged || !plain_tensor(grad) || !view(grad, t)) return false;
   if (t.device_type != like.device_type || t.device_id != like.device_id) return false;
-  if (!same_layout(like, t) || !kernel_dtype(t, out->dtype)) return false;
+  if (!same_layout(like, t) || !kernel_codec(t, out->codec)) return false;
   if (row.single_element && negated(grad)) return false;
   if (!address(t) && like.data) return false;  // zeros that were never allocated
   out->data = address(t);
@@ -320,7 +320,7 @@ bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) 
       return false;
     }
     PyList_SET_ITEM(look.held.get(), static_cast<Py_ssize_t>(r), grad);
-    grads[r] = {nullptr, DType::kFloat32, 0};
+    grads[r] = {nullptr, Codec::kFloat32, 0};
     if (grad == Py_None) {
       look.absent.push_back(static_cast<int64_t>(r));
       continue;

@@ -8,7 +8,7 @@
 #include <map>
 #include <vector>
 
-#include "../plan.h"
+#include "../records.h"
 #include "dlpack.h"
 
 namespace fusedopt {

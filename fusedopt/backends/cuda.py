@@ -24,21 +24,26 @@ class CudaDriver(Driver):
         self.native = native
 
     def launches(self, tables: DeviceTables) -> Launches:
+        inputs = address(tables.tensors["inputs"])
         host_inputs = torch.frombuffer(tables.host_inputs, dtype=torch.uint8)
         plan: Launches = self.native.Plan(
-            tables={
+            tables.rule.name,
+            {
                 **{name: address(tensor) for name, tensor in tables.tensors.items()},
                 "host_inputs": address(host_inputs),
+                "n_input_bytes": len(tables.host_inputs),
+                "options": inputs + tables.options_at,
+                "numbers": inputs + tables.numbers_at,
+                "grads": inputs + tables.grads_at,
                 "device": self.index(tables.device),
+                "n_states": tables.n_states,
+                "half_states": tables.half_states,
                 "n_groups": tables.n_groups,
                 "n_rows": tables.n_rows,
                 "n_chunks": tables.n_chunks,
-                "n_elements": tables.n_elements,
-                "n_totals": tables.n_totals,
-                "own_total": tables.own_total,
+                "n_devices": tables.n_devices,
+                "own_number": tables.own_number,
             },
-            rule=tables.rule,
-            amsgrad=tables.amsgrad,
         )
         return plan
 

@@ -2,13 +2,12 @@
 
 A steady step is two launches whatever the number of tensors: ``reduce``, whose last block
 finalizes, and ``update``. The table of gradient addresses and options lies on the device, and is
-written when it has changed. With parameters on several devices every device reduces, the totals
-are exchanged, and every device finalizes for itself.
+written when it has changed. With parameters on several devices every device reduces, each gets the
+words of all, and every device finalizes for itself.
 """
 
 from __future__ import annotations
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,36 +16,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..plan.plan import HALF_DTYPES, N_STEP_SCALARS, OPTIONS_BYTES, Layout, Plan, Row, StepInputs
-from .records import ROW, address, chunk_table, pack_rows
+from ..plan.plan import HALF_DTYPES, N_STEP_SCALARS, Layout, Plan, Row, StepInputs
+from ..rules.declaration import Rule
+from .records import CHUNK, ROW, WORDS, chunk_table, pack_rows
 from .tables import TablePlan
-
-DEVICE_NUMBER = struct.Struct("=Qii")  # data; field of the options table, fp64 (csrc/cuda/step.h)
-DEVICE_NUMBERS = 4  # of a group, at most
-ROW_STEP_BYTES = 32  # what finalize leaves for the update of one tensor
 
 
 class Launches(Protocol):
     """The kernels over the tables of one device. Errors are ``RuntimeError`` and move nothing."""
 
-    def begin(
-        self,
-        *,
-        norm_type: float,
-        max_grad_norm: float,
-        measured: bool,
-        skip_nonfinite: bool,
-        max_grad_value: float,
-        grad_scale: int,
-        found_inf: int,
-        inf_flag: int,
-        scalars: int,
-        n_device_numbers: int,
-        stream: int,
-        capturing: bool,
-    ) -> None: ...
+    def begin(self, stream: int, capturing: bool) -> None:
+        """Comes before the launches of a step: brings the table of inputs to the device where it
+        has changed, and into every graph that is being captured."""
 
-    def reduce(self, finalizes: bool) -> None: ...
+    def reduce(self, finalizes: bool) -> None:
+        """``finalizes``: the last block goes on to what ``finalize`` does."""
 
     def finalize(self) -> None: ...
 
@@ -62,16 +46,19 @@ class DeviceTables:
     """One device's part of a plan, as its launches are made from it."""
 
     device: torch.device
-    rule: str
-    amsgrad: bool  # some group uses it
+    rule: Rule
+    n_states: int  # of a parameter, at most
     half_params: bool  # some param is fp16 or bf16
+    half_states: bool  # some state or master is
     n_groups: int
     n_rows: int
     n_chunks: int
-    n_elements: int
-    n_totals: int
-    own_total: int
-    host_inputs: bytearray  # options, device numbers, gradients, and what else the driver wants
+    n_devices: int  # that share the norm
+    own_number: int  # this one's among them
+    host_inputs: bytearray
+    options_at: int  # parts of the table of inputs, in bytes
+    numbers_at: int
+    grads_at: int
     tensors: dict[str, Tensor]
 
 
@@ -79,7 +66,6 @@ class Driver(ABC):
     """A way to run kernels on torch's devices of one type."""
 
     device_type = "cuda"  # of ROCm, too
-    step_bytes = 0  # that the driver wants for itself after the gradients in the table of inputs
 
     @abstractmethod
     def launches(self, tables: DeviceTables) -> Launches:
@@ -108,33 +94,49 @@ class _Part:
         self.device = device
         self._driver = plan.driver
         rows = self._rows_of(plan)
-        numels = [0 if row is None else row.dense.numel() for row in rows]
-        chunks = chunk_table(numels)
+        own = [row for row in rows if row is not None]
+        chunks = chunk_table([0 if row is None else row.dense.numel() for row in rows])
         self.host_inputs = plan._inputs if number == 0 else bytearray(len(plan._inputs))
         self._host_view = torch.frombuffer(self.host_inputs, dtype=torch.uint8)  # pins its address
-        self.tensors = self._allocate(device, len(rows), len(chunks), count)
+        self.tensors = {
+            "inputs": self._zeros(len(self.host_inputs)),
+            "rows": self._zeros(max(len(rows), 1) * ROW.size),
+            "chunks": self._zeros(max(len(chunks), 1) * CHUNK.size),
+            "row_steps": self._zeros(max(len(rows), 1) * plan.rule.row_step_bytes),
+            # To which the blocks of reduce add; zero between launches, and so is the ticket.
+            "sums": self._zeros(WORDS * 8),
+            "words": self._zeros(count * WORDS * 8),  # of each device, once reduce is over
+            "ticket": self._zeros(16),
+        }
         self.write_rows(plan)
-        self.tensors["chunks"][: len(chunks)].copy_(chunks)
+        self.tensors["chunks"][: len(chunks) * CHUNK.size].copy_(chunks.view(torch.uint8).flatten())
         # The optimizer's own scalars live with the first part; others decide for themselves.
         self.scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device=device)
+        states = [t for row in own for t in (row.master, *row.states) if t is not None]
         self.launches = plan.driver.launches(
             DeviceTables(
                 device=device,
                 rule=plan.rule,
-                amsgrad=plan.rule == "adamw" and any(len(row.states) == 3 for row in plan.rows),
-                half_params=any(row and row.dense.dtype in HALF_DTYPES for row in rows),
+                n_states=max((len(row.states) for row in plan.rows), default=0),
+                half_params=any(row.dense.dtype in HALF_DTYPES for row in own),
+                half_states=any(t.dtype in HALF_DTYPES for t in states),
                 n_groups=plan.n_groups,
                 n_rows=len(rows),
                 n_chunks=len(chunks),
-                n_elements=sum(numels),
-                n_totals=count,
-                own_total=number,
+                n_devices=count,
+                own_number=number,
                 host_inputs=self.host_inputs,
+                options_at=plan.options_at,
+                numbers_at=plan.numbers_at,
+                grads_at=plan.grads_at,
                 tensors=self.tensors,
             )
         )
-        self._kept: tuple[Tensor | None, ...] = ()
+        self._kept: list[Tensor | None] = []
         self._streams = {plan.driver.stream(device)}
+
+    def _zeros(self, n_bytes: int) -> Tensor:
+        return torch.zeros(n_bytes, dtype=torch.uint8, device=self.device)
 
     def _rows_of(self, plan: DevicePlan) -> list[Row | None]:
         """Those of this device."""
@@ -150,19 +152,8 @@ class _Part:
     def on_one_stream(self) -> bool:
         return self._streams == {self._driver.stream(self.device)}
 
-    def _allocate(
-        self, device: torch.device, n_rows: int, n_chunks: int, n_totals: int
-    ) -> dict[str, Tensor]:
-        row_bytes, step_bytes = max(n_rows, 1) * ROW.size, max(n_rows, 1) * ROW_STEP_BYTES
-        return {
-            "inputs": torch.zeros(len(self.host_inputs), dtype=torch.uint8, device=device),
-            "rows": torch.empty(row_bytes, dtype=torch.uint8, device=device),
-            "chunks": torch.empty(max(n_chunks, 1), 2, dtype=torch.int64, device=device),
-            "partials": torch.zeros(max(n_chunks, 1), dtype=torch.float64, device=device),
-            "row_steps": torch.zeros(step_bytes, dtype=torch.uint8, device=device),
-            "totals": torch.zeros(n_totals, dtype=torch.float64, device=device),
-            "ticket": torch.zeros(1, dtype=torch.int32, device=device),
-        }
+    def words_of(self, number: int) -> Tensor:
+        return self.tensors["words"][number * WORDS * 8 : (number + 1) * WORDS * 8]
 
     def local(self, value: Tensor | None) -> Tensor | None:
         """``value`` on this device, by a copy that the device orders after what made it."""
@@ -176,50 +167,23 @@ class _Part:
             self._streams.add(stream)
             for tensor in (*self.tensors.values(), self.scalars, *plan.staged_params(self.device)):
                 plan.driver.record_stream(tensor, self.device)
-        grad_scale, found_inf = self.local(step.grad_scale), self.local(step.found_inf)
-        numbers = [(field, self.local(number)) for field, number in step.device_numbers]
-        self._kept = (grad_scale, found_inf, *(number for _, number in numbers))
         if not first:
-            self.host_inputs[:] = plan._inputs
-        for i, (field, number) in enumerate(numbers):
-            assert number is not None
-            is_double = number.dtype == torch.float64
-            at = plan.numbers_at + i * DEVICE_NUMBER.size
-            DEVICE_NUMBER.pack_into(self.host_inputs, at, address(number), field, is_double)
-        self.launches.begin(
-            norm_type=step.norm_type,
-            max_grad_norm=step.clip_threshold,
-            measured=step.measured,
-            skip_nonfinite=step.skip_nonfinite,
-            max_grad_value=step.value_threshold,
-            grad_scale=address(grad_scale),
-            found_inf=address(found_inf),
-            inf_flag=address(step.inf_flag) if first else 0,
-            scalars=address(step.scalars if first else self.scalars),
-            n_device_numbers=len(numbers),
-            stream=stream,
-            capturing=capturing,
-        )
+            self.host_inputs[plan.grads_at :] = plan._inputs[plan.grads_at :]
+        scalars, inf_flag = (step.scalars, step.inf_flag) if first else (self.scalars, None)
+        self._kept = plan.pack_step(self.host_inputs, step, scalars, inf_flag, self.local)
+        self.launches.begin(stream, capturing)
 
 
 class DevicePlan(TablePlan):
-    """A plan with its tables on every device that has parameters."""
+    """A plan with its tables on every device that has parameters, and the verbs as launches of a
+    driver on the caller's current stream of each device."""
 
-    def __init__(
-        self,
-        driver: Driver,
-        rule: str,
-        rows: Sequence[Row],
-        layout: Layout,
-    ) -> None:
+    def __init__(self, driver: Driver, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         self.driver = driver
-        self.n_groups = len(layout)
-        self.numbers_at = self.n_groups * OPTIONS_BYTES
-        numbers_bytes = self.n_groups * DEVICE_NUMBERS * DEVICE_NUMBER.size
-        before = self.numbers_at + numbers_bytes
-        super().__init__(rule, rows, layout, before, driver.step_bytes)
+        super().__init__(rule, rows, layout)
         devices = list(dict.fromkeys(self.device_of(row) for row in self.rows if row.served))
         self.parts = [_Part(self, d, number, len(devices)) for number, d in enumerate(devices)]
+        self._finalized = False
 
     def rebind(self, rows: Sequence[Row]) -> bool:
         """Another stream could still read the table of rows, which is written on this one."""
@@ -233,11 +197,6 @@ class DevicePlan(TablePlan):
     def device_of(self, row: Row) -> torch.device:
         return row.dense.device
 
-    def begin(self, step: StepInputs) -> None:
-        self._inputs[: len(step.options)] = step.options
-        for number, part in enumerate(self.parts):
-            part.begin(self, step, first=number == 0)
-
     def staged_params(self, device: torch.device) -> list[Tensor]:
         return [row.dense for row in self._staged_params if self.device_of(row) == device]
 
@@ -246,62 +205,58 @@ class DevicePlan(TablePlan):
         self.driver.record_stream(staged, staged.device)
         return staged
 
-    def exchange_totals(self) -> None:
+    def begin(self, step: StepInputs) -> None:
+        self._finalized = False
+        for number, part in enumerate(self.parts):
+            part.begin(self, step, first=number == 0)
+
+    def reduce(self) -> None:
+        """On one device the last block finalizes, which spares a launch."""
+        alone = len(self.parts) == 1
+        for part in self.parts:
+            part.launches.reduce(finalizes=alone)
+        self._finalized = alone
+
+    def exchange(self) -> None:
         for number, source in enumerate(self.parts):
             for part in self.parts:
                 if part is not source:
-                    total = source.tensors["totals"][number]
-                    part.tensors["totals"][number].copy_(total, non_blocking=True)
+                    part.words_of(number).copy_(source.words_of(number), non_blocking=True)
+
+    def finalize(self) -> None:
+        if not self._finalized:
+            for part in self.parts:
+                part.launches.finalize()
+
+    def update(self) -> None:
+        """On all devices or on none: what a signal's handler raises between two is raised later."""
+        before = [part.launches.updates for part in self.parts]
+        try:
+            for part in self.parts:
+                part.launches.update()
+        except BaseException:
+            left = [
+                part.launches
+                for part, count in zip(self.parts, before, strict=True)
+                if part.launches.updates == count
+            ]
+            if len(left) < len(self.parts):
+                for launches in left:
+                    launches.update()
+            raise
 
     def nbytes(self) -> int:
         tables = [self._inputs_view, *(t for part in self.parts for t in part.tensors.values())]
-        return sum(t.numel() * t.element_size() for t in tables) + self.staging_nbytes()
+        return sum(t.nbytes for t in tables) + self.staging_nbytes()
 
 
 class DeviceBackend:
-    """The three verbs as launches of a driver, on the caller's current stream of each device."""
+    """Kernels of a driver."""
 
     name: str
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
 
-    def plan(self, rule: str, rows: Sequence[Row], layout: Layout) -> Plan:
+    def plan(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> Plan:
         return DevicePlan(self._driver, rule, rows, layout)
-
-    def reduce(self, plan: Plan, step: StepInputs) -> None:
-        assert isinstance(plan, DevicePlan)
-        plan.begin(step)
-        alone = len(plan.parts) == 1
-        for part in plan.parts:
-            part.launches.reduce(finalizes=alone)
-
-    def finalize(self, plan: Plan, step: StepInputs) -> None:
-        """Nothing is left to do where the last block of ``reduce`` has done it."""
-        assert isinstance(plan, DevicePlan)
-        if not step.measured:
-            plan.begin(step)
-        elif len(plan.parts) == 1:
-            return
-        else:
-            plan.exchange_totals()
-        for part in plan.parts:
-            part.launches.finalize()
-
-    def update(self, plan: Plan, step: StepInputs) -> None:
-        """On all devices or on none: what a signal's handler raises between two is raised later."""
-        assert isinstance(plan, DevicePlan)
-        before = [part.launches.updates for part in plan.parts]
-        try:
-            for part in plan.parts:
-                part.launches.update()
-        except BaseException:
-            left = [
-                part.launches
-                for part, count in zip(plan.parts, before, strict=True)
-                if part.launches.updates == count
-            ]
-            if len(left) < len(plan.parts):
-                for launches in left:
-                    launches.update()
-            raise

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from .. import installation
-from .records import CHUNK_BYTES, CHUNK_ELEMENTS, GRAD, ROW
+from ..rules.declaration import declared
+from .records import CHUNK_ELEMENTS, RECORDS, WORDS
 
 SIMD_VARIABLE = "FUSEDOPT_SIMD"
-_MIRRORS = {
-    "ROW_BYTES": ROW.size,
-    "GRAD_BYTES": GRAD.size,
-    "CHUNK_BYTES": CHUNK_BYTES,
-    "CHUNK_ELEMENTS": CHUNK_ELEMENTS,
-}
 
 
 @cache
@@ -41,13 +38,48 @@ def not_built(name: str) -> str | None:
 
 
 def check_mirrors(module: Any) -> None:
-    """Raise ``ImportError`` if the module was built from other sources than this package."""
-    theirs = {name: getattr(module, name) for name in _MIRRORS}
-    if theirs != _MIRRORS:
-        raise ImportError(
-            f"{module.__name__} was built from other sources than this package (tables {theirs}, "
-            f"expected {_MIRRORS}); reinstall fusedopt"
-        )
+    """Compare what the module reads with what Python writes: every field, by its name.
+
+    Raises:
+        ImportError: the module was built from other sources than this package; names both fields.
+    """
+    constants = {"CHUNK_ELEMENTS": CHUNK_ELEMENTS, "WORDS": WORDS}
+    _compare(module, "a constant", _attributes(module, constants), constants.items())
+    records = getattr(module, "RECORDS", {})
+    for name, record in RECORDS.items():
+        theirs = [(field, at, size) for field, at, size, _ in records.get(name, ())]
+        _compare(module, name, theirs, record.fields)
+    for name, theirs in getattr(module, "RULES", {}).items():
+        check_rule(module, name, theirs)
+
+
+def check_rule(module: Any, name: str, theirs: dict[str, Any]) -> None:
+    """As ``check_mirrors``, for the C++ or Triton text of one rule."""
+    rule = declared(name)
+    options = [(field, 8 * i, kind) for i, (field, kind) in enumerate(rule.options.items())]
+    found = [(field, at, kind) for field, at, _, kind in theirs["options"]]
+    _compare(module, f"Options of {name}", found, options)
+    hyper = [(field, 4 * i, "f") for i, field in enumerate(rule.hyper)]
+    found = [(field, at, kind) for field, at, _, kind in theirs["hyper"]]
+    _compare(module, f"Hyper of {name}", found, hyper)
+    sizes = {"n_states": len(rule.states), "row_step_bytes": rule.row_step_bytes}
+    _compare(module, f"rule {name}", [(key, theirs[key]) for key in sizes], sizes.items())
+
+
+def _attributes(module: Any, names: Iterable[str]) -> list[tuple[str, Any]]:
+    return [(name, getattr(module, name, None)) for name in names]
+
+
+def _compare(
+    module: Any, where: str, theirs: Iterable[tuple[Any, ...]], ours: Iterable[tuple[Any, ...]]
+) -> None:
+    for their, our in zip_longest(theirs, ours, fillvalue=("nothing",)):
+        if tuple(their) != tuple(our):
+            raise ImportError(
+                f"{module.__name__} was built from other sources than this package "
+                f"({where}: the module has {' '.join(map(str, their))}, fusedopt has "
+                f"{' '.join(map(str, our))}); reinstall fusedopt"
+            )
 
 
 def _set_up(module: Any) -> str | None:

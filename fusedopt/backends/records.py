@@ -1,4 +1,4 @@
-"""The records that Python writes and kernels read (csrc/plan.h), and how tensors get into them."""
+"""The records that Python writes and kernels read: csrc/records.h in Python."""
 
 from __future__ import annotations
 
@@ -8,17 +8,61 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan.plan import Row
+from ..plan.plan import N_STEP_SCALARS, Row
 
 CHUNK_ELEMENTS = 8192  # kChunk
-ROW = struct.Struct("=6Qqii")  # param, master, state[3], step; numel; group, dtype
-GRAD = struct.Struct("=Qii")  # data; dtype, present
-EMPTY_ROW = bytes(ROW.size)
-CHUNK_BYTES = 16
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-MAX_STATES = 3
+STREAMS = 5  # param, master, states
+MAX_STATES = STREAMS - 2
+WORDS = 24  # the norm as integers, 8 bytes each (csrc/words.h)
+CODECS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+CODEC_BITS = 4  # of a stream in Row.codecs
+DEVICE_NUMBERS = 4  # options of a group that may be on the device, at most
+
+NORM_IS_TWO, MEASURED, SKIP_NONFINITE = 1, 2, 4  # StepRecord::Flag
 
 READY, AWAITS_STATE, STAGED, FROZEN = range(4)  # RowKind in csrc/watch/watch.h
+
+
+class Record:
+    """Fields in order, each with its format in the words of ``struct``."""
+
+    def __init__(self, **fields: str) -> None:
+        self.fields: list[tuple[str, int, int]] = []  # name, offset and size in bytes
+        at = 0
+        for name, format in fields.items():
+            size = struct.calcsize(f"={format}")
+            self.fields.append((name, at, size))
+            at += size
+        packed = struct.Struct("=" + "".join(fields.values()))
+        self.pack, self.pack_into = packed.pack, packed.pack_into
+        self.format, self.size = packed.format, packed.size
+
+
+ROW = Record(
+    **{"data": f"{STREAMS}Q", "step": "Q", "numel": "q", "group": "i", "codecs": "I"},
+    **{"scales": f"{STREAMS}Q", "reserved": "24x"},
+)
+GRAD = Record(data="Q", codec="i", present="i")
+CHUNK = Record(row="i", index="i", position="q")
+DEVICE_NUMBER = Record(data="Q", field="i", is_double="i")
+STEP = Record(
+    **{"max_grad_norm": "d", "max_grad_value": "d"},
+    **{"grad_scale": "Q", "found_inf": "Q", "inf_flag": "Q", "scalars": "Q"},
+    **{"n_device_numbers": "q", "flags": "Q"},
+)
+STEP_SCALARS = Record(
+    **dict.fromkeys(("grad_norm", "clip_coef", "grad_mult", "inv_scale"), "f"),
+    **dict.fromkeys(("found_inf", "skip", "skipped_steps", "reserved"), "f"),
+)
+assert STEP_SCALARS.size == 4 * N_STEP_SCALARS
+RECORDS = {
+    "Row": ROW,
+    "Grad": GRAD,
+    "Chunk": CHUNK,
+    "DeviceNumber": DEVICE_NUMBER,
+    "StepRecord": STEP,
+    "StepScalars": STEP_SCALARS,
+}
 
 
 def address(tensor: Tensor | None) -> int:
@@ -42,18 +86,19 @@ def chunk_table(numels: Sequence[int]) -> Tensor:
 
 def pack_rows(rows: Sequence[Row | None]) -> bytearray:
     """The table of rows; of ``None``, a row that is not for this device, an empty record."""
-    return bytearray(b"".join(EMPTY_ROW if row is None else pack_row(row) for row in rows))
+    return bytearray(b"".join(bytes(ROW.size) if row is None else pack_row(row) for row in rows))
 
 
 def pack_row(row: Row) -> bytes:
     """The row as a ``Row`` record."""
-    states = [address(t) for t in row.states] + [0] * (MAX_STATES - len(row.states))
+    streams: list[Tensor | None] = [row.dense, row.master, *row.states]
+    streams += [None] * (STREAMS - len(streams))
+    codecs = [0 if t is None else CODECS[t.dtype] for t in streams]
     return ROW.pack(
-        address(row.dense),
-        address(row.master),
-        *states,
+        *map(address, streams),
         address(row.step),
         row.dense.numel(),
         row.group,
-        DTYPE_CODES[row.dense.dtype],
+        sum(codec << CODEC_BITS * stream for stream, codec in enumerate(codecs)),
+        *[0] * STREAMS,
     )

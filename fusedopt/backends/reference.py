@@ -12,7 +12,7 @@ there is one more copy of the updated params and their states.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from ..plan.plan import (
     INV_SCALE,
     SKIP,
     SKIPPED_STEPS,
-    Group,
     Layout,
     Look,
     Plan,
@@ -34,6 +33,7 @@ from ..plan.plan import (
     StepInputs,
     copy_all,
 )
+from ..rules.declaration import Group, Rule
 from .watch import Snapshot
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
@@ -42,7 +42,7 @@ CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 class ReferencePlan(Plan):
     """A plan without tables: the operations take tensors."""
 
-    def __init__(self, rule: str, rows: Sequence[Row], layout: Layout) -> None:
+    def __init__(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         super().__init__(rule, rows, layout)
         # What reduce leaves for finalize: a norm (fp64) and a flag a row.
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -76,6 +76,85 @@ class ReferencePlan(Plan):
     def nbytes(self) -> int:
         return self.norms.numel() * self.norms.element_size() + self.staging_nbytes()
 
+    def begin(self, step: StepInputs) -> None:
+        self._step = step
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        step = self._step
+        device = step.scalars.device
+        inv_scale = _inverse_scale(step)
+        norms, finite = [], []
+        for row, grad in self.active(step):
+            x = grad.to(opmath(row.param.dtype)) * inv_scale.to(grad.device)
+            norms.append(vector_norm(x, step.norm_type).to(device))
+            finite.append(x.isfinite().all().to(device))
+        none = torch.zeros(0, dtype=torch.float64, device=device)
+        self.norms = torch.stack(norms) if norms else none
+        self.finite = torch.stack(finite) if finite else none.bool()
+
+    @torch.no_grad()
+    def finalize(self) -> None:
+        step = self._step
+        scalars = step.scalars
+        clip_coef = torch.ones((), dtype=torch.float64, device=scalars.device)
+        inv_scale = _inverse_scale(step)
+        bad_scale = ~inv_scale.isfinite()
+        bad = bad_scale
+        norm = clip_coef * math.nan
+        if step.measured:
+            norm = vector_norm(self.norms, step.norm_type)
+            bad = bad | ~self.finite.all()
+            if step.max_grad_norm is not None:
+                clip_coef = (step.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        if step.found_inf is not None:
+            bad = bad | (step.found_inf.reshape(()) != 0)
+        self.grad_mult = clip_coef * inv_scale
+        scalars[GRAD_NORM] = norm
+        scalars[CLIP_COEF] = clip_coef
+        scalars[GRAD_MULT] = self.grad_mult
+        scalars[INV_SCALE] = inv_scale
+        scalars[FOUND_INF] = bad
+        scalars[SKIP] = bad_scale | (bad & step.skip_nonfinite)
+        if step.inf_flag is not None:
+            step.inf_flag.copy_(scalars[FOUND_INF])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        step = self._step
+        if step.scalars[SKIP] != 0:
+            step.scalars[SKIPPED_STEPS].add_(1)
+            return
+        new: list[tuple[Tensor, Tensor]] = []
+        for row, grad in self.active(step):
+            new += self._updated(row, grad)
+        copy_all([target for target, _ in new], [value for _, value in new])
+
+    def _updated(self, row: Row, grad: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every tensor of the row that changes, and its new value."""
+        step = self._step
+        group = step.groups[row.group]
+        dtype = opmath(row.param.dtype)
+        grad = grad.to(dtype) * self.grad_mult.to(grad.device, dtype)
+        if step.max_grad_value is not None:
+            grad = grad.clamp(-step.max_grad_value, step.max_grad_value)
+        if group["maximize"]:
+            grad = -grad
+        p = row.dense.to(dtype)
+        if row.master is not None:
+            unwritten = row.dense == row.master.to(row.dense.dtype)
+            p = torch.where(unwritten, row.master, p)
+        states = [state.clone() for state in row.states]
+        counted = None if row.step is None else row.step + 1
+        number = 0 if counted is None else int(counted.item())
+        p = self.rule.reference(p, grad, states, group, number)
+        new = [(row.dense, p.to(row.dense.dtype)), *zip(row.states, states, strict=True)]
+        if row.master is not None:
+            new.append((row.master, p))
+        if row.step is not None and counted is not None:
+            new.append((row.step, counted))
+        return new
+
 
 def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -94,151 +173,13 @@ def vector_norm(x: Tensor, norm_type: float) -> Tensor:
     return scale * (x / scale).square().sum().sqrt()
 
 
-def geometric_sum(base: float, count: int) -> float:
-    """Sum of ``base**i`` for ``0 <= i < count``, as in csrc/rules.h."""
-    total, power = 0.0, 1.0
-    for bit in f"{count:b}":
-        total, power = total * (1.0 + power), power * power
-        if bit == "1":
-            total, power = 1.0 + base * total, power * base
-    return total
-
-
-def round_to(value: float, dtype: torch.dtype) -> float:
-    return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype).item()
-
-
-def _decayed(p: Tensor, grad: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    weight_decay = float(group["weight_decay"])
-    if weight_decay == 0.0:
-        return p, grad
-    if group["decoupled_weight_decay"]:
-        return p - (float(group["lr"]) * weight_decay) * p, grad
-    return p, grad + weight_decay * p
-
-
-# Of a rule: param, gradient, states (changed in place), group, step count -> the new param.
-Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Group, int], Tensor]
-
-
-def adamw(p: Tensor, grad: Tensor, states: Sequence[Tensor], group: Group, step: int) -> Tensor:
-    """Twin of ``AdamW::update`` in csrc/rules.h."""
-    exp_avg, exp_avg_sq = states[:2]
-    weight1 = round_to(1.0 - float(group["betas"][0]), p.dtype)
-    weight2 = round_to(1.0 - float(group["betas"][1]), p.dtype)
-    beta2 = round_to(float(group["betas"][1]), p.dtype)
-    p, grad = _decayed(p, grad, group)
-    exp_avg.lerp_(grad, weight1)
-    exp_avg_sq.mul_(beta2).add_(weight2 * grad * grad)
-    second_moment = exp_avg_sq
-    if group["amsgrad"]:
-        second_moment = torch.maximum(states[2], exp_avg_sq, out=states[2])
-    step_size = float(group["lr"]) / (weight1 * geometric_sum(1.0 - weight1, step))
-    bias_correction2 = weight2 * geometric_sum(beta2, step)
-    denom = second_moment.sqrt() / math.sqrt(bias_correction2) + float(group["eps"])
-    return p - step_size * exp_avg / denom
-
-
-def sgd(p: Tensor, grad: Tensor, states: Sequence[Tensor], group: Group, step: int) -> Tensor:
-    """Twin of ``SGD::update`` in csrc/rules.h."""
-    p, grad = _decayed(p, grad, group)
-    momentum = float(group["momentum"])
-    if momentum != 0.0:
-        (buffer,) = states
-        if step <= 1:
-            buffer.copy_(grad)
-        else:
-            buffer.mul_(momentum).add_((1.0 - float(group["dampening"])) * grad)
-        grad = grad + momentum * buffer if group["nesterov"] else buffer
-    return p - float(group["lr"]) * grad
-
-
-RULES: dict[str, Rule] = {"adamw": adamw, "sgd": sgd}
-
-
 class ReferenceBackend:
     """Plain torch operations, for any device and floating-point dtype."""
 
     name = "reference"
 
-    def plan(self, rule: str, rows: Sequence[Row], layout: Layout) -> Plan:
+    def plan(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> Plan:
         return ReferencePlan(rule, rows, layout)
-
-    @torch.no_grad()
-    def reduce(self, plan: Plan, step: StepInputs) -> None:
-        assert isinstance(plan, ReferencePlan)
-        device = step.scalars.device
-        inv_scale = _inverse_scale(step)
-        norms, finite = [], []
-        for row, grad in plan.active(step):
-            x = grad.to(opmath(row.param.dtype)) * inv_scale.to(grad.device)
-            norms.append(vector_norm(x, step.norm_type).to(device))
-            finite.append(x.isfinite().all().to(device))
-        none = torch.zeros(0, dtype=torch.float64, device=device)
-        plan.norms = torch.stack(norms) if norms else none
-        plan.finite = torch.stack(finite) if finite else none.bool()
-
-    @torch.no_grad()
-    def finalize(self, plan: Plan, step: StepInputs) -> None:
-        assert isinstance(plan, ReferencePlan)
-        scalars = step.scalars
-        clip_coef = torch.ones((), dtype=torch.float64, device=scalars.device)
-        inv_scale = _inverse_scale(step)
-        bad_scale = ~inv_scale.isfinite()
-        bad = bad_scale
-        norm = clip_coef * math.nan
-        if step.measured:
-            norm = vector_norm(plan.norms, step.norm_type)
-            bad = bad | ~plan.finite.all()
-            if step.max_grad_norm is not None:
-                clip_coef = (step.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
-        if step.found_inf is not None:
-            bad = bad | (step.found_inf.reshape(()) != 0)
-        plan.grad_mult = clip_coef * inv_scale
-        scalars[GRAD_NORM] = norm
-        scalars[CLIP_COEF] = clip_coef
-        scalars[GRAD_MULT] = plan.grad_mult
-        scalars[INV_SCALE] = inv_scale
-        scalars[FOUND_INF] = bad
-        scalars[SKIP] = bad_scale | (bad & step.skip_nonfinite)
-        if step.inf_flag is not None:
-            step.inf_flag.copy_(scalars[FOUND_INF])
-
-    @torch.no_grad()
-    def update(self, plan: Plan, step: StepInputs) -> None:
-        assert isinstance(plan, ReferencePlan)
-        if step.scalars[SKIP] != 0:
-            step.scalars[SKIPPED_STEPS].add_(1)
-            return
-        new: list[tuple[Tensor, Tensor]] = []
-        for row, grad in plan.active(step):
-            new += self._updated(plan, row, grad, step)
-        copy_all([target for target, _ in new], [value for _, value in new])
-
-    def _updated(
-        self, plan: ReferencePlan, row: Row, grad: Tensor, step: StepInputs
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Every tensor of the row that changes, and its new value."""
-        group = step.groups[row.group]
-        dtype = opmath(row.param.dtype)
-        grad = grad.to(dtype) * plan.grad_mult.to(grad.device, dtype)
-        if step.max_grad_value is not None:
-            grad = grad.clamp(-step.max_grad_value, step.max_grad_value)
-        if group["maximize"]:
-            grad = -grad
-        p = row.dense.to(dtype)
-        if row.master is not None:
-            unwritten = row.dense == row.master.to(row.dense.dtype)
-            p = torch.where(unwritten, row.master, p)
-        states = [state.clone() for state in row.states]
-        counted = None if row.step is None else row.step + 1
-        p = RULES[plan.rule](p, grad, states, group, 0 if counted is None else int(counted.item()))
-        new = [(row.dense, p.to(row.dense.dtype)), *zip(row.states, states, strict=True)]
-        if row.master is not None:
-            new.append((row.master, p))
-        if row.step is not None and counted is not None:
-            new.append((row.step, counted))
-        return new
 
 
 def _inverse_scale(step: StepInputs) -> Tensor:

@@ -1,9 +1,4 @@
-"""The three verbs every backend implements, and the choice of a backend.
-
-``reduce`` (gradients -> one partial per chunk), ``finalize`` (partials -> ``StepScalars``, step
-counts) and ``update`` (one pass over params and states). None of them reads anything back to the
-host.
-"""
+"""The choice of a backend. Its plans implement the verbs of a step (``Plan`` in plan/plan.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +14,8 @@ from torch import Tensor
 from .. import installation
 from ..callers import users_level
 from ..options import BACKEND_NAMES
-from ..plan.plan import Layout, Plan, Row, StepInputs
+from ..plan.plan import Layout, Plan, Row
+from ..rules.declaration import Rule
 
 BACKEND_VARIABLE = "FUSEDOPT_BACKEND"
 
@@ -29,17 +25,11 @@ class FusedOptFallbackWarning(UserWarning):
 
 
 class Backend(Protocol):
-    """Stateless: what belongs to one parameter set is in its plan."""
+    """Stateless: what belongs to one parameter set is in its plan, and so are the verbs."""
 
     name: str
 
-    def plan(self, rule: str, rows: Sequence[Row], layout: Layout) -> Plan: ...
-
-    def reduce(self, plan: Plan, step: StepInputs) -> None: ...
-
-    def finalize(self, plan: Plan, step: StepInputs) -> None: ...
-
-    def update(self, plan: Plan, step: StepInputs) -> None: ...
+    def plan(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> Plan: ...
 
 
 REFERENCE = "reference"

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..plan.memory import strides
-from ..plan.plan import Group, Look
-from .records import AWAITS_STATE, DTYPE_CODES, FROZEN, GRAD, STAGED
+from ..plan.plan import Look
+from ..rules.declaration import Group
+from .records import AWAITS_STATE, CODECS, FROZEN, GRAD, STAGED
 
 # Address, dtype, device, shape and strides.
 Place = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
@@ -158,12 +159,12 @@ class PythonWatch(Snapshot):
         if type(grad) not in _PLAIN or self._kinds[row] == STAGED:
             return None
         place, like = _place(grad), self.places[row]
-        if place is None or like is None or place[2:] != like[2:] or place[1] not in DTYPE_CODES:
+        if place is None or like is None or place[2:] != like[2:] or place[1] not in CODECS:
             return None
         zeros_without_memory = place[0] == 0 and like[0] != 0
         if zeros_without_memory or _is_negated(grad, place):
             return None
-        return place[0], DTYPE_CODES[place[1]], 1
+        return place[0], CODECS[place[1]], 1
 
 
 def _is_negated(tensor: Tensor, place: Place | None) -> bool:

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..options import OPTION_NAMES, Options, check_group, literal
-from .plan import Group
+from ..options import OPTION_NAMES, Options, invalid, is_flag, is_number, is_pair, literal
+from ..rules.declaration import Group, Rule
 
 
-def torch_defaults(
-    twin: type[Optimizer], numbers: Sequence[str], **arguments: Any
-) -> dict[str, Any]:
+def torch_defaults(twin: type[Optimizer], rule: Rule, arguments: dict[str, Any]) -> dict[str, Any]:
     """The group keys and defaults of torch's own class, which checks its arguments: same errors,
     any version. What it lets pass, or refuses without a name, is refused here.
 
     Raises:
         ValueError: an argument is out of range, no number, or NaN.
     """
+    known = arguments.keys() & inspect.signature(twin).parameters.keys()
     try:
-        defaults = twin([torch.zeros(0)], **arguments).defaults
+        defaults = twin([torch.zeros(0)], **{name: arguments[name] for name in known}).defaults
     except ValueError:
         raise
     except Exception:  # torch has compared None with a number, say
-        check_group(arguments, numbers)
+        check_group(arguments, rule)
         raise
-    check_group(arguments, numbers)  # not the defaults: torch makes a pair of a dict's keys
-    return defaults
+    check_group(arguments, rule)  # not the defaults: torch makes a pair of a dict's keys
+    return {name: defaults.get(name, value) for name, value in arguments.items()}
+
+
+def check_group(
+    group: Mapping[str, Any], rule: Rule, where: str = "", error: type[Exception] = ValueError
+) -> None:
+    """Refuse hyper-parameters of a param group that are no numbers, or NaN, or no bools.
+
+    Args:
+        group: the options, of which some may be absent.
+        where: says which group it is, for the message.
+        error: the exception to raise; it names the option, its value and the group.
+    """
+    for name in filter(group.__contains__, rule.number_keys):
+        value = group[name]
+        if name in rule.pair_keys:
+            if not is_pair(value):
+                raise invalid(name, value, "use a pair of numbers", where, error)
+        elif not is_number(value):
+            raise invalid(name, value, "use a number, or a tensor of one element", where, error)
+    for name in filter(group.__contains__, rule.flag_keys):
+        if not is_flag(group[name]):
+            raise invalid(name, group[name], "use True or False", where, error)
 
 
 def check_containers(groups: Any, state: Any) -> None:

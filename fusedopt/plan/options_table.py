@@ -1,4 +1,4 @@
-"""The options table: what the kernels read of the param groups, 64 bytes each (csrc/rules.h)."""
+"""The options table: what the kernels read of the param groups, a line of 64 bytes each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..options import OPTION_NAMES, flag, number
-from .plan import OPTIONS_BYTES, Group
+from ..rules.declaration import OPTIONS_BYTES, Group, Rule
 
 # Stands in the table for a number that is on the device: a NaN that nobody else uses, so that a
 # table which holds a number again differs from it.
@@ -23,16 +23,28 @@ _NUMBER = struct.Struct("=d")
 _PLAIN = frozenset({float, int})
 _FLAGS = frozenset({True, False})
 
-# What the kernels know of a group: numbers and flags, in the order of the rule's Options.
-KernelOptions = tuple[tuple[Any, ...], tuple[Any, ...]]
+_COMMON = 2  # numbers, and then as many flags, come first in every rule's Options
 # Options that the user keeps on the device: which double of the table, and one element.
 DeviceNumbers = list[tuple[int, Tensor]]
 
 
+class Line:
+    """How one group's Options of a rule are read and written."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.values = rule.values()
+        self._pack_into = rule.table.pack_into
+
+    def pack_into(
+        self, table: bytearray, offset: int, numbers: Sequence[float], flags: Sequence[Any]
+    ) -> None:
+        common = (*numbers[:_COMMON], *flags[:_COMMON])
+        self._pack_into(table, offset, *common, *numbers[_COMMON:], *flags[_COMMON:])
+
+
 def pack(
     groups: Sequence[Group],
-    options_of: Callable[[Group], KernelOptions],
-    layout: struct.Struct,
+    line: Line,
     stays: Callable[[Tensor], bool],
     check: Callable[[int, Group], None],
 ) -> tuple[bytearray, DeviceNumbers]:
@@ -40,8 +52,7 @@ def pack(
 
     Args:
         groups: copies of ``optimizer.param_groups``.
-        options_of: what the kernels know of a group.
-        layout: of the rule's Options.
+        line: of the rule.
         stays: whether the kernels read a tensor where it is, so that nobody waits for its value.
         check: refuses the group of an index by name, where something is wrong with it.
     """
@@ -50,19 +61,20 @@ def pack(
     offset = 0
     for group in groups:
         try:
-            numbers, flags = options_of(group)
+            numbers, flags = line.values(group)
             if _PLAIN.issuperset(map(type, numbers)) and _FLAGS.issuperset(flags):
                 try:
-                    layout.pack_into(table, offset, *numbers, *flags)
+                    line.pack_into(table, offset, numbers, flags)
                 except struct.error:  # equal to True or False, and neither a bool nor an int
-                    layout.pack_into(table, offset, *numbers, *map(bool, flags))
+                    line.pack_into(table, offset, numbers, tuple(map(bool, flags)))
             else:
                 there = _device_numbers(numbers, stays)
                 numbers = tuple(0.0 if i in there else number(n) for i, n in enumerate(numbers))
-                layout.pack_into(table, offset, *numbers, *map(flag, flags))
+                line.pack_into(table, offset, numbers, tuple(map(flag, flags)))
                 for i, value in there.items():
-                    _NUMBER.pack_into(table, offset + 8 * i, ON_DEVICE)
-                    device_numbers.append((offset // 8 + i, value))
+                    field = offset // 8 + (i if i < _COMMON else i + _COMMON)
+                    _NUMBER.pack_into(table, 8 * field, ON_DEVICE)
+                    device_numbers.append((field, value))
         except Exception:
             check(offset // OPTIONS_BYTES, group)
             raise

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# Fields of StepScalars (csrc/scalars.h), eight fp32 values on the device.
+from ..rules.declaration import Group, Rule
+
+# Fields of StepScalars (csrc/records.h), eight fp32 values on the device.
 GRAD_NORM, CLIP_COEF, GRAD_MULT, INV_SCALE, FOUND_INF, SKIP, SKIPPED_STEPS = range(7)
 N_STEP_SCALARS = 8
-OPTIONS_BYTES = 64  # of one param group, for every rule (csrc/rules.h)
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-Group = dict[str, Any]
 Layout = list[tuple[str, ...]]  # names of the states that a parameter of each group has
 
 
@@ -149,12 +149,12 @@ class StepInputs:
 
     @property
     def clip_threshold(self) -> float:
-        """``max_grad_norm`` as StepOptions has it: negative for none (csrc/scalars.h)."""
+        """``max_grad_norm`` as StepRecord has it: negative for none (csrc/records.h)."""
         return -1.0 if self.max_grad_norm is None else self.max_grad_norm
 
     @property
     def value_threshold(self) -> float:
-        """``max_grad_value`` as the rules have it."""
+        """``max_grad_value`` as StepRecord has it: inf for none."""
         return math.inf if self.max_grad_value is None else self.max_grad_value
 
 
@@ -163,9 +163,20 @@ Look = tuple[Sequence[int], Sequence[int], Held]
 
 
 class Plan(ABC):
-    """Rows of one parameter set. Of gradients it keeps copies at most, and addresses."""
+    """Rows of one parameter set, and the verbs of a step over them.
 
-    def __init__(self, rule: str, rows: Sequence[Row], layout: Layout) -> None:
+    ``begin`` packs all that a step needs from the host; ``reduce`` turns gradients into the words
+    of their norm; ``exchange`` adds up the words of all who share the norm; ``finalize`` turns
+    words into ``StepScalars``; ``update`` is one pass over params and states, and counts the step.
+    None of them reads anything back to the host. Where nobody asked for a norm or a check,
+    ``reduce`` and ``exchange`` are left out.
+
+    Of gradients a plan keeps copies at most, and addresses.
+    """
+
+    backend: str  # the name of its backend
+
+    def __init__(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         self.rule = rule
         self.layout = layout
         self._captured: list[Tensor] = []
@@ -203,6 +214,21 @@ class Plan(ABC):
         self._take(rows)
         self._write_rows()
         return True
+
+    @abstractmethod
+    def begin(self, step: StepInputs) -> None: ...
+
+    @abstractmethod
+    def reduce(self) -> None: ...
+
+    def exchange(self) -> None:  # noqa: B027: mostly nobody else has a part of the norm
+        pass
+
+    @abstractmethod
+    def finalize(self) -> None: ...
+
+    @abstractmethod
+    def update(self) -> None: ...
 
     @abstractmethod
     def _write_rows(self) -> None:

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..rules.declaration import Group
 from .groups import is_plain_dict
 from .memory import extent, is_dense, overlaps_itself
-from .plan import Group, Row, check_grad, is_of_inference
+from .plan import Row, check_grad, is_of_inference
 from .state import (
     MASTER,
     STEP,

@@ -18,20 +18,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
 from ..options import number
+from ..rules.declaration import OF_SOME_RULE, STARTS_LATER, UNCOUNTED
 from .memory import is_dense, state_dtype, strides, unfilled_state
 from .plan import HALF_DTYPES, is_served
 
 MASTER = "master_param"
 STEP = "step"
-MOMENTUM = "momentum_buffer"
-
-# Absent, it is zero: amsgrad may be switched on between two steps.
-_STARTS_LATER = "max_exp_avg_sq"
-
-# States of the optimizers of torch and of bitsandbytes. Who finds one of them instead of its own
-# has the checkpoint of another rule, whatever is in it.
-_OF_SOME_RULE = {MOMENTUM, "exp_avg", "exp_avg_sq", _STARTS_LATER, "exp_inf", "square_avg"}
-_OF_SOME_RULE |= {"grad_avg", "acc_delta", "sum", "prev", "ax", "state1", "state2"}
 
 ParamState = dict[str, Any]
 
@@ -97,13 +89,13 @@ def step_tensor(value: Any, param: Tensor) -> Tensor:
 
 
 def as_ours(state: ParamState, names: Sequence[str]) -> ParamState:
-    """A copy of ``state`` in our words: None is absent, and a ``momentum_buffer`` has a ``step``.
+    """A copy of ``state`` in our words: None is absent, and whatever has states has a ``step``.
 
-    torch's SGD keeps no count: a buffer means that the first step is past.
+    torch's SGD keeps no count: its buffer says that the first step is past.
     """
-    known = {*names, MASTER, STEP, MOMENTUM}
+    known = {*names, MASTER, STEP, UNCOUNTED}
     own = {name: value for name, value in state.items() if value is not None or name not in known}
-    if MOMENTUM in own:
+    if UNCOUNTED in own:
         own.setdefault(STEP, 1)
     return own
 
@@ -131,7 +123,7 @@ def check_state(
     """
     own = as_ours(state, names)
     shaped = is_served(param) and not is_lazy(param) and not (loading and param.numel() == 0)
-    missing = [name for name in (*names, STEP) if name not in own and name != _STARTS_LATER]
+    missing = [name for name in (*names, STEP) if name not in own and name not in STARTS_LATER]
     present = [name for name in state if name in own] if names and missing else []
     found = sorted((name for name in present if _tells(name, own[name], names)), key=str)
     if found:
@@ -159,9 +151,9 @@ def check_state(
 
 def _tells(name: str, value: object, names: Sequence[str]) -> bool:
     """Whether it is a state, of this rule or of another, and no note of somebody's."""
-    if name in (*names, STEP) or name in _OF_SOME_RULE:
+    if name in (*names, STEP) or name in OF_SOME_RULE:
         return True
-    notes = MOMENTUM in names or name == MASTER  # torch's SGD makes its buffer beside anything
+    notes = UNCOUNTED in names or name == MASTER  # torch makes that one beside anything
     return not notes and any(isinstance(leaf, Tensor) for leaf in tree_iter(value))
 
 

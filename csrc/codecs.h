@@ -1,12 +1,17 @@
-// fp16 and bf16 as bit patterns: exact widening, round-to-nearest-even narrowing.
-// On a CPU integer arithmetic only, so that the result does not depend on the instruction set or on
-// the process's denormal flags; branch-free, so that loops over it vectorise. CUDA's conversions
-// give the same values, and other payloads to NaNs.
+// How the elements of a stream lie in memory: every codec's way to fp32 registers and back.
+// fp16 and bf16 are bit patterns: exact widening, round-to-nearest-even narrowing. On a CPU integer
+// arithmetic only, so that the result does not depend on the instruction set or on the process's
+// denormal flags; branch-free, so that loops over it vectorise. CUDA's conversions give the same
+// values, and other payloads to NaNs.
 #pragma once
 
 #include "platform.h"
 
 namespace fusedopt {
+
+enum class Codec : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+FUSEDOPT_FN int64_t bytes_of(Codec codec) { return codec == Codec::kFloat32 ? 4 : 2; }
 
 FUSEDOPT_FN float bfloat16_to_float(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
 
@@ -53,6 +58,15 @@ FUSEDOPT_FN uint16_t float_to_float16(float x) {
   h = a > 0x7f800000u ? quiet_nan : h;
   return static_cast<uint16_t>(h | ((f >> 16) & 0x8000u));
 #endif
+}
+
+// Of the codecs that are 16 bits wide.
+FUSEDOPT_FN float widened(uint16_t bits, Codec codec) {
+  return codec == Codec::kFloat16 ? float16_to_float(bits) : bfloat16_to_float(bits);
+}
+
+FUSEDOPT_FN uint16_t narrowed(float x, Codec codec) {
+  return codec == Codec::kFloat16 ? float_to_float16(x) : float_to_bfloat16(x);
 }
 
 }  // namespace fusedopt

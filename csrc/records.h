@@ -1,0 +1,104 @@
+// All that Python lays out in memory for the kernels. Non-owning: every pointer belongs to a tensor
+// that Python keeps alive, and nothing below Python allocates. fusedopt/backends/records.py
+// declares the same records, and compares them field by field when a native module is imported.
+#pragma once
+
+#include "codecs.h"
+
+namespace fusedopt {
+
+// Part of the numeric contract: the norm of a tensor depends on both constants, and on nothing
+// else.
+constexpr int64_t kChunk = 8192;  // elements handled together: one partial each
+constexpr int kLanes = 256;       // fp32 accumulators of a chunk, by element index modulo kLanes
+static_assert(kChunk / kLanes <= 256, "the accuracy of a lane rests on at most 256 adds");
+
+// The streams of a tensor: what a kernel reads and writes for each element.
+constexpr int kParam = 0, kMaster = 1, kStates = 2;  // the states are the last streams
+constexpr int kMaxStates = 3;
+constexpr int kStreams = kStates + kMaxStates;
+
+// One tensor; changes only when the plan is rebuilt. A stream is its data, the codec of its
+// elements and, where the codec wants one, a table of scales. The first half is all that fp32
+// kernels read.
+struct Row {
+  void* data[kStreams];  // dense, in memory order; null: no such stream. No master: the param is it
+  float* step;           // applied steps; null: the rule does not count (SGD without momentum)
+  int64_t numel;
+  int32_t group;                  // line in the options table
+  uint32_t codecs;                // four bits a stream, the param's lowest; zero: all are fp32
+  const float* scales[kStreams];  // of codecs that have them
+  int64_t reserved[3];
+
+  FUSEDOPT_MEMBER float* as_float(int stream) const { return static_cast<float*>(data[stream]); }
+  FUSEDOPT_MEMBER Codec codec(int stream) const {
+    return static_cast<Codec>(codecs >> (4 * stream) & 15u);
+  }
+};
+static_assert(sizeof(Row) == 128, "two cache lines");
+
+// The live half of a row, refreshed before every step.
+struct Grad {
+  const void* data;
+  Codec codec;
+  int32_t present;  // 0: .grad is None, this tensor takes no part in the step
+};
+static_assert(sizeof(Grad) == 16, "a table of them is uploaded in pieces of 16 bytes");
+
+struct Chunk {
+  int32_t row;
+  int32_t index;     // elements [index * kChunk, (index + 1) * kChunk) of the row
+  int64_t position;  // elements before this chunk in the whole plan; balances threads
+};
+
+// A field of the options table that the user keeps in a tensor on the device (a learning rate under
+// a captured graph); read there, so that nobody waits for it.
+struct DeviceNumber {
+  const void* data;  // fp32 or fp64, one element
+  int32_t field;     // which double of the options table
+  int32_t is_double;
+};
+
+// Lives on the device as eight floats; Python reads the fields by index.
+struct StepScalars {
+  float grad_norm;      // of the unscaled gradients, before clipping; NaN when not measured
+  float clip_coef;      // min(1, max_grad_norm / (grad_norm + 1e-6))
+  float grad_mult;      // the single factor update applies: clip_coef / grad_scale
+  float inv_scale;      // 1 / grad_scale, the reciprocal taken in fp64 as GradScaler does
+  float found_inf;      // 1: some gradient element is inf or NaN
+  float skip;           // 1: this step moves nothing
+  float skipped_steps;  // running count
+  float reserved;
+};
+
+// Everything else that a step needs from the host; packed by the verb `begin`.
+struct StepRecord {
+  double max_grad_norm;     // negative: no clipping
+  double max_grad_value;    // infinity: no clipping
+  const float* grad_scale;  // null: 1
+  const float* found_inf;   // null: nobody looked
+  float* inf_flag;          // null: nobody asked. The tensor that GradScaler.update() will read
+  StepScalars* scalars;
+  int64_t n_device_numbers;
+  uint64_t flags;
+
+  enum Flag : uint64_t {
+    kNormIsTwo = 1,      // else it is the largest magnitude
+    kMeasured = 2,       // reduce runs, so the words are those of this step
+    kSkipNonfinite = 4,  // a scaler is in charge, or the user asked
+  };
+  FUSEDOPT_MEMBER bool has(Flag flag) const { return (flags & flag) != 0; }
+};
+
+// The tables of a plan.
+struct PlanView {
+  const Row* rows;
+  const Grad* grads;
+  const void* options;  // the rule's Options for each group
+  void* row_steps;      // the rule's RowStep for each row
+  int64_t n_rows;
+  const Chunk* chunks;
+  int64_t n_chunks;
+};
+
+}  // namespace fusedopt

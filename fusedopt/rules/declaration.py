@@ -1,0 +1,150 @@
+"""What a rule is: the options that its kernels read, the states of a parameter, and plain torch."""
+
+from __future__ import annotations
+
+import importlib
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from ..options import is_pair
+
+OPTIONS_BYTES = 64  # of one param group, for every rule (csrc/rules/common.h)
+Group = dict[str, Any]
+
+# States of the optimizers of torch and of bitsandbytes. Who finds one of them instead of its own
+# has the checkpoint of another rule, whatever is in it.
+OF_SOME_RULE = frozenset(
+    ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg")
+    + ("grad_avg", "acc_delta", "sum", "prev", "ax", "state1", "state2")
+)
+# A state of torch's beside which it keeps no count: it is there, so the first step is past.
+UNCOUNTED = "momentum_buffer"
+
+
+# States of which a parameter may lack one beside others: it then starts as zero.
+STARTS_LATER: set[str] = set()
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor like the parameter.
+
+    Args:
+        name: torch's.
+        when: an option of the group; without it, or where it is zero, there is no such state.
+        absent: what a kernel reads in place of one that is not there.
+        starts_later: a parameter may lack it beside its other states, and then gets zeros.
+    """
+
+    name: str
+    when: str | None = None
+    absent: float = 0.0
+    starts_later: bool = False
+
+    def __post_init__(self) -> None:
+        if self.starts_later:
+            STARTS_LATER.add(self.name)
+
+
+# Of a rule in plain torch: parameter, gradient, states (changed in place), group, number of the
+# step -> the new parameter. All of one dtype, fp32 or fp64.
+Reference = Callable[[Tensor, Tensor, Sequence[Tensor], Group, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule is declared once; its C++ and Triton texts are compared with this by name.
+
+    Args:
+        name: of the files in ``csrc/rules`` and ``triton_kernels/rules``, too.
+        numbers: options of a group that are numbers, apart from ``lr`` and ``weight_decay``. A pair
+            of them has the names of both in the kernels: ``("betas", "beta1", "beta2")``.
+        flags: those that are true or false, apart from the common two.
+        states: in the order in which the kernels know them; those with ``when`` come last.
+        hyper: what ``prepare`` computes for the kernels, fp32 numbers.
+        reference: the rule in plain torch.
+    """
+
+    name: str
+    numbers: tuple[str | tuple[str, str, str], ...]
+    flags: tuple[str, ...]
+    states: tuple[State, ...]
+    hyper: tuple[str, ...]
+    reference: Reference
+
+    @property
+    def number_keys(self) -> tuple[str, ...]:
+        """Keys of a group that are a number, or a pair of them."""
+        own = (each if isinstance(each, str) else each[0] for each in self.numbers)
+        return ("lr", "weight_decay", *own)
+
+    @property
+    def pair_keys(self) -> tuple[str, ...]:
+        return tuple(each[0] for each in self.numbers if not isinstance(each, str))
+
+    @property
+    def flag_keys(self) -> tuple[str, ...]:
+        return ("decoupled_weight_decay", "maximize", *self.flags)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Fields of the kernels' Options in order, and their kinds in the words of ``struct``."""
+        names: list[str] = []
+        for each in self.numbers:
+            names += [each] if isinstance(each, str) else each[1:]
+        return {
+            **{"lr": "d", "weight_decay": "d", "decoupled": "q", "maximize": "q"},
+            **dict.fromkeys(names, "d"),
+            **dict.fromkeys(self.flags, "q"),
+        }
+
+    @property
+    def table(self) -> struct.Struct:
+        """A group's Options in memory."""
+        fields = "".join(self.options.values())
+        return struct.Struct(f"={fields}{OPTIONS_BYTES - 8 * len(fields)}x")
+
+    @property
+    def row_step_bytes(self) -> int:
+        """``RowStep`` of csrc/rules/common.h: hyper and count, in units of 32 bytes."""
+        return -(-4 * (len(self.hyper) + 1) // 32) * 32
+
+    def values(self) -> Callable[[Group], tuple[tuple[Any, ...], tuple[Any, ...]]]:
+        """What the kernels know of a group: the numbers and the flags, in the order of ``options``.
+
+        The function that it returns raises ``TypeError`` where a pair is none, and ``KeyError``.
+        """
+        numbers, flags = itemgetter(*self.number_keys), itemgetter(*self.flag_keys)
+        pairs = [i + 2 for i, each in enumerate(self.numbers) if not isinstance(each, str)]
+        pairs.reverse()  # so that the places of those that are left stay as they are
+
+        def read(group: Group) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            found = numbers(group)
+            for i in pairs:
+                pair = found[i]
+                if type(pair) is not tuple and type(pair) is not list and not is_pair(pair):
+                    raise TypeError(pair)  # would be unpacked: the keys of a dict, a set's members
+                first, second = pair
+                found = (*found[:i], first, second, *found[i + 1 :])
+            return found, flags(group)
+
+        return read
+
+    def state_names(self, group: Group) -> tuple[str, ...]:
+        """States of a parameter in ``group``, in the order in which the kernels know them."""
+        return tuple(
+            state.name
+            for state in self.states
+            if state.when is None or float(group[state.when]) != 0.0
+        )
+
+
+def declared(name: str) -> Rule:
+    """The rule of ``fusedopt/rules/<name>.py``."""
+    rule: Rule = importlib.import_module(f".{name}", __package__).RULE
+    return rule
