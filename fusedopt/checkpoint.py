@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .options import literal
 from .plan.memory import unfilled_state
-from .plan.plan import copy_all
+from .plan.plan import copy_all, is_served
 from .plan.rows import check_param, label_of
 from .plan.state import (
     MASTER,
@@ -128,7 +128,9 @@ def _check_saved(
             "Apex's does; give each its own: `for g in state_dict['param_groups']: [state_dict"
             "['state'][i].update(step=g['step']) for i in g['params'] if i in state_dict['state']]`"
         )
-    check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]", loading=True)
+    # The memory of a parameter may be elsewhere for the time: `param.data` is empty then.
+    shaped = is_served(param) and not is_lazy(param) and param.numel() > 0
+    check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]", shaped)
 
 
 # ---- how its values get in -----------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, compress
 from typing import Any
 
@@ -38,17 +38,15 @@ def _place(value: object) -> Place | None:
         return None
 
 
-def _param_lists(groups: object) -> list[Sequence[Any]]:
+def _param_lists(groups: object) -> Iterator[Sequence[Any]]:
     """Raises ``RuntimeError`` if these are no param groups."""
     if not isinstance(groups, list):
         raise RuntimeError("param_groups must be a list")
-    lists: list[Sequence[Any]] = []
     for g, group in enumerate(groups):
         params = group.get("params") if isinstance(group, dict) else None
         if not isinstance(params, (list, tuple)):
             raise RuntimeError(f"param group {g} has no list of params")
-        lists.append(params)
-    return lists
+        yield params
 
 
 class Snapshot:
@@ -94,7 +92,7 @@ class Snapshot:
         self, groups: list[Group], state: dict[Tensor, Any]
     ) -> tuple[list[Any], list[Tensor]]:
         """All that is compared, and the tensors in the dicts of state."""
-        lists = _param_lists(groups)
+        lists = list(_param_lists(groups))
         params = list(chain(*lists))
         contents: list[Any] = [id(state), list(map(len, lists)), *map(id, params)]
         contents += map(_place, compress(params, self._served))

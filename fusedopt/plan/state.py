@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
 from ..options import number
 from ..rules.declaration import OF_SOME_RULE, STARTS_LATER, UNCOUNTED
 from .memory import is_dense, state_dtype, strides, unfilled_state
-from .plan import HALF_DTYPES, is_served
+from .plan import HALF_DTYPES
 
 MASTER = "master_param"
 STEP = "step"
@@ -106,14 +105,14 @@ def check_state(
     state: ParamState,
     names: Sequence[str],
     anew: str,
-    loading: bool = False,
+    shaped: bool = True,
 ) -> None:
     """Raise unless each state of ``names`` is there, or none is and the parameter starts anew.
 
     Args:
         label: what messages call the parameter.
         anew: the line of code that drops the parameter's state.
-        loading: the parameter's memory may be elsewhere for the time (`param.data` is empty).
+        shaped: False while the parameter may have another shape than later.
 
     Raises:
         KeyError: some states are there and some are not, or only those of another rule.
@@ -122,7 +121,6 @@ def check_state(
         RuntimeError: a state has no memory, or another shape than the parameter.
     """
     own = as_ours(state, names)
-    shaped = is_served(param) and not is_lazy(param) and not (loading and param.numel() == 0)
     missing = [name for name in (*names, STEP) if name not in own and name not in STARTS_LATER]
     present = [name for name in state if name in own] if names and missing else []
     found = sorted((name for name in present if _tells(name, own[name], names)), key=str)
