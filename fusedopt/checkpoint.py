@@ -150,8 +150,8 @@ def load(optimizer: Loadable, state_dict: dict[str, Any], wanted: Wanted) -> Non
         copy_all(new, [own[name] for own, name, _ in fills])
     for (own, name, _), tensor in zip(fills, new, strict=True):
         own[name] = tensor
-    names = names_given(optimizer)
-    # torch casts what it loads to the parameter's dtype: it loads the groups alone.
+    names = _names_given(optimizer)
+    # torch would cast state to the parameter's dtype, so it gets the groups alone.
     _load_without_hooks(optimizer, {**state_dict, "state": {}})
     optimizer._shared.names = names
     optimizer.state.update(state)
@@ -198,7 +198,7 @@ def _receive(
 
 
 def _can_be_updated(param: Tensor) -> bool:
-    """Not of some frozen ones, whose layout in memory is nobody's business."""
+    """False for some frozen parameters: nobody asks how they lie in memory."""
     try:
         check_param("", param)
     except TypeError:
@@ -213,11 +213,11 @@ def _is_reusable(optimizer: Loadable, param: Tensor, name: str, like: Tensor) ->
     if type(tensor) is not Tensor or not fits(tensor, like):
         return False
     storage = tensor.untyped_storage()
-    shared = storage.is_shared() and tensor.is_cpu  # said of all memory on a GPU
+    shared = storage.is_shared() and tensor.is_cpu  # on a GPU, all memory is "shared"
     whole = storage.resizable() and not shared and storage.nbytes() == tensor.nbytes
     if not whole or tensor.is_inference() or tensor.requires_grad:
         return False
-    del own, tensor, storage  # which would count as owners
+    del own, tensor, storage  # they would count as owners
     nobody_else = SimpleNamespace(state={param: {name: torch.empty(1)}})
     return _owners(optimizer, param, name) == _owners(nobody_else, param, name)
 
@@ -248,10 +248,7 @@ def _load_without_hooks(optimizer: Any, state_dict: dict[str, Any]) -> None:
         optimizer.__dict__.update(hooks)
 
 
-# ---- the names of parameters ---------------------------------------------------------------------
-
-
-def names_given(optimizer: Loadable) -> WeakTensorKeyDictionary:
+def _names_given(optimizer: Loadable) -> WeakTensorKeyDictionary:
     """By parameter. torch replaces a group's names by a checkpoint's, which may be in any order."""
     names, known = WeakTensorKeyDictionary(), optimizer._shared.names
     for group in optimizer.param_groups:

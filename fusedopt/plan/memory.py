@@ -30,8 +30,8 @@ def unfilled_state(likes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     the page tables, too. So the kernel of Linux is asked for huge pages; it may refuse. Large
     allocations mostly lie side by side. All of a run are asked for together, so that a huge page
     may hold the end of one and the beginning of the next; it is split when one of them is freed.
-    The allocator has written in front of each, where the page is a small one already, so that after
-    the block these are made huge.
+    The allocator has written some bytes in front of each. The page of these bytes is a small one
+    already; it is made huge after the block.
 
     Args:
         likes: their elements are dense in memory (no gaps, no overlap).

@@ -45,7 +45,7 @@ class AmpAttributes:
             raise AttributeError("grad_scale") from None
 
     @grad_scale.setter
-    @untraced  # which would lose what is noted here
+    @untraced  # a trace would lose what is noted here
     def grad_scale(self, value: Any) -> None:
         amp = self._shared.amp
         amp.before = dict(amp.values)
@@ -71,7 +71,7 @@ class AmpAttributes:
         return self._shared.scalars[FOUND_INF].clone()
 
     @found_inf.setter
-    @untraced  # which would lose what is noted here
+    @untraced  # a trace would lose what is noted here
     def found_inf(self, value: Any) -> None:
         self._shared.amp.answered = False
         self._shared.amp.values["found_inf"] = value
@@ -100,8 +100,8 @@ class AmpAttributes:
             return False
         if self._takes_scaled_gradients():
             return wanted is True or self._has_fp16()
-        # The user says that the hook, or the step of their own, knows scaled gradients. We believe
-        # it where nobody else could unscale them.
+        # Somebody else sees the gradients. With `amp_scaling=True` the user says that this hook or
+        # step knows scaled gradients. We believe it where nobody else could unscale them.
         return wanted is True and self._has_fp16()
 
     def _takes_scaled_gradients(self) -> bool:
@@ -120,9 +120,8 @@ class AmpAttributes:
         return any(p.dtype == torch.float16 for p in served_params(self.param_groups))
 
     def _is_fsdp1_sharded(self) -> bool:
-        plan = self._shared.plan
-        if plan is not None:
-            return plan.fsdp1_sharded
+        if self._shared.plan is not None:
+            return self._shared.plan.fsdp1_sharded
         return any(map(is_fsdp1_shard, served_params(self.param_groups)))
 
     def _flag_device(self, otherwise: torch.device) -> torch.device:
