@@ -25,15 +25,15 @@ class _AsksTheOptimizer:
     _scale: torch.Tensor | None
     _per_optimizer_states: dict[int, dict[str, Any]]
 
-    @untraced  # which would trace it, and lose what is noted in the optimizer
+    @untraced  # a trace would lose what is noted in the optimizer
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch's, which for our optimizers comes down to handing over scale and flag."""
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
             return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
-        own = self._per_optimizer_states[id(optimizer)]
-        preset = optimizer._shared.amp.values.get("grad_scale")
+        own, amp = self._per_optimizer_states[id(optimizer)], optimizer._shared.amp
+        preset = amp.values.get("grad_scale")
         if own["stage"] is OptState.READY:
-            assert self._scale is not None  # or nobody could have asked
+            assert self._scale is not None  # or _may_ask had said no
             found_inf = self._record_flag(optimizer, clear=False)
             scale = self._scale if preset is None else self._scale * preset
         else:  # unscale_() has looked already
@@ -41,14 +41,14 @@ class _AsksTheOptimizer:
             found_inf = sum(flag.to(device, non_blocking=True) for flag in found.values())
             scale = preset
         try:
-            optimizer._amp_offer(scale, found_inf)
+            amp.offer(scale, found_inf)
             result = optimizer.step(*args)
-        except BaseException:  # of a step in place of ours, maybe, which restores nothing
-            optimizer._amp_restore()
+        except BaseException:  # a step in place of ours may have raised, which restores nothing
+            amp.restore()
             raise
-        optimizer._amp_undecided()
+        amp.undecided()
         own["stage"] = OptState.STEPPED
-        optimizer._amp_withdraw()
+        amp.values.clear()
         return result
 
     def _may_ask(self, optimizer: FusedOptimizer) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from watch_scenes import KEPT, REBUILT, Scene, nothing
 
+from fusedopt.backends import modules
 from fusedopt.backends.records import DTYPE_CODES, GRAD, READY
 from fusedopt.backends.watch import PythonWatch
 
@@ -56,9 +57,8 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
     if request.param == "python":
         return PythonWatch
     require_cpu_backend()
-    from fusedopt import _cpu
-
-    return _cpu.Watch
+    native, _ = modules.load("_cpu")
+    return native.Watch  # type: ignore[no-any-return]
 
 
 def named(value: Any) -> str | None:
