@@ -181,14 +181,12 @@ def _dims_before_fsdp(model: nn.Module) -> dict[tuple[nn.Module, str], int]:
     """Dimensions of what FSDP1 with use_orig_params=True flattened, by owner and name."""
     dims: dict[tuple[nn.Module, str], int] = {}
     for module in model.modules():
-        flat = getattr(getattr(module, "_handle", None), "flat_param", None)
+        flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)
         if not getattr(flat, "_is_flat_param", False):
             continue
-        for info, shape in zip(
-            getattr(flat, "_param_infos", ()), getattr(flat, "_shapes", ()), strict=True
-        ):
+        for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
             dims[info.module, info.param_name] = len(shape)
-        for tied in getattr(flat, "_shared_param_infos", ()):
+        for tied in flat._shared_param_infos:
             dims[tied.module, tied.param_name] = dims[tied.prim_module, tied.prim_param_name]
     return dims
 
@@ -214,9 +212,8 @@ def _names_from(module: nn.Module, method: str) -> list[str]:
     if not callable(ask):
         return []
     names: Any = ask()
-    listed: list[Any] = (
-        list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [None]
-    )
+    is_set = isinstance(names, Iterable) and not isinstance(names, str)
+    listed: list[Any] = list(names) if is_set else [None]
     if not all(isinstance(name, str) for name in listed):
         raise TypeError(
             f"param_groups: {method}() of {type(module).__name__} must return a set of names, "

@@ -128,21 +128,18 @@ def fuse_scaler(scaler: Any) -> Any:
             f"scaler must be a torch.amp.GradScaler, got {cls.__name__}; a wrapper often has it "
             "inside: `fusedopt.fuse_scaler(wrapper.scaler)`"
         )
-    if cls in _PLAIN_SCALERS:
-        scaler.__class__ = GradScaler
-        return scaler
     for name in ("_check_inf_per_device", "_unscale_grads_", "unscale_", "step"):
         if getattr(cls, name) is not getattr(TorchGradScaler, name):
             raise TypeError(
                 f"scaler: {cls.__name__} overrides {name}, which fuse_scaler would bypass; "
                 "use it as it is (the step is right, with one more sweep over the gradients)"
             )
-    scaler.__class__ = _fused_class(cls)
+    if cls in _PLAIN_SCALERS:
+        scaler.__class__ = GradScaler
+    else:
+        bases = (_AsksTheOptimizer, cls)
+        scaler.__class__ = type(f"Fused{cls.__name__}", bases, {"__reduce_ex__": _reduce})
     return scaler
-
-
-def _fused_class(cls: type) -> type:
-    return type(f"Fused{cls.__name__}", (_AsksTheOptimizer, cls), {"__reduce_ex__": _reduce})
 
 
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
