@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from watch_scenes import KEPT, REBUILT, Scene, nothing
 
 from fusedopt.backends import modules
-from fusedopt.backends.records import DTYPE_CODES, GRAD, READY
+from fusedopt.backends.records import CODECS, GRAD, READY
 from fusedopt.backends.watch import PythonWatch
 
 
@@ -46,7 +46,7 @@ class Look:
         expected = b""
         for row, param in enumerate(self.scene.params):
             grad = None if row in odd else param.grad
-            record = (0, 0, 0) if grad is None else (grad.data_ptr(), DTYPE_CODES[grad.dtype], 1)
+            record = (0, 0, 0) if grad is None else (grad.data_ptr(), CODECS[grad.dtype], 1)
             expected += GRAD.pack(*record)
         assert bytes(self.table.tolist()) == expected
 
