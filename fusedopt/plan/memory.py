@@ -92,12 +92,14 @@ def extent(tensor: Tensor) -> int:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a run of memory exactly: no gaps and no overlap, in any order."""
+    if tensor.is_contiguous():  # most are, and torch knows it
+        return True
     return extent(tensor) == tensor.numel() and not overlaps_itself(tensor)
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two indices may name the same memory, as in an expanded tensor."""
-    if tensor.numel() == 0:
+    if tensor.is_contiguous():  # also where there are no elements
         return False
     reach = 0  # the furthest element that the smaller strides can get to
     for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):

@@ -68,7 +68,7 @@ def fits(value: object, like: Tensor) -> bool:
         and value.dtype == state_dtype(like)
         and value.device == like.device
         and value.shape == like.shape
-        and strides(value) == strides(like)
+        and (value.stride() == like.stride() or strides(value) == strides(like))
         and not value.is_neg()
     )
 
