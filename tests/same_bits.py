@@ -27,7 +27,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from same_bits_training import Case, Job, cases
+from same_bits_training import Case, Job, Setting, cases
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -35,20 +35,6 @@ MOST_STEPS = {"triton": 5}  # whatever --steps says
 NORM_ULPS = 1
 FOLLOW_THE_NORM = ("param ", "exp_", "max_exp_", "momentum_", "master_", "clip_coef")
 Results = dict[str, dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A way to run a backend."""
-
-    backend: str
-    threads: int = 1
-    simd: str | None = None
-
-    def __str__(self) -> str:
-        if self.backend != "cpu":
-            return self.backend
-        return f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {self.simd or 'widest'}"
 
 
 SETTINGS = (
@@ -135,7 +121,7 @@ def compare(case: Case, old: dict[str, Tensor], new: dict[str, Tensor]) -> Tally
 
 def print_table(setting: Setting, match: str, old: Results, new: Results) -> Tally:
     total = Tally()
-    for row, group in groupby(cases(setting.backend, match), key=lambda case: case.row):
+    for row, group in groupby(cases(setting, match), key=lambda case: case.row):
         tally = Tally()
         for case in group:
             tally.add(compare(case, old[case.key], new[case.key]))
@@ -147,11 +133,11 @@ def print_table(setting: Setting, match: str, old: Results, new: Results) -> Tal
 # ---- training -----------------------------------------------------------------------------------
 
 
-def start(job: Job, setting: Setting) -> subprocess.Popen[bytes]:
+def start(job: Job) -> subprocess.Popen[bytes]:
     env = {**os.environ, "PYTHONPATH": job.checkout}
     env.pop("FUSEDOPT_SIMD", None)
-    if setting.simd is not None:
-        env["FUSEDOPT_SIMD"] = setting.simd
+    if job.setting.simd is not None:
+        env["FUSEDOPT_SIMD"] = job.setting.simd
     script = str(HERE / "same_bits_training.py")
     return subprocess.Popen([sys.executable, script, json.dumps(asdict(job))], env=env)
 
@@ -167,13 +153,13 @@ def run(setting: Setting, checkouts: list[Path], steps: int, match: str) -> tupl
     with tempfile.TemporaryDirectory() as folder:
         jobs = [
             Job(
-                str(checkout), "train", setting.backend, setting.threads, steps, match,
+                str(checkout), "train", setting, steps, match,
                 saved=f"{folder}/saved", out=f"{folder}/{side}",
             )
             for checkout, side in zip(checkouts, ("old", "new"), strict=True)
         ]  # fmt: skip
-        finish([start(replace(jobs[0], verb="save"), setting)], setting)
-        finish([start(job, setting) for job in jobs], setting)
+        finish([start(replace(jobs[0], verb="save"))], setting)
+        finish([start(job) for job in jobs], setting)
         old, new = (torch.load(job.out) for job in jobs)
         return old, new
 
@@ -192,7 +178,7 @@ def main() -> None:
         steps = min(args.steps, MOST_STEPS.get(setting.backend, args.steps))
         began = time.monotonic()
         tally = print_table(setting, args.match, *run(setting, checkouts, steps, args.match))
-        n_cases = len(list(cases(setting.backend, args.match)))
+        n_cases = len(list(cases(setting, args.match)))
         summary.append(
             f"{setting!s:24} {n_cases} runs of {steps} steps, {tally.tensors} tensors: "
             f"{len(tally.differences)} differ; norm at most {tally.norm_ulps} ulp away, behind it "

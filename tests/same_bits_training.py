@@ -34,6 +34,20 @@ INF = math.inf
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A way to run a backend."""
+
+    backend: str
+    threads: int = 1
+    simd: str | None = None
+
+    def __str__(self) -> str:
+        if self.backend != "cpu":
+            return self.backend
+        return f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {self.simd or 'widest'}"
+
+
+@dataclass(frozen=True)
 class Case:
     """One run: an optimizer of its own, over params of its own."""
 
@@ -45,15 +59,16 @@ class Case:
     scaler: str | None = None
     size: str = "few"
     layouts: tuple[str, str] = ("contiguous", "contiguous")  # of params and of gradients
+    alone: str = "same"  # dtypes with an optimizer to themselves: all pairs, equal ones, none
     resumed: str | None = None  # the form in which the old checkout has saved it halfway
     dtypes: tuple[Pair, ...] = PAIRS  # taken in turns by the params of a group
     masters: bool | None = True
 
     @property
     def dtype_names(self) -> str:
-        if len(self.dtypes) > 1:
-            return "mixed dtypes"
-        names = (str(dtype).removeprefix("torch.") for dtype in self.dtypes[0])
+        names = ["mixed dtypes"]
+        if len(self.dtypes) == 1:
+            names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes[0]]
         return "/".join(names) + ("" if self.masters is not False else " without masters")
 
     @property
@@ -146,24 +161,26 @@ def rows() -> Iterator[Case]:
     for rule, table in OPTIONS.items():
         full = (FULL[rule],)
         for name, hyper in table.items():
-            yield Case(rule, name, (hyper,))
-            yield Case(rule, f"{name}; clip by value", (hyper,), {"max_grad_value": 0.3})
+            yield Case(rule, name, (hyper,), alone="all")
         yield Case(rule, "every option, a group each", tuple(table.values()))
         for scene in (name for name in SCENES if name != "unscaled"):
-            yield Case(rule, f"scene: {scene}", full, {"max_grad_value": 2.0}, scene)
+            clips = {"max_grad_value": 2.0}
+            yield Case(rule, f"scene: {scene}", full, clips, scene, alone="all")
         skips = {"skip_nonfinite": True}
         yield Case(rule, "nonfinite, skipped", full, skips, "nonfinite")
+        yield Case(rule, "clip by value", full, {"max_grad_value": 0.3}, alone="all")
+        yield Case(rule, "clip by value, else plain", ({},), {"max_grad_value": 0.3}, alone="all")
         for name, common in SCALERS.items():
             for scene in ("steady", "nonfinite", "unscaled"):
                 yield Case(rule, f"scaler: {name}, {scene}", full, common, scene, name)
         for size in ("all", "many"):
-            yield Case(rule, f"sizes: {size}", full, size=size)
+            yield Case(rule, f"sizes: {size}", full, size=size, alone="all")
             yield Case(rule, f"sizes: {size}, plain", ({},), skips, size=size)
         for of_param, of_grad in itertools.product(LAYOUTS, LAYOUTS):
             if "contiguous" not in (of_param, of_grad) and of_param != of_grad:
                 continue
             what = f"layouts: {of_param}, grads {of_grad}"
-            yield Case(rule, what, full, size="layout", layouts=(of_param, of_grad))
+            yield Case(rule, what, full, {}, size="layout", layouts=(of_param, of_grad))
         for name, common in NORMS.items():
             for scene in ("steady", "nonfinite", "extreme"):
                 yield Case(rule, f"{name}: {scene}", full, common, scene)
@@ -175,24 +192,24 @@ def rows() -> Iterator[Case]:
                 yield Case(rule, what, full, scaler=scaler, resumed=form)
 
 
-def pairs_for(row: Case, backend: str) -> list[Pair]:
-    """Dtypes that have an optimizer to themselves, beside the one with all of them."""
+def cases(setting: Setting, match: str = "") -> Iterator[Case]:
+    """Those whose row has ``match`` in its name."""
     same = [pair for pair in PAIRS if pair[0] == pair[1]]
-    if backend == "triton":  # interpreted, a step takes long
-        return same[:1] if (row.scene, row.scaler, row.size) == ("steady", None, "few") else []
-    if backend == "reference":
-        return [*same, *DOUBLES]
-    return list(PAIRS)
-
-
-def cases(backend: str, match: str = "") -> Iterator[Case]:
-    """Those of a backend whose row has ``match`` in its name."""
-    for row in rows():
-        if match not in row.row:
+    pairs = {"all": list(PAIRS), "same": same}
+    if setting.backend == "reference":
+        pairs = {"all": [*same, *DOUBLES], "same": [*same, *DOUBLES]}
+    if setting.backend == "triton":  # interpreted, a step takes long
+        pairs = {"all": same[:1], "same": []}
+    for row in (row for row in rows() if match in row.row):
+        if setting.threads > 1 and row.size == "few":
+            row = replace(row, size="all")  # there are too few elements for two threads
+        mixed = replace(row, dtypes=tuple(filter(row.takes, PAIRS)))
+        yield mixed
+        if row.alone == "all" or setting.backend != "triton":
+            yield replace(mixed, masters=False)
+        if setting.threads > 1 or setting.simd is not None or row.size == "layout":
             continue
-        taken = [pair for pair in PAIRS if row.takes(pair)]
-        yield replace(row, dtypes=tuple(taken))
-        for pair in filter(row.takes, pairs_for(row, backend)):
+        for pair in filter(row.takes, pairs[row.alone]):
             for masters in (None, False) if pair[0].itemsize == 2 else (None,):
                 yield replace(row, dtypes=(pair,), masters=masters)
 
@@ -204,7 +221,7 @@ SHAPES: Shapes = {
     "few": [(n,) for n in (0, 1, 7, 300, 5, 2, 33, 1, 4, 40)],
     "all": [(n,) for n in (0, 1, 7, 255, 256, 8191, 8192, 8193, 20000)],
     "many": [(1 + n % 13,) for n in range(600)],
-    "layout": [(3, 6, 5, 7), (5, 1, 2, 3)],
+    "layout": [(3, 6, 5, 7), *[(n, 3, 2, 4) for n in range(1, 10)]],
 }
 # Where a step takes long.
 SMALL: Shapes = {
@@ -306,11 +323,11 @@ def amsgrad_later(run: Run, step: int) -> None:
 
 def writes(run: Run, step: int) -> None:
     """To params, also where nobody counts versions: masters follow."""
-    if step % 3 == 1:
-        run.params[3].data[::7] = 0.125
-        run.params[3].data.clamp_(-1.0, 1.0)
-        with torch.no_grad():
-            run.params[2].mul_(1.5)
+    for param in run.params[step % 3 :: 3]:
+        param.data[::7] = 0.125
+        param.data.clamp_(-1.0, 1.0)
+    with torch.no_grad():
+        run.params[2 + step % 2].mul_(1.5)
 
 
 def added_group(run: Run, step: int) -> None:
@@ -348,16 +365,17 @@ class ScalerOfAFramework(torch.amp.GradScaler):
 class Run:
     """The optimizer of a case, its params and its scaler."""
 
-    def __init__(self, case: Case, backend: str, shapes: Shapes) -> None:
+    def __init__(self, case: Case, setting: Setting) -> None:
         import fusedopt
 
-        self.case, self.shapes = case, shapes[case.size]
+        self.case = case
+        self.shapes = (SHAPES if setting.backend == "cpu" else SMALL)[case.size]
         groups = [
             {**copy.deepcopy(hyper), "params": self.make_params(index)}
             for index, hyper in enumerate(case.groups)
         ]
         rule = fusedopt.FusedAdamW if case.rule == "adamw" else fusedopt.FusedSGD
-        options = {"master_weights": case.masters, "backend": backend, **case.common}
+        options = {"master_weights": case.masters, "backend": setting.backend, **case.common}
         self.opt: Any = rule(groups, **options)
         self.scaler: Any = None
         self.log: dict[str, list[Tensor]] = {}
@@ -484,23 +502,18 @@ class Job:
 
     checkout: str
     verb: str  # "save" the runs that are to be resumed, halfway; or "train" all
-    backend: str
-    threads: int
+    setting: Setting
     steps: int
     match: str
     saved: str
     out: str
 
 
-def shapes_for(backend: str) -> Shapes:
-    return SHAPES if backend == "cpu" else SMALL
-
-
 def save(job: Job) -> None:
     saved: dict[str, bytes] = {}
-    for case in cases(job.backend, job.match):
+    for case in cases(job.setting, job.match):
         if case.resumed is not None:
-            run = Run(case, job.backend, shapes_for(job.backend))
+            run = Run(case, job.setting)
             run.take(range(job.steps // 2))
             saved[case.key] = run.save()
     Path(job.saved).write_bytes(pickle.dumps(saved))
@@ -509,8 +522,8 @@ def save(job: Job) -> None:
 def train(job: Job) -> None:
     saved: dict[str, bytes] = pickle.loads(Path(job.saved).read_bytes())
     results: dict[str, dict[str, Tensor]] = {}
-    for case in cases(job.backend, job.match):
-        run = Run(case, job.backend, shapes_for(job.backend))
+    for case in cases(job.setting, job.match):
+        run = Run(case, job.setting)
         first = 0
         if case.resumed is not None:
             run.load(saved[case.key])
@@ -521,14 +534,15 @@ def train(job: Job) -> None:
 
 
 def main() -> None:
-    job = Job(**json.loads(sys.argv[1]))
+    told = json.loads(sys.argv[1])
+    job = Job(**{**told, "setting": Setting(**told["setting"])})
     sys.path.pop(0)  # this folder: helpers are those of the checkout
     import fusedopt
 
     if Path(fusedopt.__file__).resolve().parent.parent != Path(job.checkout).resolve():
         raise SystemExit(f"fusedopt comes from {fusedopt.__file__}, not from {job.checkout}")
-    torch.set_num_threads(job.threads)
-    with served(job.backend):
+    torch.set_num_threads(job.setting.threads)
+    with served(job.setting.backend):
         save(job) if job.verb == "save" else train(job)
 
 
