@@ -105,7 +105,7 @@ def compare(case: Case, old: dict[str, Tensor], new: dict[str, Tensor]) -> Tally
     tally = Tally(len(old))
     if old.keys() != new.keys():
         tally.differences.append(f"{case.key}: {sorted(old.keys() ^ new.keys())} in one only")
-    for name in old.keys() & new.keys():
+    for name in (name for name in old if name in new):
         found = difference(old[name], new[name])
         if not found:
             continue
@@ -170,11 +170,13 @@ def main() -> None:
     backends = list(dict.fromkeys(setting.backend for setting in SETTINGS))
     parser.add_argument("--backends", nargs="+", choices=backends, default=backends)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--quick", action="store_true", help="only all dtypes in one optimizer")
     parser.add_argument("--match", default="", help="only the lines with this in their name")
     args = parser.parse_args()
     checkouts = [args.old_checkout.resolve(), HERE.parent]
     summary, differs = [], False
-    for setting in (setting for setting in SETTINGS if setting.backend in args.backends):
+    chosen = (setting for setting in SETTINGS if setting.backend in args.backends)
+    for setting in (replace(setting, quick=args.quick) for setting in chosen):
         steps = min(args.steps, MOST_STEPS.get(setting.backend, args.steps))
         began = time.monotonic()
         tally = print_table(setting, args.match, *run(setting, checkouts, steps, args.match))

@@ -40,6 +40,7 @@ class Setting:
     backend: str
     threads: int = 1
     simd: str | None = None
+    quick: bool = False  # only with all dtypes in one optimizer
 
     def __str__(self) -> str:
         if self.backend != "cpu":
@@ -205,6 +206,8 @@ def cases(setting: Setting, match: str = "") -> Iterator[Case]:
             row = replace(row, size="all")  # there are too few elements for two threads
         mixed = replace(row, dtypes=tuple(filter(row.takes, PAIRS)))
         yield mixed
+        if setting.quick:
+            continue
         if row.alone == "all" or setting.backend != "triton":
             yield replace(mixed, masters=False)
         if setting.threads > 1 or setting.simd is not None or row.size == "layout":
