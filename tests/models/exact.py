@@ -74,15 +74,13 @@ def chunk_square_sum(x: Floats) -> np.float64:
 
 def grad_norm(grads: list[Floats], inv_scale: np.float32 = ONE) -> np.float64:
     """Not yet rounded to float32, as clip_coef takes it."""
-    partials = [
+    partials = (
         chunk_square_sum(grad[start : start + CHUNK] * inv_scale)
         for grad in grads
         for start in range(0, grad.size, CHUNK)
-    ]
-    lanes = np.zeros(LANES, np.float64)
-    for index, partial in enumerate(partials):
-        lanes[index % LANES] += partial
-    return np.float64(np.sqrt(pair_tree(lanes)))
+    )
+    total = sum((Fraction(float(partial)) for partial in partials), Fraction(0))
+    return np.float64(np.sqrt(float(total)))  # a fraction's float is the nearest, ties to even
 
 
 def clip_coef(norm: np.float64, max_grad_norm: float) -> np.float32:
