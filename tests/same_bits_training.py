@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -358,6 +358,27 @@ SCENES: dict[str, Callable[[Run, int], None]] = {
 }  # fmt: skip
 
 
+class Packed(NamedTuple):
+    """A tensor, in a form of which thousands are read in no time."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Packed:
+        flat = tensor.detach().contiguous().view(-1)
+        data: bytes = flat.view(torch.uint8).numpy().tobytes()
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.clone().stride(), data)
+
+    def tensor(self) -> Tensor:
+        return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
+
+
+Results = dict[str, dict[str, Packed]]  # of every run, by its key
+
+
 # ---- a run --------------------------------------------------------------------------------------
 
 
@@ -464,18 +485,18 @@ class Run:
         self.opt.load_state_dict(state)
         self.scaler.load_state_dict(of_scaler)
 
-    def result(self) -> dict[str, Tensor]:
+    def result(self) -> dict[str, Packed]:
         """Everything that a user can see, by name."""
         tensors = {name: torch.stack(values) for name, values in self.log.items()}
         groups = repr(self.opt.state_dict()["param_groups"]).encode()
         tensors["repr of the param_groups"] = torch.frombuffer(bytearray(groups), dtype=torch.uint8)
         for index, param in enumerate(self.params):
-            tensors[f"param {index}"] = param.detach().clone()
+            tensors[f"param {index}"] = param
             if param.grad is not None:
-                tensors[f"grad {index}"] = param.grad.clone()
+                tensors[f"grad {index}"] = param.grad
             for name, value in self.opt.state.get(param, {}).items():
-                tensors[f"{name} of param {index}"] = value.clone()
-        return tensors
+                tensors[f"{name} of param {index}"] = value
+        return {name: Packed.of(tensor) for name, tensor in tensors.items()}
 
 
 # ---- the process --------------------------------------------------------------------------------
@@ -524,7 +545,7 @@ def save(job: Job) -> None:
 
 def train(job: Job) -> None:
     saved: dict[str, bytes] = pickle.loads(Path(job.saved).read_bytes())
-    results: dict[str, dict[str, Tensor]] = {}
+    results: Results = {}
     for case in cases(job.setting, job.match):
         run = Run(case, job.setting)
         first = 0
@@ -533,7 +554,7 @@ def train(job: Job) -> None:
             first = job.steps // 2
         run.take(range(first, job.steps))
         results[case.key] = run.result()
-    torch.save(results, job.out)
+    Path(job.out).write_bytes(pickle.dumps(results))
 
 
 def main() -> None:
