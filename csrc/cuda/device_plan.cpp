@@ -1,10 +1,8 @@
 #include "device_plan.h"
 
 #include <cstring>
-#include <string>
 
 #include "../check.h"
-#include "launch.h"
 
 namespace fusedopt {
 namespace {
@@ -35,87 +33,53 @@ class DeviceGuard {
   bool moved_ = false;
 };
 
-// The three parts of the table of inputs, each on a 16-byte boundary.
-struct InputsLayout {
-  size_t device_numbers, grads, bytes;
-
-  explicit InputsLayout(const DeviceTables& t) {
-    const auto groups = static_cast<size_t>(t.n_groups);
-    device_numbers = kOptionsBytes * groups;
-    grads = device_numbers + kDeviceNumbers * sizeof(DeviceNumber) * groups;
-    bytes = grads + sizeof(Grad) * static_cast<size_t>(t.n_rows);
-  }
-};
+constexpr size_t kRecord = sizeof(StepRecord);  // travels by value, and comes first in the table
 
 }  // namespace
 
-DevicePlan::DevicePlan(const DeviceTables& tables, Rule rule, bool amsgrad)
-    : tables_(tables), rule_(rule), amsgrad_(amsgrad) {
-  FUSEDOPT_CHECK(tables.n_chunks < INT32_MAX, tables.n_chunks,
-                 " chunks are more than an int counts");
-  const DeviceGuard guard(tables.device);
-  check(resident_blocks(rule, amsgrad, &reduce_blocks_, &update_blocks_), "resident_blocks");
+DevicePlan::DevicePlan(int device, const Inputs& inputs, const DeviceStep& step)
+    : device_(device),
+      inputs_(inputs),
+      step_(step),
+      written_(inputs.bytes),
+      known_((inputs.bytes - kRecord + kPayloadBytes - 1) / kPayloadBytes) {
+  const DeviceGuard guard(device);
+  check(resident_blocks(step, &reduce_blocks_, &update_blocks_), "resident_blocks");
   FUSEDOPT_CHECK(reduce_blocks_ > 0 && update_blocks_ > 0, "this GPU cannot hold one block");
 }
 
-void DevicePlan::begin(const StepArguments& arguments, cudaStream_t stream, bool capturing) {
-  const InputsLayout layout(tables_);
-  auto* inputs = static_cast<char*>(tables_.inputs);
-  step_.plan = {tables_.rows,       reinterpret_cast<const Grad*>(inputs + layout.grads),
-                tables_.row_steps,  tables_.n_rows,
-                tables_.chunks,     tables_.n_chunks,
-                tables_.n_elements, tables_.partials};
-  step_.rule = rule_;
-  step_.n_device_numbers = arguments.n_device_numbers;
-  step_.group_options = inputs;
-  step_.device_numbers = reinterpret_cast<const DeviceNumber*>(inputs + layout.device_numbers);
-  step_.step_options = arguments.options;
-  step_.grad_scale = arguments.grad_scale;
-  step_.found_inf = arguments.found_inf;
-  step_.inf_flag = arguments.inf_flag;
-  step_.scalars = arguments.scalars;
-  step_.totals = tables_.totals;
-  step_.n_totals = tables_.n_totals;
-  step_.own_total = tables_.own_total;
-  step_.ticket = tables_.ticket;
-  step_.max_grad_value = arguments.max_grad_value;
+void DevicePlan::begin(cudaStream_t stream, bool capturing) {
+  step_.record = *inputs_.host;
   stream_ = stream;
-
   captured_ = captured_ || capturing;
-  write_inputs(layout.bytes);
-}
-
-void DevicePlan::write_inputs(size_t bytes) {
-  written_.resize(bytes);
-  known_.resize((bytes + kPayloadBytes - 1) / kPayloadBytes);
-  const auto* source = static_cast<const char*>(tables_.host_inputs);
+  const auto* source = reinterpret_cast<const char*>(inputs_.host);
   for (size_t page = 0; page < known_.size(); ++page) {
-    const size_t at = page * kPayloadBytes;
-    const size_t n = bytes - at < kPayloadBytes ? bytes - at : kPayloadBytes;
+    const size_t at = kRecord + page * kPayloadBytes;
+    const size_t n = inputs_.bytes - at < kPayloadBytes ? inputs_.bytes - at : kPayloadBytes;
     const bool same = std::memcmp(&written_[at], source + at, n) == 0;
     if (known_[page] && same && !captured_) continue;
     known_[page] = false;
-    const DeviceGuard guard(tables_.device);
-    auto* inputs = static_cast<char*>(tables_.inputs);
-    check(write_page(inputs + at, source + at, n, stream_), "launch of write_page");
+    const DeviceGuard guard(device_);
+    auto* destination = static_cast<char*>(inputs_.device) + at;
+    check(write_page(destination, source + at, n, stream), "launch of write_page");
     std::memcpy(&written_[at], source + at, n);
     known_[page] = true;
   }
 }
 
 void DevicePlan::reduce(bool finalizes) {
-  const DeviceGuard guard(tables_.device);
+  const DeviceGuard guard(device_);
   check(fusedopt::reduce(step_, finalizes, reduce_blocks_, stream_), "launch of reduce");
 }
 
 void DevicePlan::finalize() {
-  const DeviceGuard guard(tables_.device);
+  const DeviceGuard guard(device_);
   check(fusedopt::finalize(step_, stream_), "launch of finalize");
 }
 
 void DevicePlan::update() {
-  const DeviceGuard guard(tables_.device);
-  check(fusedopt::update(step_, amsgrad_, update_blocks_, stream_), "launch of update");
+  const DeviceGuard guard(device_);
+  check(fusedopt::update(step_, update_blocks_, stream_), "launch of update");
   ++updates_;
 }
 
