@@ -55,13 +55,14 @@ __device__ __forceinline__ uint32_t narrowed_pair(float low, float high, Codec c
 // before the first use of any. kAnyCodec: else the stream is known to be fp32. It is the last read
 // in this step: evict first.
 template <bool kAnyCodec>
-__device__ __forceinline__ void load_group(const Stream& s, int group, float* x) {
+__device__ __forceinline__ void load_group(const Stream& s, int at, int t, float* x) {
   if (kAnyCodec && s.codec != Codec::kFloat32) {
-    const uint2 v = __ldcs(static_cast<const uint2*>(s.data) + group);
+    const uint2 v = __ldcs(reinterpret_cast<const uint2*>(s.half() + at) + t);
     x[0] = float_of(v.x), x[1] = float_of(v.y);
     return;
   }
-  const float4 v = __ldcs(static_cast<const float4*>(s.data) + group);
+  const float4 v =
+      __ldcs(reinterpret_cast<const float4*>(static_cast<const float*>(s.data) + at) + t);
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
@@ -74,14 +75,15 @@ __device__ __forceinline__ void widen_group(const Stream& s, float* x) {
 }
 
 template <bool kAnyCodec>
-__device__ __forceinline__ void store_group(const Stream& s, int group, const float* x) {
+__device__ __forceinline__ void store_group(const Stream& s, int at, int t, const float* x) {
   if (kAnyCodec && s.codec != Codec::kFloat32) {
     const uint2 v =
         make_uint2(narrowed_pair(x[0], x[1], s.codec), narrowed_pair(x[2], x[3], s.codec));
-    __stcs(static_cast<uint2*>(s.data) + group, v);
+    __stcs(reinterpret_cast<uint2*>(s.half() + at) + t, v);
     return;
   }
-  __stcs(static_cast<float4*>(s.data) + group, make_float4(x[0], x[1], x[2], x[3]));
+  __stcs(reinterpret_cast<float4*>(static_cast<float*>(s.data) + at) + t,
+         make_float4(x[0], x[1], x[2], x[3]));
 }
 
 // One element, wherever it lies.

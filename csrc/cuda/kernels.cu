@@ -59,9 +59,8 @@ __device__ __forceinline__ void write_step_counts(const PlanView& plan, int64_t 
 template <class R, int n, bool kHalfStates>
 __global__ void __launch_bounds__(kThreads, 4)
     update_kernel(const __grid_constant__ DeviceStep step) {
-  StepScalars& scalars = *step.record.scalars;
-  if (scalars.skip != 0.0f) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) scalars.skipped_steps += 1.0f;
+  if (step.record.scalars->skip != 0.0f) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) step.record.scalars->skipped_steps += 1.0f;
     return;
   }
   const PlanView& plan = step.plan;

@@ -107,6 +107,8 @@ __device__ __forceinline__ void apply(const Work<typename K::R>& w, float grad, 
   apply<K>(w, grad, param, state, std::make_index_sequence<K::R::kStates>());
 }
 
+constexpr int kHalfWarp = kWarpElements / 2;  // elements
+
 enum class GradAccess { kFloat, kHalf, kNarrow };
 
 // A group of every stream in a thread's registers.
@@ -117,12 +119,12 @@ struct Group {
 };
 
 template <class K, bool kHalfParam>
-__device__ __forceinline__ void load(const Work<typename K::R>& w, int at, Group<K>& x) {
-  if (!kHalfParam || w.primary.data) load_group<K::kHalfStates>(w.primary, at, x.param);
+__device__ __forceinline__ void load(const Work<typename K::R>& w, int at, int t, Group<K>& x) {
+  if (!kHalfParam || w.primary.data) load_group<K::kHalfStates>(w.primary, at, t, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
     if (K::is_there(w, k)) {
-      load_group<K::kHalfStates>(w.state[k], at, x.state[k]);
+      load_group<K::kHalfStates>(w.state[k], at, t, x.state[k]);
     } else {
       for (float& value : x.state[k]) value = K::R::absent(k);
     }
@@ -153,11 +155,12 @@ __device__ __forceinline__ void update_group(const Work<typename K::R>& w, Group
 }
 
 template <class K, bool kHalfParam>
-__device__ __forceinline__ void store(const Work<typename K::R>& w, int at, const Group<K>& x) {
-  if (!kHalfParam || w.primary.data) store_group<K::kHalfStates>(w.primary, at, x.param);
+__device__ __forceinline__ void store(const Work<typename K::R>& w, int at, int t,
+                                      const Group<K>& x) {
+  if (!kHalfParam || w.primary.data) store_group<K::kHalfStates>(w.primary, at, t, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
-    if (K::is_there(w, k)) store_group<K::kHalfStates>(w.state[k], at, x.state[k]);
+    if (K::is_there(w, k)) store_group<K::kHalfStates>(w.state[k], at, t, x.state[k]);
   }
 }
 
@@ -176,18 +179,19 @@ __device__ __forceinline__ void update_warp(const Work<typename K::R>& w, int at
 #pragma unroll
   for (int first = 0; first < 2; first += kGroups) {
     Group<K> group[kGroups] = {};
-    const int start = at / 4 + first * kWarp + t;  // number of the thread's first group
+    const int start = at + first * kHalfWarp;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      if (kGrad == GradAccess::kFloat) load_group<false>(w.grad, start + g * kWarp, group[g].grad);
-      load<K, kHalfParam>(w, start + g * kWarp, group[g]);
+      if (kGrad == GradAccess::kFloat)
+        load_group<false>(w.grad, start + g * kHalfWarp, t, group[g].grad);
+      load<K, kHalfParam>(w, start + g * kHalfWarp, t, group[g]);
     }
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       if (kGrad == GradAccess::kNarrow) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          group[g].grad[j] = load_element<true>(w.grad, 4 * (start + g * kWarp) + j);
+          group[g].grad[j] = load_element<true>(w.grad, start + g * kHalfWarp + 4 * t + j);
         }
       } else if (kGrad == GradAccess::kHalf) {
         spread(grad_bits, t, first + g, group[g].grad_pair);
@@ -198,7 +202,7 @@ __device__ __forceinline__ void update_warp(const Work<typename K::R>& w, int at
     for (int g = 0; g < kGroups; ++g) update_group<K, kGrad, kHalfParam>(w, group[g]);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      store<K, kHalfParam>(w, start + g * kWarp, group[g]);
+      store<K, kHalfParam>(w, start + g * kHalfWarp, t, group[g]);
       if (!kHalfParam) continue;
       const float* p = group[g].param;
       half[2 * (first + g)] = narrowed_pair(p[0], p[1], w.half.codec);
