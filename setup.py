@@ -28,7 +28,8 @@ from build_native import Module, Unit  # noqa: E402
 
 PACKAGE = "fusedopt"
 X86_64 = "x86_64"
-# A loop of seven instructions is a third slower where it crosses a line of code.
+# A loop of seven instructions is a third slower where it begins in one cache line and ends in the
+# next.
 LOOPS_ON_LINES = "-falign-loops=64"
 AVX2 = ("-mavx2", "-mfma", "-mf16c", LOOPS_ON_LINES)
 AVX512 = (

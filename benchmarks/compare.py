@@ -3,12 +3,14 @@
 OLD and NEW are each a CSV or a commit (a prefix of at least seven digits) whose rows stand in
 benchmarks/results or benchmarks/results/local. A figure is the speed against a reference that was
 timed in the same run, so that a slower machine is not taken for a slower program; rows without one
-are left out. Rows of different machines or torch versions are never compared, nor a commit's rows
-that were measured with changes in the tree, nor figures against the stream of before it fetched
-ahead with later ones (told by when they were measured). Several runs of one commit are one figure,
-of which benchmarks/pool.py tells the range. It counts as slower where the whole range from p20 to
-p80 lies below the old one; the exit status is 1 if that is one of ours. One run's range is narrower
-than runs lie apart: repeat it before believing it.
+are left out. So are rows of a commit that were measured with changes in the tree. Rows of different
+machines or torch versions are never compared. Nor is a figure against the old stream, which did not
+fetch ahead, compared with one against the new stream: the timestamps tell which is which.
+
+Several runs of one commit are one figure, and benchmarks/pool.py works out its range. It counts as
+slower where its whole range from p20 to p80 lies below the old one. If one of our figures does,
+the exit status is 1. The range of one run is narrower than the distance between runs: repeat a run
+before you believe it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ def openmp_libraries(maps: str) -> list[str]:
 
 
 def cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        if found := re.search(r"^model name\s*: (.*)", text, re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def devices() -> Iterator[tuple[torch.device, str]]:
@@ -110,8 +111,8 @@ def warnings_in(report: dict[str, Any]) -> list[str]:
 
 def failed(report: dict[str, Any]) -> bool:
     """Whether something is broken. A module that the build left out, and says why, is not."""
-    cpu_is_broken = not report["backends"]["cpu"]["available"]
-    cpu_is_broken &= installation.recorded_reason("_cpu") is None
+    missing = not report["backends"]["cpu"]["available"]
+    cpu_is_broken = missing and installation.recorded_reason("_cpu") is None
     wrong = any(facts["self_test"] != "ok" for facts in report["devices"].values())
     return cpu_is_broken or wrong
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .options import literal
-from .plan.memory import allocate, huge_pages, unallocated
-from .plan.plan import copy_all
+from .plan.memory import unfilled_state
+from .plan.plan import copy_all, is_served
 from .plan.rows import check_param, label_of
 from .plan.state import (
     MASTER,
@@ -27,28 +27,35 @@ from .plan.state import (
     check_state,
     dense_like,
     fits,
-    state_dtype,
     step_tensor,
-    wants_master,
+    wanted_names,
 )
-from .rules.declaration import Group
-
-if TYPE_CHECKING:
-    from .optimizer import FusedOptimizer
+from .rules.declaration import Group, Rule
+from .shared import Shared
 
 Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: parameter and states
-Write = tuple[Tensor, Tensor]  # the tensor that is written to, and the one that is read
-Fill = tuple[Tensor, Tensor, Tensor]  # the same of one without memory, and whose form it gets
+Write = tuple[Tensor, Tensor]  # a tensor of the optimizer, and the one that is copied to it
+Fill = tuple[ParamState, str, Tensor]  # a checkpoint's tensor, to be copied in the form of another
 
 # A group of torch's that has `foreach` and not these is one of NAdam, RAdam or Adamax. Groups of
 # Apex's Adam have neither.
 _OLDER_THAN_FOREACH = {"amsgrad", "nesterov"}
 
 
+class Loadable(Protocol):
+    """What loading needs of a ``FusedOptimizer``, which is a ``torch.optim.Optimizer``."""
+
+    defaults: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    rule: Rule
+    _shared: Shared
+
+
 # ---- what a checkpoint must hold -----------------------------------------------------------------
 
 
-def check(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> Wanted:
+def check(optimizer: Loadable, state_dict: dict[str, Any]) -> Wanted:
     """Raise unless the checkpoint is one for this optimizer; say whose state each entry is."""
     wanted: Wanted = {}
     groups = state_dict["param_groups"]
@@ -121,44 +128,38 @@ def _check_saved(
             "Apex's does; give each its own: `for g in state_dict['param_groups']: [state_dict"
             "['state'][i].update(step=g['step']) for i in g['params'] if i in state_dict['state']]`"
         )
-    check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]", loading=True)
+    # The memory of a parameter may be elsewhere for the time: `param.data` is empty then.
+    shaped = is_served(param) and not is_lazy(param) and param.numel() > 0
+    check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]", shaped)
 
 
 # ---- how its values get in -----------------------------------------------------------------------
 
 
-class _Held:
-    """Carries state past torch's ``load_state_dict``, which would cast it to half."""
-
-    def __init__(self, state: ParamState) -> None:
-        self.state = state
-
-
-def load(optimizer: FusedOptimizer, state_dict: dict[str, Any], wanted: Wanted) -> None:
+def load(optimizer: Loadable, state_dict: dict[str, Any], wanted: Wanted) -> None:
     """Copy a checkpoint that was checked; until all memory is there nothing is changed."""
     state: dict[Any, Any] = {}
-    writes: list[Write] = []  # to the optimizer's own tensors
+    writes: list[Write] = []
     fills: list[Fill] = []
     for key, value in state_dict["state"].items():
         if key in wanted:
-            state[key] = _Held(_receive(optimizer, *wanted[key], value, writes, fills))
+            state[wanted[key][0]] = _receive(optimizer, *wanted[key], value, writes, fills)
         else:
             state[key] = copy.deepcopy(value)
-    new = [target for target, _, _ in fills]
-    allocate(new, [like for _, _, like in fills])
-    with huge_pages(new):
-        copy_all(new, [source for _, source, _ in fills])
-    names = names_given(optimizer)
-    _load_without_hooks(optimizer, {**state_dict, "state": state})
+    with unfilled_state([like for _, _, like in fills]) as new:
+        copy_all(new, [own[name] for own, name, _ in fills])
+    for (own, name, _), tensor in zip(fills, new, strict=True):
+        own[name] = tensor
+    names = _names_given(optimizer)
+    # torch would cast state to the parameter's dtype, so it gets the groups alone.
+    _load_without_hooks(optimizer, {**state_dict, "state": {}})
     optimizer._shared.names = names
-    for key, value in optimizer.state.items():
-        if isinstance(value, _Held):
-            optimizer.state[key] = value.state
+    optimizer.state.update(state)
     copy_all([target for target, _ in writes], [source for _, source in writes])
 
 
 def _receive(
-    optimizer: FusedOptimizer,
+    optimizer: Loadable,
     param: Tensor,
     names: Sequence[str],
     saved: ParamState,
@@ -168,7 +169,7 @@ def _receive(
     """The state for ``param`` that ``saved`` stands for; shares no memory with it.
 
     A tensor of the optimizer that nobody else can see is used again, so that loading needs no
-    second state. What is still to be copied into tensors is added to ``writes`` and ``fills``.
+    second state. What is still to be copied is added to ``writes`` and ``fills``.
 
     Accepts what ``torch.optim`` saves: states in the parameter's dtype, ``step`` as a number or in
     any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
@@ -177,7 +178,7 @@ def _receive(
     if is_lazy(param) or not _can_be_updated(param):
         return copy.deepcopy(own)  # the step converts it, once the parameter can be updated
     like = dense_like(param)
-    if not wants_master(param, optimizer._shared.options.master_weights):
+    if MASTER not in wanted_names(param, names, optimizer._shared.options.master_weights):
         own.pop(MASTER, None)  # of a half parameter
     state: ParamState = {}
     for name, value in own.items():
@@ -191,13 +192,13 @@ def _receive(
             state[name] = optimizer.state[param][name]
             writes.append((state[name], value))
         else:
-            state[name] = unallocated(like, state_dtype(param))
-            fills.append((state[name], value, like))
+            state[name] = value
+            fills.append((state, name, like))
     return state
 
 
 def _can_be_updated(param: Tensor) -> bool:
-    """Not of some frozen ones, whose layout in memory is nobody's business."""
+    """False for some frozen parameters: nobody asks how they lie in memory."""
     try:
         check_param("", param)
     except TypeError:
@@ -205,18 +206,18 @@ def _can_be_updated(param: Tensor) -> bool:
     return True
 
 
-def _is_reusable(optimizer: FusedOptimizer, param: Tensor, name: str, like: Tensor) -> bool:
+def _is_reusable(optimizer: Loadable, param: Tensor, name: str, like: Tensor) -> bool:
     """Whether the optimizer has such a tensor, in memory that torch allocated for it alone."""
     own = optimizer.state.get(param)
     tensor = own.get(name) if type(own) is dict else None
     if type(tensor) is not Tensor or not fits(tensor, like):
         return False
     storage = tensor.untyped_storage()
-    shared = storage.is_shared() and tensor.is_cpu  # said of all memory on a GPU
+    shared = storage.is_shared() and tensor.is_cpu  # on a GPU, all memory is "shared"
     whole = storage.resizable() and not shared and storage.nbytes() == tensor.nbytes
     if not whole or tensor.is_inference() or tensor.requires_grad:
         return False
-    del own, tensor, storage  # which would count as owners
+    del own, tensor, storage  # they would count as owners
     nobody_else = SimpleNamespace(state={param: {name: torch.empty(1)}})
     return _owners(optimizer, param, name) == _owners(nobody_else, param, name)
 
@@ -236,7 +237,7 @@ def _owners(holder: Any, param: Tensor, name: str) -> tuple[int, ...]:
     )
 
 
-def _load_without_hooks(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+def _load_without_hooks(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """torch's own; the hooks see the checkpoint and the result, not the state on its way."""
     names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
     hooks = {name: getattr(optimizer, name) for name in names}
@@ -247,10 +248,7 @@ def _load_without_hooks(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -
         optimizer.__dict__.update(hooks)
 
 
-# ---- the names of parameters ---------------------------------------------------------------------
-
-
-def names_given(optimizer: FusedOptimizer) -> WeakTensorKeyDictionary:
+def _names_given(optimizer: Loadable) -> WeakTensorKeyDictionary:
     """By parameter. torch replaces a group's names by a checkpoint's, which may be in any order."""
     names, known = WeakTensorKeyDictionary(), optimizer._shared.names
     for group in optimizer.param_groups:

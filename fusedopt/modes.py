@@ -98,20 +98,17 @@ def refuse_tracing() -> None:
     before_dispatch = _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     if not (_len_torch_dispatch_stack() or traced or transformed or before_dispatch):
         return
-    active = [type(mode).__name__ for mode in _get_current_dispatch_mode_stack() if _fakes(mode)]
-    if before_dispatch:
-        active.append("make_fx with pre_dispatch=True")
-    if traced:
-        active.append("torch.jit.trace")
-    if transformed:
-        active.append("a transform of torch.func (vmap, grad, functionalize)")
+    # FakeTensorMode, make_fx and functionalization have a key; other modes only look.
+    modes = _get_current_dispatch_mode_stack()
+    active = [type(m).__name__ for m in modes if getattr(m, "_mode_key", None) is not None]
+    others = {
+        "make_fx with pre_dispatch=True": before_dispatch,
+        "torch.jit.trace": traced,
+        "a transform of torch.func (vmap, grad, functionalize)": transformed,
+    }
+    active += [name for name, is_on in others.items() if is_on]
     if active:
         raise RuntimeError(
             f"the fused step cannot be traced or faked, and {active[-1]} is active; call "
             "`optimizer.step()` outside of it, or use an optimizer of torch.optim there"
         )
-
-
-def _fakes(mode: object) -> bool:
-    """True of FakeTensorMode, make_fx and functionalization; other modes only look."""
-    return getattr(mode, "_mode_key", None) is not None

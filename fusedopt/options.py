@@ -12,6 +12,46 @@ from torch import Tensor
 BACKEND_NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
 
+def number(value: Any) -> float:
+    """``value`` as a float; a string is no number, although ``float()`` would read it."""
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
+
+
+def flag(value: Any) -> bool:
+    """``value`` as a bool, if it is equal to one; not the truth of a string or of None."""
+    if not is_flag(value):
+        raise TypeError(f"{value!r} is neither True nor False")
+    return bool(value)
+
+
+def is_flag(value: Any) -> bool:
+    try:
+        return bool(value in (True, False))
+    except (TypeError, ValueError, RuntimeError):  # several elements: numpy's, torch's
+        return False
+
+
+_REMEDIES = {
+    "max_grad_norm": "use None for no clipping, or a number >= 0 (inf measures without clipping)",
+    "norm_type": "use 2 or inf",
+    "max_grad_value": "use None for no clipping, or a number > 0",
+    "master_weights": "use None or True for fp32 masters of half parameters, False for none",
+    "amp_scaling": "use None for the default, True or False",
+    "skip_nonfinite": "use True or False",
+    "backend": f"use one of {', '.join(BACKEND_NAMES)}",
+}
+# Of options that are numbers. The others are flags, but for the backend.
+_ALLOWED: dict[str, Callable[[float], bool]] = {
+    "max_grad_norm": lambda value: value >= 0.0,
+    "norm_type": lambda value: value in (2.0, math.inf),
+    "max_grad_value": lambda value: value > 0.0,
+}
+# What a value raises that cannot be converted; a RuntimeError is torch's.
+_NOT_CONVERTED = (TypeError, ValueError, OverflowError, RuntimeError)
+
+
 @dataclass(frozen=True)
 class Options:
     """Validated at construction; ``ValueError`` names the argument, its value and the remedy."""
@@ -25,49 +65,10 @@ class Options:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.max_grad_norm is not None:
-            self._number(
-                "max_grad_norm",
-                lambda value: value >= 0.0,
-                "use None for no clipping, or a number >= 0 (inf measures without clipping)",
-            )
-        self._number("norm_type", lambda value: value in (2.0, math.inf), "use 2 or inf")
-        if self.max_grad_value is not None:
-            self._number(
-                "max_grad_value",
-                lambda value: value > 0.0,
-                "use None for no clipping, or a number > 0",
-            )
-        if self.master_weights is not None:
-            self._flag(
-                "master_weights",
-                "use None or True for fp32 masters of half parameters, False for none",
-            )
-        if self.amp_scaling is not None:
-            self._flag("amp_scaling", "use None for the default, True or False")
-        self._flag("skip_nonfinite", "use True or False")
-        if self.backend is not None and not (
-            isinstance(self.backend, str) and self.backend in BACKEND_NAMES
-        ):
-            raise invalid("backend", self.backend, f"use one of {', '.join(BACKEND_NAMES)}")
-
-    def _number(self, name: str, allowed: Callable[[float], bool], remedy: str) -> None:
-        """Make the option a float, if it can be one and is allowed."""
-        value = getattr(self, name)
-        try:
-            converted = number(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last: torch's
-            raise invalid(name, value, remedy) from error
-        if not allowed(converted):
-            raise invalid(name, converted, remedy)
-        object.__setattr__(self, name, converted)
-
-    def _flag(self, name: str, remedy: str) -> None:
-        """Make the option a bool, if it is equal to one."""
-        value = getattr(self, name)
-        if not is_flag(value):
-            raise invalid(name, value, remedy)
-        object.__setattr__(self, name, bool(value))
+        for name, remedy in _REMEDIES.items():
+            value = getattr(self, name)
+            if value is not None or getattr(Options, name) is not None:
+                object.__setattr__(self, name, _converted(name, value, remedy))
 
     def changed(self, **changes: Any) -> Options:
         return replace(self, **changes)
@@ -77,6 +78,20 @@ class Options:
 
 
 OPTION_NAMES = frozenset(Options.__dataclass_fields__)
+
+
+def _converted(name: str, value: Any, remedy: str) -> float | bool | str:
+    if name == "backend":
+        if isinstance(value, str) and value in BACKEND_NAMES:
+            return value
+        raise invalid(name, value, remedy)
+    try:
+        converted = number(value) if name in _ALLOWED else flag(value)
+    except _NOT_CONVERTED as error:
+        raise invalid(name, value, remedy) from error
+    if name in _ALLOWED and not _ALLOWED[name](converted):
+        raise invalid(name, converted, remedy)
+    return converted
 
 
 def invalid(
@@ -92,22 +107,6 @@ def literal(value: Any) -> str:
     plain = value.item() if hasattr(value, "item") else value
     nonfinite = isinstance(plain, float) and not math.isfinite(plain)
     return f"float('{plain}')" if nonfinite else repr(plain)
-
-
-def number(value: Any) -> float:
-    """``value`` as a float; a string is no number, although ``float()`` would read it."""
-    if isinstance(value, (str, bytes)):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
-
-
-def flag(value: Any) -> bool:
-    """``value`` as a bool, if it is equal to one; not the truth of a string or of None."""
-    if value is True or value is False:
-        return bool(value)
-    if not is_flag(value):
-        raise TypeError(f"{value!r} is neither True nor False")
-    return bool(value)
 
 
 def is_number(value: Any, nan: bool = False) -> bool:
@@ -132,11 +131,4 @@ def is_pair(value: Any) -> bool:
     try:
         return len(value) == 2 and is_number(value[0]) and is_number(value[1])
     except (TypeError, LookupError):
-        return False
-
-
-def is_flag(value: Any) -> bool:
-    try:
-        return bool(value in (True, False))
-    except (TypeError, ValueError, RuntimeError):  # several elements: numpy's, torch's
         return False

@@ -137,21 +137,18 @@ def _owned_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, int, n
 
     A tied parameter comes once per owner.
     """
-    parametrized: dict[nn.Module, tuple[nn.Module, str]] = {}  # by the module of its originals
     unflattened = _dims_before_fsdp(model)
     for path, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for weight, originals in module.get_submodule("parametrizations").named_children():
-                if isinstance(originals, parametrize.ParametrizationList):
-                    parametrized[originals] = (module, weight)
         params = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         dims = {}
         for name, param in params.items():
             known = unflattened.get((module, name))
             dims[name] = _dims(f"{path}.{name}".lstrip("."), param) if known is None else known
+        owner, originals_of, weight = f".{path}".rpartition(".parametrizations.")
         for name, param in params.items():
-            if module in parametrized:  # the scale of weight_norm has fewer than the weight
-                yield *parametrized[module], max(dims.values()), param
+            if isinstance(module, parametrize.ParametrizationList) and originals_of:
+                # the scale of weight_norm has fewer dimensions than the weight
+                yield model.get_submodule(owner[1:]), weight, max(dims.values()), param
             else:
                 yield module, name, dims[name], param
 
@@ -184,14 +181,12 @@ def _dims_before_fsdp(model: nn.Module) -> dict[tuple[nn.Module, str], int]:
     """Dimensions of what FSDP1 with use_orig_params=True flattened, by owner and name."""
     dims: dict[tuple[nn.Module, str], int] = {}
     for module in model.modules():
-        flat = getattr(getattr(module, "_handle", None), "flat_param", None)
+        flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)
         if not getattr(flat, "_is_flat_param", False):
             continue
-        for info, shape in zip(
-            getattr(flat, "_param_infos", ()), getattr(flat, "_shapes", ()), strict=True
-        ):
+        for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
             dims[info.module, info.param_name] = len(shape)
-        for tied in getattr(flat, "_shared_param_infos", ()):
+        for tied in flat._shared_param_infos:
             dims[tied.module, tied.param_name] = dims[tied.prim_module, tied.prim_param_name]
     return dims
 
@@ -217,9 +212,8 @@ def _names_from(module: nn.Module, method: str) -> list[str]:
     if not callable(ask):
         return []
     names: Any = ask()
-    listed: list[Any] = (
-        list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [None]
-    )
+    is_set = isinstance(names, Iterable) and not isinstance(names, str)
+    listed: list[Any] = list(names) if is_set else [None]
     if not all(isinstance(name, str) for name in listed):
         raise TypeError(
             f"param_groups: {method}() of {type(module).__name__} must return a set of names, "
@@ -246,10 +240,8 @@ def _words(name: str) -> list[str]:
 
 
 def _is_embedding(module: nn.Module) -> bool:
-    scripted = _scripted_class(module)
-    if scripted is not None:
-        return scripted in {cls.__name__ for cls in _EMBEDDINGS}
-    return isinstance(module, _EMBEDDINGS)
+    scripted = {cls.__name__ for cls in _EMBEDDINGS}
+    return isinstance(module, _EMBEDDINGS) or _scripted_class(module) in scripted
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -31,7 +31,7 @@ TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 RUNTIME = ("shim/blocks.cpp", "shim/grid.cpp", "shim/runtime.cpp")
 
-# The numeric contract, as the build has it (tests/test_cuda_shim_self.py compares).
+# The numeric contract, as the build has it (tests/cuda/test_cuda_shim_self.py compares).
 NUMERIC_FLAGS = ("-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 SANITIZED = os.environ.get("FUSEDOPT_SHIM_SANITIZE", "")  # as for -fsanitize=

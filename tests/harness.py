@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import OptimizerCase
-from reference import HALF, Grads, Group, Oracle, TorchStep
+from models.reference import HALF, Grads, Group, Oracle, TorchStep
 from tolerances import (
     NORM_EPS_FLOAT32,
     Compared,

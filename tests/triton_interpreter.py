@@ -28,10 +28,10 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-import exact
 import numpy as np
 import pytest
 import torch
+from models import exact
 from torch import Tensor
 from triton_memory import Memory
 

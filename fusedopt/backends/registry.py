@@ -62,10 +62,8 @@ def prepare(argument: str | None, params: Sequence[Tensor]) -> None:
     on_gpu = any(p.device.type == "cuda" for p in params)
     candidates = _by_speed(on_gpu) if name == "auto" else [name]
     usable = (each for each in candidates if each == REFERENCE or _missing(each) is None)
-    chosen = next(usable, REFERENCE)
-    fits = chosen == REFERENCE or _unfit(chosen, "cuda" if on_gpu else "cpu", params) is None
-    _module("watch")
-    _module(chosen if fits else REFERENCE)
+    for module in ("watch", REFERENCE, next(usable, REFERENCE)):
+        _module(module)
 
 
 def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:

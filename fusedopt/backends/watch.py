@@ -1,98 +1,52 @@
 """What a plan was built for, compared before every step with what is there now.
 
-``PythonWatch`` is the twin of ``Watch`` in csrc/watch/watch.h for installations without the native
-module: the same answers and the same bytes, only slower. Each thing is asked of all tensors in one
-``map`` and compared in one list, which is the fastest that Python does.
+``PythonWatch`` serves an installation without the native module. It gives the answers and the bytes
+of ``Watch`` in csrc/watch/watch.h, only slower.
 """
 
 from __future__ import annotations
 
 import ctypes
-import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, compress
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..plan.memory import strides
 from ..plan.plan import Look
 from ..rules.declaration import Group
 from .records import AWAITS_STATE, CODECS, FROZEN, GRAD, STAGED
 
-# Where a tensor lies and how: one column each. Everything from the third on is its layout.
-_COLUMNS: tuple[Callable[[Tensor], Any], ...] = (
-    Tensor.data_ptr,
-    attrgetter("dtype"),
-    attrgetter("device"),
-    attrgetter("shape"),
-    Tensor.stride,
-)
-_GRAD = attrgetter("grad")
+# Address, dtype, device, shape and strides.
+Place = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may keep its values elsewhere
-_ABSENT = (0, 0, 0)  # fields of a Grad record
 
 
-def _placed(tensors: Sequence[Tensor]) -> list[list[Any]]:
-    """The columns. Raises, as torch chooses, if a tensor has no memory of its own."""
-    # As in the native watch: a subclass is not asked, nor is the mode of a default device.
-    with torch._C.DisableTorchFunction():
-        return [list(map(column, tensors)) for column in _COLUMNS]
-
-
-def _has_place(value: object) -> bool:
-    """False for anything that is not a strided tensor."""
+def _place(value: object) -> Place | None:
+    """Where a strided tensor lies and how; ``None`` for anything else."""
     if not isinstance(value, Tensor):
-        return False
+        return None
     try:
-        _placed([value])
-    except Exception:
-        return False
-    return True
+        # As in the native watch: a subclass is not asked, nor is the mode of a default device.
+        with torch._C.DisableTorchFunction():
+            return value.data_ptr(), value.dtype, value.device, value.shape, strides(value)
+    except Exception:  # torch raises many kinds where a tensor has no memory of its own
+        return None
 
 
-def _same_layout(layout: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Device, shape and strides; a dimension of one element may carry any stride."""
-    if layout[:2] != other[:2]:
-        return False
-    dims = zip(layout[1], layout[2], other[2], strict=True)
-    return all(size < 2 or stride == others for size, stride, others in dims)
-
-
-def _same_places(places: list[list[Any]], others: list[list[Any]]) -> bool:
-    if places == others:
-        return True
-    return places[:2] == others[:2] and all(
-        map(_same_layout, zip(*places[2:], strict=True), zip(*others[2:], strict=True))
-    )
-
-
-def _param_lists(groups: object) -> list[Sequence[Any]]:
+def _param_lists(groups: object) -> Iterator[Sequence[Any]]:
     """Raises ``RuntimeError`` if these are no param groups."""
     if not isinstance(groups, list):
         raise RuntimeError("param_groups must be a list")
-    lists: list[Sequence[Any]] = []
     for g, group in enumerate(groups):
         params = group.get("params") if isinstance(group, dict) else None
         if not isinstance(params, (list, tuple)):
             raise RuntimeError(f"param group {g} has no list of params")
-        lists.append(params)
-    return lists
-
-
-def _contents(
-    lists: Sequence[Sequence[Any]], state: dict[Tensor, Any]
-) -> tuple[list[int], list[int], list[Any]]:
-    """How long the lists of params and the dicts of state are, which objects are in them, and the
-    values in the dicts."""
-    entries = [entry for entry in state.values() if isinstance(entry, dict)]
-    lengths = [len(lists), *map(len, lists), len(state), *map(len, entries)]
-    items = list(chain.from_iterable(map(dict.values, entries)))
-    names = chain(*entries)
-    objects = chain([state], *lists, state, state.values(), names, items)
-    return lengths, list(map(id, objects)), items
+        yield params
 
 
 class Snapshot:
@@ -108,42 +62,53 @@ class Snapshot:
     ) -> None:
         if not isinstance(state, dict):
             raise RuntimeError("state must be a dict")
-        lists = _param_lists(groups)
-        self._lengths, self._objects, items = _contents(lists, state)
-        self.params: list[Tensor] = list(chain(*lists))
+        self.params: list[Tensor] = list(chain(*_param_lists(groups)))
         if len(self.params) != len(served):
             count = "fewer" if len(served) < len(self.params) else "more"
             raise RuntimeError(f"{count} row kinds than params")
-        self._served = list(compress(self.params, served))
-        for row, param in enumerate(self.params):
-            if served[row] and not _has_place(param):
+        self._served = served
+        self.places = [
+            _place(param) if own else None for param, own in zip(self.params, served, strict=True)
+        ]
+        for row, place in enumerate(self.places):
+            if served[row] and place is None:
                 raise RuntimeError(f"param {row} in all is not a strided tensor")
-        self._placed = list(map(_has_place, items))
-        # Another object may come to lie where one was, and have its identity then.
-        self._items = [weakref.ref(item) for item in compress(items, self._placed)]
-        self._places = _placed([*self._served, *compress(items, self._placed)])
-        self._rows = list(compress(range(len(served)), served))
+        self._contents, items = self._look(groups, state)
+        # A tensor may be made where another one was freed, and then has the id of that one.
+        self._items = [weakref.ref(item) for item in items]
 
-    def places_of_params(self) -> list[dict[int, Any]]:
-        """The columns, each by row; without the rows that are not served."""
-        return [dict(zip(self._rows, column, strict=False)) for column in self._places]
-
-    def current_items(self, groups: list[Group], state: dict[Tensor, Any]) -> list[Any] | None:
+    def current_items(self, groups: list[Group], state: dict[Tensor, Any]) -> list[Tensor] | None:
         """The tensors in the dicts of state; ``None`` unless all is as it was."""
         try:
-            lengths, objects, values = _contents(_param_lists(groups), state)
-            if lengths != self._lengths or objects != self._objects:
-                return None
-            items = list(compress(values, self._placed))
-            if any(ref() is not item for ref, item in zip(self._items, items, strict=True)):
-                return None
-            places = _placed([*self._served, *items])
-        except Exception:  # of any kind: no groups any more, or a tensor without an address
+            contents, items = self._look(groups, state)
+        except Exception:  # of any kind: these are no groups any more
             return None
-        return items if _same_places(places, self._places) else None
+        if contents != self._contents:
+            return None
+        same = all(ref() is item for ref, item in zip(self._items, items, strict=True))
+        return items if same else None
+
+    def _look(
+        self, groups: list[Group], state: dict[Tensor, Any]
+    ) -> tuple[list[Any], list[Tensor]]:
+        """All that is compared, and the tensors in the dicts of state."""
+        lists = list(_param_lists(groups))
+        params = list(chain(*lists))
+        contents: list[Any] = [id(state), list(map(len, lists)), *map(id, params)]
+        contents += map(_place, compress(params, self._served))
+        items: list[Tensor] = []
+        for key, own in state.items():
+            entries = own if isinstance(own, dict) else {}
+            contents += [id(key), id(own), len(entries)]
+            for name, value in entries.items():
+                place = _place(value)
+                contents += [id(name), id(value), place]
+                if place is not None:
+                    items.append(value)
+        return contents, items
 
 
-class PythonWatch:
+class PythonWatch(Snapshot):
     """See ``Watch`` in csrc/watch/watch.h.
 
     Args:
@@ -153,14 +118,8 @@ class PythonWatch:
     """
 
     def __init__(self, groups: list[Group], state: dict[Tensor, Any], kinds: Sequence[int]) -> None:
-        self._snapshot = Snapshot(groups, state, [kind != FROZEN for kind in kinds])
-        self._params = self._snapshot.params
-        self._addresses, _, *self._layouts = self._snapshot.places_of_params()
-        self._unready = [row for row, kind in enumerate(kinds) if kind in (AWAITS_STATE, FROZEN)]
-        self._staged = {row for row, kind in enumerate(kinds) if kind == STAGED}
-        self._single = {row for row, shape in self._layouts[1].items() if shape.numel() == 1}
-        self._maybe_negated = [self._params[row] for row in self._single - self._staged]
-        self._records = struct.Struct("=" + GRAD.format.lstrip("=") * len(kinds))
+        super().__init__(groups, state, [kind != FROZEN for kind in kinds])
+        self._kinds = kinds
 
     def refresh(self, groups: list[Group], state: dict[Tensor, Any], address: int) -> Look | None:
         """Fill in the Grad records at ``address``, those of odd rows as absent.
@@ -169,51 +128,43 @@ class PythonWatch:
             Rows whose gradient the kernels cannot read as it lies, rows that have none, and what
             the step has to hold; ``None`` when the plan no longer describes the optimizer.
         """
-        items = self._snapshot.current_items(groups, state)
+        items = self.current_items(groups, state)
         if items is None:
             return None
-        try:
-            grads = list(map(_GRAD, self._params))
-        except Exception:  # of any kind: a subclass has its own idea of .grad
-            return None
-        if any(grads[row] is not None for row in self._unready):
-            return None
-        if any(param.is_neg() for param in self._maybe_negated):
-            return None
-        found = self._read(grads)
-        records = self._records.pack(*chain.from_iterable(found))
-        ctypes.memmove(address, records, len(records))
-        unread = [row for row, fields in enumerate(found) if fields is _ABSENT]
-        odd = [row for row in unread if grads[row] is not None]
-        return odd, [row for row in unread if grads[row] is None], grads + items
+        grads: list[Any] = []
+        odd: list[int] = []
+        absent: list[int] = []
+        records = bytearray()
+        for row, (param, kind) in enumerate(zip(self.params, self._kinds, strict=True)):
+            if kind != STAGED and _is_negated(param, self.places[row]):
+                return None
+            try:
+                grad = param.grad
+            except Exception:  # of any kind: a subclass has its own idea of .grad
+                return None
+            if grad is not None and kind in (AWAITS_STATE, FROZEN):
+                return None
+            record = self._read(row, grad)
+            if record is None:
+                (absent if grad is None else odd).append(row)
+            grads.append(grad)
+            records += GRAD.pack(*(record or (0, 0, 0)))
+        ctypes.memmove(address, bytes(records), len(records))
+        return odd, absent, grads + items
 
-    def _read(self, grads: Sequence[Any]) -> list[tuple[int, int, int]]:
-        """The fields of each row's record."""
-        found = [_ABSENT] * len(grads)
-        rows, (addresses, dtypes, *layouts) = _plain_rows(grads)
-        expected = [[column[row] for row in rows] for column in self._layouts]
-        if layouts != expected:
-            pairs = zip(zip(*layouts, strict=True), zip(*expected, strict=True), strict=True)
-            alike = [_same_layout(layout, wanted) for layout, wanted in pairs]
-        else:
-            alike = [True] * len(rows)
-        for row, address, dtype, same in zip(rows, addresses, dtypes, alike, strict=True):
-            if not same or dtype not in CODECS or row in self._staged:
-                continue
-            # A lazily negated view has a stride of two: only a single element can look dense.
-            if row in self._single and grads[row].is_neg():
-                continue
-            if address == 0 and self._addresses[row] != 0:
-                continue  # zeros that were never allocated
-            found[row] = (address, CODECS[dtype], 1)
-        return found
+    def _read(self, row: int, grad: Any) -> tuple[int, int, int] | None:
+        """The fields of the row's record; ``None`` if the kernels cannot read the gradient."""
+        if type(grad) not in _PLAIN or self._kinds[row] == STAGED:
+            return None
+        place, like = _place(grad), self.places[row]
+        if place is None or like is None or place[2:] != like[2:] or place[1] not in CODECS:
+            return None
+        zeros_without_memory = place[0] == 0 and like[0] != 0
+        if zeros_without_memory or _is_negated(grad, place):
+            return None
+        return place[0], CODECS[place[1]], 1
 
 
-def _plain_rows(grads: Sequence[Any]) -> tuple[list[int], list[list[Any]]]:
-    """Rows with a gradient of torch's own type and in strided memory, and its columns."""
-    rows = [row for row, grad in enumerate(grads) if type(grad) in _PLAIN]
-    try:
-        return rows, _placed([grads[row] for row in rows])
-    except Exception:
-        rows = [row for row in rows if _has_place(grads[row])]
-        return rows, _placed([grads[row] for row in rows])
+def _is_negated(tensor: Tensor, place: Place | None) -> bool:
+    """A lazily negated view has a stride of two: only a single element can look dense."""
+    return place is not None and place[3].numel() == 1 and tensor.is_neg()

@@ -131,12 +131,11 @@ def refuse_duplicates(group: dict[str, Any], where: str) -> None:
     first: dict[int, int] = {}
     for i, entry in enumerate(params):
         param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
-        if id(param) in first:
-            once = "dict.fromkeys(params)"
-            if param is not entry:
-                once = "{id(p): (name, p) for name, p in params}.values()"
+        earlier = first.setdefault(id(param), i)
+        if earlier != i:
+            of_named = "{id(p): (name, p) for name, p in params}.values()"
+            once = "dict.fromkeys(params)" if param is entry else of_named
             raise ValueError(
-                f"param {i} of {where} is param {first[id(param)]} again; list each parameter "
+                f"param {i} of {where} is param {earlier} again; list each parameter "
                 f"once: `params = list({once})`"
             )
-        first[id(param)] = i

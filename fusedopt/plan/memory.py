@@ -18,43 +18,36 @@ _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1; an older one refuses
 
 
-def unallocated(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of ``dtype`` on ``like``'s device, to which ``allocate`` gives memory.
-
-    torch's record of a tensor lies where the C library finds room. So all records are made first:
-    between the memory of small tensors, each look at all of them would go through as many pages.
-    """
-    return torch.empty(0, dtype=dtype, device=like.device)
+def state_dtype(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def allocate(tensors: Sequence[Tensor], likes: Sequence[Tensor]) -> None:
-    """Give each tensor memory of its own, without values, with shape and strides of its ``like``.
+@contextmanager
+def unfilled_state(likes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """A state tensor for each of ``likes``, laid out as it is; the block writes the first values.
+
+    An optimizer streams through its state once a step, and with pages of 4 KiB it would wait for
+    the page tables, too. So the kernel of Linux is asked for huge pages; it may refuse. Large
+    allocations mostly lie side by side. All of a run are asked for together, so that a huge page
+    may hold the end of one and the beginning of the next; it is split when one of them is freed.
+    The allocator has written some bytes in front of each. The page of these bytes is a small one
+    already; it is made huge after the block.
 
     Args:
-        tensors: of ``unallocated``.
         likes: their elements are dense in memory (no gaps, no overlap).
 
     Raises:
         RuntimeError: there is not enough memory.
     """
+    # torch's record of a tensor lies where the C library finds room. So all records are made first:
+    # between the memory of small tensors, each look at all of them would go through as many pages.
+    tensors = [torch.empty(0, dtype=state_dtype(like), device=like.device) for like in likes]
     for tensor, like in zip(tensors, likes, strict=True):
         tensor.resize_(like.numel()).as_strided_(like.size(), like.stride())
-
-
-@contextmanager
-def huge_pages(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Ask the kernel of Linux for huge pages; the block fills ``tensors`` for the first time.
-
-    An optimizer streams through its state once a step, and with pages of 4 KiB it would wait for
-    the page tables, too. Large allocations mostly lie side by side. All of a run are asked for
-    together, so that a huge page may hold the end of one and the beginning of the next; it is split
-    when one of them is freed. The allocator has written in front of each, where the page is a small
-    one already, so that after the block these are made huge. The kernel may refuse either.
-    """
     runs = _runs([t for t in tensors if t.device.type == "cpu" and t.nbytes >= _WORTH_ASKING])
     for start, end in runs:
         _advise(start, end, _MADV_HUGEPAGE)
-    yield
+    yield tensors
     for start, end in runs:
         whole = -(-start // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
         _advise(*whole, _MADV_COLLAPSE)
@@ -67,20 +60,17 @@ def _advise(start: int, end: int, advice: int) -> None:
 
 
 def _runs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Where the memory of ``tensors`` begins and ends, in pages; neighbours are one."""
+    """Where the memory of ``tensors`` begins and ends, in whole pages; neighbours are one."""
+    page = mmap.PAGESIZE
     runs: list[tuple[int, int]] = []
-    for start, end in sorted(_pages(t.data_ptr(), t.nbytes) for t in tensors):
+    for tensor in sorted(tensors, key=Tensor.data_ptr):
+        address = tensor.data_ptr()
+        start, end = address // page * page, -(-(address + tensor.nbytes) // page) * page
         if runs and start <= runs[-1][1]:
-            runs[-1] = (runs[-1][0], max(end, runs[-1][1]))
+            runs[-1] = (runs[-1][0], end)
         else:
             runs.append((start, end))
     return runs
-
-
-def _pages(address: int, n_bytes: int) -> tuple[int, int]:
-    """Where the first page that has some of it begins, and where the last one ends."""
-    page = mmap.PAGESIZE
-    return address // page * page, -(-(address + n_bytes) // page) * page
 
 
 @cache
@@ -93,27 +83,34 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
+def extent(tensor: Tensor) -> int:
+    """Elements of memory from the first of the tensor's to its last, gaps included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * st for n, st in zip(tensor.size(), tensor.stride(), strict=True))
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a run of memory exactly: no gaps and no overlap, in any order."""
-    expected = 1
-    for stride, size in sorted(_extents(tensor)):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+    if tensor.is_contiguous():  # most are, and torch knows it
+        return True
+    return extent(tensor) == tensor.numel() and not overlaps_itself(tensor)
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two indices may name the same memory, as in an expanded tensor."""
+    if tensor.is_contiguous():  # also where there are no elements
+        return False
     reach = 0  # the furthest element that the smaller strides can get to
-    for stride, size in sorted(_extents(tensor)):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
+    for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
     return False
 
 
-def _extents(tensor: Tensor) -> list[tuple[int, int]]:
-    if tensor.numel() == 0:
-        return []
-    return [(st, n) for st, n in zip(tensor.stride(), tensor.size(), strict=True) if n > 1]
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides that say where elements lie; 0 for a dimension of one, which may have any."""
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in dims)

@@ -222,7 +222,7 @@ class Plan(ABC):
     @abstractmethod
     def reduce(self) -> None: ...
 
-    def exchange(self) -> None:  # noqa: B027: mostly nobody else has a part of the norm
+    def exchange(self) -> None:  # noqa: B027  # mostly nobody else has a part of the norm
         pass
 
     @abstractmethod

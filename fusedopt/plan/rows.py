@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..rules.declaration import Group
 from .groups import is_plain_dict
-from .memory import is_dense, overlaps_itself
+from .memory import extent, is_dense, overlaps_itself
 from .plan import Row, check_grad, is_of_inference
 from .state import (
     MASTER,
@@ -25,7 +26,6 @@ from .state import (
     dense_like,
     is_complete,
     is_readable,
-    wants_master,
 )
 
 PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -63,14 +63,11 @@ def check_param(label: str, param: Tensor) -> None:
         )
 
 
-_NO_NAMES: Mapping[Tensor, str | None] = MappingProxyType({})
-
-
 def label_of(
     group: Group,
     group_index: int,
     param_index: int,
-    names_given: Mapping[Tensor, str | None] = _NO_NAMES,
+    names_given: Mapping[Tensor, str | None] = MappingProxyType({}),
 ) -> str:
     """What messages call a parameter; ``names_given`` go before the names in its group."""
     names = group.get("param_names") or ()
@@ -89,8 +86,6 @@ def checked_rows(
     """Rows of all params in order, as far as they can be used; nothing is created yet.
 
     Args:
-        groups: ``optimizer.param_groups``.
-        state: ``optimizer.state``.
         names: state names the rule wants, for each group.
         names_given: what messages call the parameters, where the groups' names are not theirs.
 
@@ -121,13 +116,10 @@ def complete_rows(
     master_weights: bool | None,
     every_param: bool,
 ) -> dict[Tensor, ParamState]:
-    """Create the state that is missing, and refer to it.
+    """Create the state that is missing, and let the rows refer to all of it.
 
     Args:
         rows: of ``checked_rows``.
-        state: ``optimizer.state``.
-        names: state names the rule wants, for each group.
-        master_weights: as given by the user.
         every_param: create state for every parameter that requires grad, not only for those that
             have a gradient now.
 
@@ -138,18 +130,23 @@ def complete_rows(
         RuntimeError: there is not enough memory; nothing has been changed.
     """
     served = [row for row in rows if row.served]
-    new = _missing_state(served, state, names, master_weights, every_param)
+    due = []
+    for row in served:
+        wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
+        own = state.get(row.param, {})
+        if wanted and not is_complete(row.param, own, names[row.group], master_weights):
+            due.append((row.param, own, names[row.group]))
+    new = complete_all(due, master_weights)
     state.update(new)
     for row in served:
         if not is_readable(row.param):
             row.dense = dense_like(row.param)
         own = state.get(row.param, {})
-        master = wants_master(row.param, master_weights)
-        if not is_complete(row.param, own, names[row.group], master):
+        if is_complete(row.param, own, names[row.group], master_weights):
+            states = [own[name] for name in names[row.group]]
+            row.set_state(states, own.get(MASTER), own[STEP] if states else None)
+        else:
             row.awaits_state = True
-            continue
-        states = [own[name] for name in names[row.group]]
-        row.set_state(states, own[MASTER] if master else None, own[STEP] if states else None)
     return new
 
 
@@ -219,45 +216,42 @@ def _check_writable(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
             )
 
 
-def _check_disjoint(rows: Sequence[Row]) -> None:
-    """Two rows on the same memory would be updated by two threads at once."""
-    spans = sorted(
-        (_Span(row) for row in rows if row.param.numel() > 0),
-        key=lambda span: (str(span.row.param.device), span.start),
-    )
-    cluster: list[_Span] = []  # neighbours whose extents overlap, each with some one before it
-    for span in spans:
-        if cluster and span.reaches_into(cluster):
-            cluster.append(span)
-        else:
-            _check_cluster(cluster)
-            cluster = [span]
-    _check_cluster(cluster)
-
-
-class _Span:
+class _Span(NamedTuple):
     """The bytes from a parameter's first element to its last, gaps included."""
 
-    def __init__(self, row: Row) -> None:
-        param = row.param
-        extents = zip(param.shape, param.stride(), strict=True)
-        last = sum((size - 1) * stride for size, stride in extents)
-        self.row = row
-        self.start = param.data_ptr()
-        self.end = self.start + (last + 1) * param.element_size()
+    device: str
+    start: int
+    end: int
+    row: Row
 
-    def reaches_into(self, cluster: Sequence[_Span]) -> bool:
-        same_device = self.row.param.device == cluster[0].row.param.device
-        return same_device and self.start < max(span.end for span in cluster)
+
+def _check_disjoint(rows: Sequence[Row]) -> None:
+    """Two rows on the same memory would be updated by two threads at once."""
+    spans = []
+    for row in rows:
+        param = row.param
+        if param.numel() > 0:
+            start, n_bytes = param.data_ptr(), extent(param) * param.element_size()
+            spans.append(_Span(str(param.device), start, start + n_bytes, row))
+    spans.sort(key=lambda span: (span.device, span.start))
+    cluster: list[_Span] = []  # neighbours that each begin before one of the others ends
+    end = ("", 0)
+    for span in spans:
+        if (span.device, span.start) >= end:
+            _check_cluster(cluster)
+            cluster = []
+        cluster.append(span)
+        end = max(end, (span.device, span.end))
+    _check_cluster(cluster)
 
 
 def _check_cluster(cluster: Sequence[_Span]) -> None:
     """Extents may overlap where elements do not (the columns of one matrix): look at each byte."""
-    for one, next_one in pairwise(cluster):
-        if next_one.start < one.end and is_dense(one.row.param) and is_dense(next_one.row.param):
-            raise _shared(one.row, next_one.row)
     if len(cluster) < 2:
         return
+    for one, other in pairwise(cluster):
+        if other.start < one.end and is_dense(one.row.param) and is_dense(other.row.param):
+            raise _shared(one.row, other.row)
     start = cluster[0].start
     n_bytes = max(span.end for span in cluster) - start
     owner = torch.zeros(n_bytes, dtype=torch.int32, device="cpu")
@@ -276,26 +270,3 @@ def _shared(first: Row, second: Row) -> RuntimeError:
         f"{first.label} and {second.label} share memory; list each parameter once, and tie weights "
         "by one Parameter object in both places: `second.weight = first.weight`"
     )
-
-
-def _missing_state(
-    rows: Sequence[Row],
-    state: dict[Tensor, ParamState],
-    names: Sequence[tuple[str, ...]],
-    master_weights: bool | None,
-    every_param: bool,
-) -> dict[Tensor, ParamState]:
-    due = []
-    for row in rows:
-        wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
-        master = wants_master(row.param, master_weights)
-        own = state.get(row.param, {})
-        if wanted and not is_complete(row.param, own, names[row.group], master):
-            due.append(row)
-    complete = complete_all(
-        [row.param for row in due],
-        [state.get(row.param, {}) for row in due],
-        [names[row.group] for row in due],
-        master_weights,
-    )
-    return {row.param: own for row, own in zip(due, complete, strict=True)}

@@ -13,22 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
+from ..options import number
 from ..rules.declaration import OF_SOME_RULE, STARTS_LATER, UNCOUNTED
-from .memory import allocate, huge_pages, is_dense, unallocated
-from .plan import HALF_DTYPES, is_served
+from .memory import is_dense, state_dtype, strides, unfilled_state
+from .plan import HALF_DTYPES
 
 MASTER = "master_param"
 STEP = "step"
 
 ParamState = dict[str, Any]
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def is_readable(param: Tensor) -> bool:
@@ -44,21 +40,25 @@ def dense_like(param: Tensor) -> Tensor:
     return torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
 
 
-def wants_master(param: Tensor, master_weights: bool | None) -> bool:
-    return param.dtype in HALF_DTYPES and master_weights is not False
+def wanted_names(
+    param: Tensor, names: Sequence[str], master_weights: bool | None
+) -> tuple[str, ...]:
+    """The states of ``param``: those that the rule ``names``, and the master of a half one."""
+    has_master = param.dtype in HALF_DTYPES and master_weights is not False
+    return (*names, MASTER) if has_master else (*names,)
 
 
-def is_complete(param: Tensor, state: ParamState, names: Sequence[str], master: bool) -> bool:
+def is_complete(
+    param: Tensor, state: ParamState, names: Sequence[str], master_weights: bool | None
+) -> bool:
     """Whether ``state`` can be used by the kernels as it is."""
-    if not master and MASTER in state:
+    wanted = wanted_names(param, names, master_weights)
+    if MASTER in state and MASTER not in wanted:
         return False
-    if not names and not master:
-        return True
-    wanted = [*names, MASTER] if master else [*names]
     if names and not is_step(state.get(STEP), param):
         return False
     like = dense_like(param)
-    return all(name in state and fits(state[name], like) for name in wanted)
+    return all(fits(state.get(name), like) for name in wanted)
 
 
 def fits(value: object, like: Tensor) -> bool:
@@ -68,11 +68,8 @@ def fits(value: object, like: Tensor) -> bool:
         and value.dtype == state_dtype(like)
         and value.device == like.device
         and value.shape == like.shape
+        and (value.stride() == like.stride() or strides(value) == strides(like))
         and not value.is_neg()
-        and all(
-            v == p or n < 2
-            for v, p, n in zip(value.stride(), like.stride(), like.shape, strict=True)
-        )
     )
 
 
@@ -91,7 +88,10 @@ def step_tensor(value: Any, param: Tensor) -> Tensor:
 
 
 def as_ours(state: ParamState, names: Sequence[str]) -> ParamState:
-    """A copy of ``state`` in our words: None is absent, and a state has a step, also torch's SGD's."""
+    """A copy of ``state`` in our words: None is absent, and whatever has states has a ``step``.
+
+    torch's SGD keeps no count: its buffer says that the first step is past.
+    """
     known = {*names, MASTER, STEP, UNCOUNTED}
     own = {name: value for name, value in state.items() if value is not None or name not in known}
     if UNCOUNTED in own:
@@ -105,14 +105,14 @@ def check_state(
     state: ParamState,
     names: Sequence[str],
     anew: str,
-    loading: bool = False,
+    shaped: bool = True,
 ) -> None:
     """Raise unless each state of ``names`` is there, or none is and the parameter starts anew.
 
     Args:
         label: what messages call the parameter.
         anew: the line of code that drops the parameter's state.
-        loading: the parameter's memory may be elsewhere for the time (`param.data` is empty).
+        shaped: False while the parameter may have another shape than later.
 
     Raises:
         KeyError: some states are there and some are not, or only those of another rule.
@@ -121,7 +121,6 @@ def check_state(
         RuntimeError: a state has no memory, or another shape than the parameter.
     """
     own = as_ours(state, names)
-    shaped = is_served(param) and not is_lazy(param) and not (loading and param.numel() == 0)
     missing = [name for name in (*names, STEP) if name not in own and name not in STARTS_LATER]
     present = [name for name in state if name in own] if names and missing else []
     found = sorted((name for name in present if _tells(name, own[name], names)), key=str)
@@ -182,53 +181,48 @@ def _has_no_memory(value: Tensor, param: Tensor) -> bool:
 
 def _is_count(value: Any) -> bool:
     """A count that is where the kernels read it on a GPU is not fetched from there."""
-    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32:
-        if value.device.type != "cpu":
-            return True
-    elif isinstance(value, (str, bytes)):
-        return False
+    if isinstance(value, Tensor) and is_step(value, value) and not value.is_cpu:
+        return True
     try:
-        return 0.0 <= float(value) < math.inf
+        return 0.0 <= number(value) < math.inf
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: several elements
         return False
 
 
 def complete_all(
-    params: Sequence[Tensor],
-    states: Sequence[ParamState],
-    names: Sequence[Sequence[str]],
-    master_weights: bool | None,
-) -> list[ParamState]:
-    """Copies of ``states`` with what is missing, and with what does not fit converted.
+    incomplete: Sequence[tuple[Tensor, ParamState, Sequence[str]]], master_weights: bool | None
+) -> dict[Tensor, ParamState]:
+    """Copies of states with what is missing, and with what does not fit converted.
 
     A new master starts as its parameter, a new moment as zero. An existing value keeps its numbers
     in the right dtype, device and layout. All memory is allocated before any of it is filled.
+
+    Args:
+        incomplete: parameters with their state and the names of the states that the rule wants.
+        master_weights: as given by the user.
     """
-    result = [as_ours(state, own) for state, own in zip(states, names, strict=True)]
-    wanted: list[tuple[int, str, Tensor]] = []
+    complete = {param: as_ours(state, names) for param, state, names in incomplete}
+    missing: list[tuple[ParamState, str, Tensor]] = []
     likes: list[Tensor] = []
-    for i, param in enumerate(params):
-        like = dense_like(param)
-        master = [MASTER] if wants_master(param, master_weights) else []
-        if not master:
-            result[i].pop(MASTER, None)  # of a time when the parameter was half: stale by now
-        for name in (*names[i], *master):
-            if not fits(result[i].get(name), like):
-                wanted.append((i, name, unallocated(like, state_dtype(like))))
+    for param, _, names in incomplete:
+        own, like = complete[param], dense_like(param)
+        wanted = wanted_names(param, names, master_weights)
+        if MASTER not in wanted:
+            own.pop(MASTER, None)  # of a time when the parameter was half: stale by now
+        for name in wanted:
+            if not fits(own.get(name), like):
+                missing.append((own, name, param))
                 likes.append(like)
-    tensors = [new for _, _, new in wanted]
-    allocate(tensors, likes)
-    with huge_pages(tensors):
-        for i, name, new in wanted:
-            old = result[i].get(name)
+    with unfilled_state(likes) as tensors:
+        for (own, name, param), new in zip(missing, tensors, strict=True):
+            old = own.get(name, param.detach() if name == MASTER else None)
             if isinstance(old, Tensor):
                 new.copy_(old)
-            elif name == MASTER:
-                new.copy_(params[i].detach())
             else:
                 new.zero_()
-            result[i][name] = new
-    for param, own, wished in zip(params, result, names, strict=True):
-        if (wished or STEP in own) and not is_step(own.get(STEP), param):
+            own[name] = new
+    for param, _, names in incomplete:
+        own = complete[param]
+        if (names or STEP in own) and not is_step(own.get(STEP), param):
             own[STEP] = step_tensor(own.get(STEP, 0), param)
-    return result
+    return complete

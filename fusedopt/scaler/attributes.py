@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -35,15 +33,6 @@ class AmpAttributes:
     param_groups: list[dict[str, Any]]
     _optimizer_step_pre_hooks: Any
 
-    def _amp_offer(self, grad_scale: Tensor | None, found_inf: Tensor) -> None:
-        """What a scaler that knows this class sets; ``_amp_withdraw`` takes it back."""
-        amp = self._shared.amp
-        amp.before, amp.answered = dict(amp.values), False
-        amp.values.update(grad_scale=grad_scale, found_inf=found_inf)
-
-    def _amp_withdraw(self) -> None:
-        self._shared.amp.values.clear()
-
     @property
     def grad_scale(self) -> Any:
         """What gradients are to be divided by in the next step; usually set by a GradScaler.
@@ -56,7 +45,7 @@ class AmpAttributes:
             raise AttributeError("grad_scale") from None
 
     @grad_scale.setter
-    @untraced  # which would lose what is noted here
+    @untraced  # a trace would lose what is noted here
     def grad_scale(self, value: Any) -> None:
         amp = self._shared.amp
         amp.before = dict(amp.values)
@@ -65,9 +54,7 @@ class AmpAttributes:
     @grad_scale.deleter
     @untraced
     def grad_scale(self) -> None:
-        if "grad_scale" not in self._shared.amp.values:
-            raise AttributeError("grad_scale")
-        del self._shared.amp.values["grad_scale"]
+        self._unset("grad_scale")
 
     @property
     def found_inf(self) -> Any:
@@ -84,7 +71,7 @@ class AmpAttributes:
         return self._shared.scalars[FOUND_INF].clone()
 
     @found_inf.setter
-    @untraced  # which would lose what is noted here
+    @untraced  # a trace would lose what is noted here
     def found_inf(self, value: Any) -> None:
         self._shared.amp.answered = False
         self._shared.amp.values["found_inf"] = value
@@ -92,9 +79,12 @@ class AmpAttributes:
     @found_inf.deleter
     @untraced
     def found_inf(self) -> None:
-        if "found_inf" not in self._shared.amp.values:
-            raise AttributeError("found_inf")
-        del self._shared.amp.values["found_inf"]
+        self._unset("found_inf")
+
+    def _unset(self, name: str) -> None:
+        if name not in self._shared.amp.values:
+            raise AttributeError(name)
+        del self._shared.amp.values[name]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -110,8 +100,8 @@ class AmpAttributes:
             return False
         if self._takes_scaled_gradients():
             return wanted is True or self._has_fp16()
-        # The user says that the hook, or the step of their own, knows scaled gradients. We believe
-        # it where nobody else could unscale them.
+        # Somebody else sees the gradients. With `amp_scaling=True` the user says that this hook or
+        # step knows scaled gradients. We believe it where nobody else could unscale them.
         return wanted is True and self._has_fp16()
 
     def _takes_scaled_gradients(self) -> bool:
@@ -130,9 +120,8 @@ class AmpAttributes:
         return any(p.dtype == torch.float16 for p in served_params(self.param_groups))
 
     def _is_fsdp1_sharded(self) -> bool:
-        plan = self._shared.plan
-        if plan is not None:
-            return plan.fsdp1_sharded
+        if self._shared.plan is not None:
+            return self._shared.plan.fsdp1_sharded
         return any(map(is_fsdp1_shard, served_params(self.param_groups)))
 
     def _flag_device(self, otherwise: torch.device) -> torch.device:
@@ -150,7 +139,8 @@ class AmpAttributes:
         or a hook that could look: on a GPU clearing is a launch of its own.
         """
         amp = self._shared.amp
-        flag = amp.flags.get(id(scaler))  # of one that is gone, maybe: then nobody else has it
+        # A scaler that is gone may have had the same id. Then nobody else uses its flag.
+        flag = amp.flags.get(id(scaler))
         if flag is None or flag.device != device:
             with durable():
                 flag = amp.flags[id(scaler)] = torch.zeros((), dtype=torch.float32, device=device)
@@ -175,13 +165,6 @@ class AmpAttributes:
             "found_inf" in values,
         )
 
-    def _amp_undecided(self) -> None:
-        """A flag in the scaler's books that nobody wrote says that nothing was found."""
-        flag, self._shared.amp.due = self._shared.amp.due, None
-        if flag is not None:
-            with suppress(RuntimeError):  # a GPU that has failed: its own error is being raised
-                flag.zero_()
-
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """torch's wrapper around ``step`` (profiler, hooks), entered only where there is either.
@@ -202,30 +185,18 @@ class AmpAttributes:
             try:
                 return hooked(self, *args, **kwargs) if watched else func(self, *args, **kwargs)
             except BaseException:
-                self._amp_restore()
+                self._shared.amp.restore()
                 raise
 
-        _HOOKED[step] = func
+        if func in _OURS:
+            _OURS.add(step)
         # scaler.step() looks at the signature each time; found here it need not be worked out.
         step.__signature__ = inspect.signature(hooked)  # type: ignore[attr-defined]
         return step
 
-    def _amp_restore(self) -> None:
-        """After a failed step: the attributes as they were before the scaler set them."""
-        amp = self._shared.amp
-        if "found_inf" in amp.values:  # a scaler sets both, grad_scale first
-            amp.values = {k: v for k, v in amp.before.items() if k != "found_inf"}
-        self._amp_undecided()
 
-
-# A step with hooks, and the step inside. `__wrapped__` would not do: a subclass's own step has one,
-# too, if its author used functools.wraps.
-_HOOKED: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-# The step of this package, by identity: functools.wraps would copy an attribute.
+# The step of this package, without hooks and with them. An attribute of the function would not do:
+# functools.wraps copies it to the step of a subclass.
 _OURS: set[Callable[..., Any]] = set()
 
 
@@ -239,29 +210,29 @@ def _runs_our_step(optimizer: Any) -> bool:
     """Whether ``optimizer.step`` is FusedOptimizer's, and only that."""
     step = optimizer.__dict__.get("step")
     if step is None:
-        return _is_our_step(type(optimizer).step)
+        return type(optimizer).step in _OURS
     if isinstance(step, MethodType):  # taken off and put back
-        return step.__self__ is optimizer and _is_our_step(step.__func__)
+        return step.__self__ is optimizer and step.__func__ in _OURS
     # A scheduler sets a function on the instance that counts and calls the step it found there. It
     # is known by its module's globals: functools.wraps copies names and attributes, not those.
     if getattr(step, "__globals__", None) is vars(lr_scheduler):
         cells = dict(zip(step.__code__.co_freevars, step.__closure__ or (), strict=True))
-        return "func" in cells and _is_our_step(cells["func"].cell_contents)
+        return "func" in cells and cells["func"].cell_contents in _OURS
     return False
-
-
-@functools.lru_cache(maxsize=64)
-def _is_our_step(step: Callable[..., Any]) -> bool:
-    """Whether ``step``, with hooks or without, is FusedOptimizer's and not a subclass's own."""
-    while step in _HOOKED:
-        step = _HOOKED[step]
-    return step in _OURS
 
 
 def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
     """``value`` as an fp32 tensor of one element on ``device``; no copy when it is one already."""
-    if value is None or _is_one_float(value, device):
-        return value  # type: ignore[no-any-return]
+    if value is None:
+        return None
+    if (
+        isinstance(value, Tensor)
+        and value.dtype == torch.float32
+        and value.device == device
+        and value.numel() == 1
+        and not value.is_neg()
+    ):
+        return value
     if not is_number(value, nan=True):
         raise RuntimeError(
             f"optimizer.{name} is {value!r}; it must be a number or a tensor of one element, or "
@@ -270,13 +241,3 @@ def _one_float(value: Any, name: str, device: torch.device) -> Tensor | None:
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=torch.float32, device=device)
     return value.detach().resolve_neg().to(device=device, dtype=torch.float32)
-
-
-def _is_one_float(value: Any, device: torch.device) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.dtype == torch.float32
-        and value.device == device
-        and value.numel() == 1
-        and not value.is_neg()
-    )

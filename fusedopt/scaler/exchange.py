@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,3 +18,21 @@ class ScalerExchange:
     # One flag for each scaler of ours, by its id, and the flag that the next step fills in.
     flags: dict[int, Tensor] = field(default_factory=dict)
     due: Tensor | None = None
+
+    def offer(self, grad_scale: Tensor | None, found_inf: Any) -> None:
+        """What a scaler of ours sets, at once."""
+        self.before, self.answered = dict(self.values), False
+        self.values.update(grad_scale=grad_scale, found_inf=found_inf)
+
+    def restore(self) -> None:
+        """After a failed step: the values as they were before the scaler set them."""
+        if "found_inf" in self.values:  # a scaler sets both, grad_scale first
+            self.values = {k: v for k, v in self.before.items() if k != "found_inf"}
+        self.undecided()
+
+    def undecided(self) -> None:
+        """A flag in the scaler's books that nobody wrote says that nothing was found."""
+        flag, self.due = self.due, None
+        if flag is not None:
+            with suppress(RuntimeError):  # a GPU that has failed: its own error is being raised
+                flag.zero_()

@@ -2,7 +2,8 @@
 
 torch's scaler reads and writes every gradient once more before it calls an optimizer that handles
 scaling by itself: 8 bytes per fp32 parameter. The one place that depends on torch's private
-``_check_inf_per_device`` and ``_per_optimizer_states``; ``tests/test_fused_scaler.py`` pins both.
+``_check_inf_per_device`` and ``_per_optimizer_states``, which ``tests/scaler/test_fused_scaler.py``
+pins.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ class _AsksTheOptimizer:
     _scale: torch.Tensor | None
     _per_optimizer_states: dict[int, dict[str, Any]]
 
-    @untraced  # which would trace it, and lose what is noted in the optimizer
+    @untraced  # a trace would lose what is noted in the optimizer
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch's, which for our optimizers comes down to handing over scale and flag."""
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
             return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
-        own = self._per_optimizer_states[id(optimizer)]
-        preset = optimizer._shared.amp.values.get("grad_scale")
+        own, amp = self._per_optimizer_states[id(optimizer)], optimizer._shared.amp
+        preset = amp.values.get("grad_scale")
         if own["stage"] is OptState.READY:
-            assert self._scale is not None  # or nobody could have asked
+            assert self._scale is not None  # or _may_ask had said no
             found_inf = self._record_flag(optimizer, clear=False)
             scale = self._scale if preset is None else self._scale * preset
         else:  # unscale_() has looked already
@@ -40,14 +41,14 @@ class _AsksTheOptimizer:
             found_inf = sum(flag.to(device, non_blocking=True) for flag in found.values())
             scale = preset
         try:
-            optimizer._amp_offer(scale, found_inf)
+            amp.offer(scale, found_inf)
             result = optimizer.step(*args)
-        except BaseException:  # of a step in place of ours, maybe, which restores nothing
-            optimizer._amp_restore()
+        except BaseException:  # a step in place of ours may have raised, which restores nothing
+            amp.restore()
             raise
-        optimizer._amp_undecided()
+        amp.undecided()
         own["stage"] = OptState.STEPPED
-        optimizer._amp_withdraw()
+        amp.values.clear()
         return result
 
     def _may_ask(self, optimizer: FusedOptimizer) -> bool:
@@ -127,21 +128,18 @@ def fuse_scaler(scaler: Any) -> Any:
             f"scaler must be a torch.amp.GradScaler, got {cls.__name__}; a wrapper often has it "
             "inside: `fusedopt.fuse_scaler(wrapper.scaler)`"
         )
-    if cls in _PLAIN_SCALERS:
-        scaler.__class__ = GradScaler
-        return scaler
     for name in ("_check_inf_per_device", "_unscale_grads_", "unscale_", "step"):
         if getattr(cls, name) is not getattr(TorchGradScaler, name):
             raise TypeError(
                 f"scaler: {cls.__name__} overrides {name}, which fuse_scaler would bypass; "
                 "use it as it is (the step is right, with one more sweep over the gradients)"
             )
-    scaler.__class__ = _fused_class(cls)
+    if cls in _PLAIN_SCALERS:
+        scaler.__class__ = GradScaler
+    else:
+        bases = (_AsksTheOptimizer, cls)
+        scaler.__class__ = type(f"Fused{cls.__name__}", bases, {"__reduce_ex__": _reduce})
     return scaler
-
-
-def _fused_class(cls: type) -> type:
-    return type(f"Fused{cls.__name__}", (_AsksTheOptimizer, cls), {"__reduce_ex__": _reduce})
 
 
 def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:

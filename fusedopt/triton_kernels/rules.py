@@ -2,7 +2,8 @@
 
 The same pure functions under the same names, in the same order, on blocks instead of registers.
 Loads, stores, conversions and tails belong to ``update.py``. Where a line looks odd, the reason
-stands in csrc/rules.h; tests/test_triton_rules.py holds both texts to one table of cases.
+stands in csrc/rules.h; tests/triton_backend/test_triton_rules.py holds both texts to one table of
+cases.
 ``-1.0 * x`` and not ``-x``, which before Triton 3.8 is ``0 - x`` and loses the sign of a zero.
 """
 

@@ -1,4 +1,4 @@
-// Small kernels with known answers, and known mistakes, for tests/test_cuda_shim_self.py.
+// Small kernels with known answers, and known mistakes, for tests/cuda/test_cuda_shim_self.py.
 #include <cuda_runtime.h>
 
 namespace {

@@ -1,0 +1,259 @@
+"""The examples run, print what they promise, and notice a checkpoint that does not restore."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import fusedopt
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = ["--layers", "1", "--width", "64"]
+# Half-precision training multiplies the last bits in which torch and fusedopt may differ.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}
+Table = list[dict[str, str]]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Import an example afresh, as a script would find its neighbours."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    names = ("common", "train_digits", "train_char_transformer")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny models: a second thread gains nothing and may have to wait
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+    torch.set_num_threads(threads)
+
+
+def run(script: str, steps: int, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / script), "--device", "cpu", "--steps", str(steps)]
+    # On a machine busy with other tests, two threads wait for each other for minutes.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--out", str(out)], capture_output=True, text=True, env=environment
+    )
+
+
+def table(output: str) -> Table:
+    """The rows under the line that begins with "run"; columns end where their titles end."""
+    lines = output.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("run "))
+    header = lines[start].split("  ")
+    titles = [title.strip() for title in header if title.strip()]
+    rows = []
+    for line in lines[start + 1 :]:
+        cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        if len(cells) != len(titles):
+            break
+        rows.append(dict(zip(titles, cells, strict=True)))
+    return rows
+
+
+def assert_close(rows: Table, column: str, tolerance: float) -> None:
+    first, *others = (float(row[column].rstrip("%")) for row in rows)
+    for other in others:
+        assert other == pytest.approx(first, rel=tolerance), column
+
+
+def assert_png(path: Path) -> None:
+    from matplotlib import image
+
+    pixels = image.imread(path)
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 800
+    assert pixels[..., :3].std() > 0.05  # not an empty sheet
+
+
+def assert_shares(rows: Table) -> None:
+    assert rows[0]["ratio"] == "1.00x"
+    for row in rows:
+        optimizer, whole = row["optimizer ms"], row["iteration ms"]
+        assert 0 < float(optimizer) < float(whole)
+        (least, most), (shortest, longest) = as_printed(optimizer), as_printed(whole)
+        share = as_printed(row["share"].rstrip("%"))
+        assert 100 * least / longest <= share[1] and share[0] <= 100 * most / shortest
+
+
+def as_printed(text: str) -> tuple[float, float]:
+    """Between which numbers one lies that was rounded to ``text``."""
+    half = 0.5 * 10.0 ** -len(text.partition(".")[2])
+    return float(text) - half, float(text) + half
+
+
+def check_digits(output: str, out: Path, tolerance: float) -> None:
+    rows = table(output)
+    _, stock, ours = rows
+    assert_shares(rows)
+    assert_close(rows, "loss", tolerance)
+    assert_close(rows, "grad norm", tolerance)
+    assert {row["skipped"] for row in rows} == {"0"}
+    for column in ("accuracy", "loss", "grad norm"):  # which scaler asks must not matter at all
+        assert stock[column] == ours[column]
+    assert "identical to the last bit" in output
+    assert_png(out / "digits.png")
+
+
+def test_digits_from_the_command_line(tmp_path: Path) -> None:
+    done = run("train_digits.py", 20, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "20/20" in done.stderr  # the progress bar
+    check_digits(done.stdout, tmp_path, TOLERANCE["bf16"])
+    assert all(float(row["accuracy"].rstrip("%")) > 80 for row in table(done.stdout))
+    saved = torch.load(tmp_path / "digits.pt", weights_only=True)
+    assert saved["steps"] == 10
+    assert saved["scheduler"]["last_epoch"] == 10
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("fp32", []),
+        ("fp32", ["--optimizer", "sgd"]),
+        ("fp32", ["--backend", "reference", "--seed", "3"]),
+        ("fp32", ["--baseline", "foreach"]),
+        ("fp16", ["--steps", "3"]),  # fp16 convolutions are slow on a CPU
+    ],
+)
+def test_digits_options(load, dtype, options, tmp_path, capsys) -> None:
+    argv = ["--steps", "6", "--device", "cpu", "--out", str(tmp_path), "--dtype", dtype]
+    assert load("train_digits").main([*argv, *options]) == 0
+    printed = capsys.readouterr().out
+    check_digits(printed, tmp_path, TOLERANCE[dtype])
+    baseline = "foreach" if "--baseline" in options else "fused"
+    assert table(printed)[0]["run"] == f"torch.optim, {baseline}"
+    saved = torch.load(tmp_path / "digits.pt", weights_only=True)
+    for group in saved["optimizer"]["param_groups"]:  # the same mathematics as torch's
+        assert group["decoupled_weight_decay"] is ("sgd" not in options)
+    decays = [group["weight_decay"] > 0 for group in saved["optimizer"]["param_groups"]]
+    assert decays == [True, False]
+
+
+def test_digits_skip_the_same_steps(load, tmp_path, capsys, monkeypatch) -> None:
+    """From a loss scale that overflows, all three come down by the same number of steps."""
+
+    def from_the_top(scaler_class: type[torch.amp.GradScaler]) -> type[torch.amp.GradScaler]:
+        class HighScaler(scaler_class):
+            def __init__(self, device: str) -> None:
+                super().__init__(device, init_scale=2.0**127)
+
+        return HighScaler
+
+    def steep(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return 64 * torch.nn.functional.cross_entropy(logits, labels)
+
+    example = load("train_digits")
+    monkeypatch.setattr(example, "F", SimpleNamespace(cross_entropy=steep))
+    monkeypatch.setattr(torch.amp, "GradScaler", from_the_top(torch.amp.GradScaler))
+    monkeypatch.setattr(fusedopt, "GradScaler", from_the_top(fusedopt.GradScaler))
+    argv = ["--steps", "12", "--device", "cpu", "--out", str(tmp_path)]
+    assert example.main(argv) == 0
+    rows = table(capsys.readouterr().out)
+    skipped = {int(row["skipped"]) for row in rows}
+    assert len(skipped) == 1
+    assert 0 < skipped.pop() < 12
+    assert_close(rows, "loss", TOLERANCE["bf16"])
+    assert_close(rows, "grad norm", TOLERANCE["bf16"])
+
+
+def test_digits_notice_what_a_checkpoint_forgot(load, tmp_path, capsys, monkeypatch) -> None:
+    example = load("train_digits")
+    restore = example.Training.load_state_dict
+
+    def forget_the_moments(self: object, state: dict[str, dict]) -> None:
+        for moments in state["optimizer"]["state"].values():
+            moments["exp_avg"].zero_()
+        restore(self, state)
+
+    monkeypatch.setattr(example.Training, "load_state_dict", forget_the_moments)
+    argv = ["--steps", "4", "--device", "cpu", "--out", str(tmp_path)]
+    assert example.main(argv) == 1
+    assert "NOT identical" in capsys.readouterr().out
+
+
+def check_characters(output: str, out: Path, tolerance: float, batch: int = 4) -> None:
+    rows = table(output)
+    assert_shares(rows)
+    assert_close(rows, "loss", tolerance)
+    assert_close(rows, "grad norm", tolerance)
+    for row in rows:
+        per_ms = float(row["tokens/s"]) / 1e3
+        assert per_ms == pytest.approx(32 * batch / float(row["iteration ms"]), rel=0.05)
+    assert float(rows[-1]["loss"]) < 6.0
+    assert "identical to the last bit" in output
+    assert_png(out / "char_transformer.png")
+
+
+def test_characters_from_the_command_line(tmp_path: Path) -> None:
+    done = run("train_char_transformer.py", 4, tmp_path)
+    assert done.returncode == 0, done.stderr
+    n_params = int(done.stdout.split()[0].replace(",", ""))
+    assert 10.5e6 < n_params < 11e6  # the alphabet, and so the embedding, differs between Pythons
+    check_characters(done.stdout, tmp_path, TOLERANCE["fp32"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_characters_options(load, optimizer, dtype, tmp_path, capsys) -> None:
+    argv = ["--steps", "12", "--device", "cpu", "--out", str(tmp_path), *SMALL]
+    example = load("train_char_transformer")
+    assert example.main([*argv, "--optimizer", optimizer, "--dtype", dtype]) == 0
+    check_characters(capsys.readouterr().out, tmp_path, TOLERANCE[dtype])
+    saved = torch.load(tmp_path / "char_transformer.pt", weights_only=True)
+    has_masters = ["master_param" in state for state in saved["optimizer"]["state"].values()]
+    assert set(has_masters) == {dtype != "fp32"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_characters_baseline_and_batch(load, optimizer, tmp_path, capsys) -> None:
+    argv = ["--steps", "4", "--device", "cpu", "--out", str(tmp_path), *SMALL]
+    argv += ["--optimizer", optimizer, "--baseline", "foreach", "--batch", "2"]
+    example = load("train_char_transformer")
+    assert example.main(argv) == 0
+    inputs, targets = example.Text(example.parse_arguments(argv)).batch(0)
+    assert inputs.shape == targets.shape == (2, example.CONTEXT)
+    printed = capsys.readouterr().out
+    check_characters(printed, tmp_path, TOLERANCE["fp32"], batch=2)
+    assert table(printed)[0]["run"] == "torch.optim, foreach"
+
+
+def test_one_step_is_refused(load, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        load("train_digits").main(["--steps", "1", "--out", str(tmp_path)])
+    assert "--steps must be at least 2, got 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def common(load) -> ModuleType:
+    return load("common")
+
+
+def test_differences_sees_bits_not_values(common) -> None:
+    def found(left: object, right: object) -> list[str]:
+        return list(common.differences({"x": [left]}, {"x": [right]}))
+
+    nan, half = torch.tensor(float("nan")), torch.ones(2, dtype=torch.bfloat16)
+    assert found(nan, nan.clone()) == []
+    assert found(half, half.clone()) == []
+    assert found(1.5, 1.5) == []
+    assert found(torch.tensor(0.0), torch.tensor(-0.0)) == ["/x/0"]
+    assert found(half, half.float()) == ["/x/0"]
+    assert found(torch.ones(2), torch.ones(3)) == ["/x/0"]
+    assert found(torch.ones(2), None) == ["/x/0"]
+    assert list(common.differences({"x": 1}, {"y": 1})) != []
+    assert list(common.differences([1], [1, 2])) == [""]

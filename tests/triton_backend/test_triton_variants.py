@@ -1,0 +1,208 @@
+"""What the Triton backend has compiled: ten variants, whatever the values of a step are."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import ALL_CASES, DTYPE_PAIRS, FULL_CASES, OptimizerCase, adamw, case_id, sgd
+from gpu_twins import grads_like, values_of
+from harness import FUSED, make_param, set_grad
+from triton_interpreter import Interpreter
+
+pytest.importorskip("triton")
+
+from triton.runtime.jit import JITFunction
+
+from fusedopt.backends import triton as backend
+from fusedopt.triton_kernels.variants import COUNTS, Variant, all_variants
+
+DOCS = Path(__file__).parents[2] / "docs/triton.md"
+NAMES = [variant.name for variant in all_variants()]
+
+
+class FakeKernel:
+    """A compiled kernel whose launch only looks at what it is given."""
+
+    function, packed_metadata = 0xF00D, (4, 1, 0)
+
+    def __init__(self, variant: Variant, launched: list[str]) -> None:
+        self.src = SimpleNamespace(fn=variant.kernel)
+        self._name = variant.name
+        self._constants = variant.constants
+        self._launched = launched
+
+    def run(self, *arguments: Any) -> None:
+        grid, stream, function, metadata, hooks = (
+            arguments[:3], arguments[3], arguments[4], arguments[5], arguments[6:9],
+        )  # fmt: skip
+        assert grid[0] >= 1 and grid[1:] == (1, 1)
+        assert (stream, function, metadata) == (0, self.function, self.packed_metadata)
+        assert hooks == (None, None, None)
+        for name, value in zip(self.src.fn.arg_names, arguments[9:], strict=True):
+            assert type(value) is int, name
+            limit = 1 if name in self._constants else 2**31 if name in COUNTS else 2**63
+            assert 0 <= value < limit, (name, value)
+        self._launched.append(self._name)
+
+
+class Counting(Interpreter):
+    """The driver's own way to a launch, up to the compiler and from the compiled kernel on."""
+
+    launcher = backend.TritonDriver.launcher
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.names: list[str] = []  # of what was launched
+
+    def _load(self, verb: str, rule: str, halves: bool) -> Any:
+        variant = Variant(verb, rule, halves)
+        self.asked.append(variant.name)
+        return FakeKernel(variant, self.names)
+
+
+def _not_so(*_: object, **__: object) -> None:
+    raise AssertionError("a kernel was launched by the JIT, which compiles for values")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(JITFunction, "run", _not_so)
+    monkeypatch.setattr(JITFunction, "__getitem__", _not_so)
+    counting = Counting()
+    monkeypatch.setattr(backend, "_driver", counting)
+    yield counting
+
+
+def run(
+    case: OptimizerCase,
+    lengths: list[int],
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    steps: int = 2,
+    **changes: Any,
+) -> Any:
+    """Steps, between which ``changes`` are made."""
+    params = [make_param(values) for values in values_of(lengths, dtype)]
+    group = {"params": params, **case.hyper}
+    optimizer = FUSED[case.rule]([group], backend="triton", **case.common)
+    for step in range(steps):
+        for param, grad in zip(params, grads_like(params, step, grad_dtype), strict=True):
+            set_grad(param, grad)
+        optimizer.step()
+        optimizer.param_groups[0].update(changes)
+    return optimizer
+
+
+def expected(case: OptimizerCase, dtype: torch.dtype, grad_dtype: torch.dtype) -> set[str]:
+    update = "amsgrad" if case.hyper.get("amsgrad") else case.rule
+    names = {f"reduce-{case.rule}", f"finalize-{case.rule}"}
+    if dtype == torch.float32:  # known before there is a gradient
+        names.add(f"update-{update}-float32")
+    if {dtype, grad_dtype} != {torch.float32}:
+        names.add(f"update-{update}-any")
+    return names
+
+
+@pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPE_PAIRS, ids=case_id)
+@pytest.mark.parametrize("case", ALL_CASES, ids=case_id)
+def test_options_and_dtypes_choose_among_the_variants(driver, case, dtype, grad_dtype):
+    run(case, [5, 300], dtype, grad_dtype)
+    assert set(driver.asked) == expected(case, dtype, grad_dtype) <= set(NAMES)
+    assert len(driver.asked) == len(set(driver.asked))
+    assert {name.partition("-")[0] for name in driver.names} >= {"update"}
+
+
+def test_each_variant_is_compiled_once(driver):
+    for case in ALL_CASES:
+        for dtype, grad_dtype in DTYPE_PAIRS:
+            run(case, [7], dtype, grad_dtype, steps=1)
+    assert sorted(driver.asked) == sorted(NAMES)
+    assert set(driver.names) == set(NAMES)
+
+
+# Whatever a number may be that a compiler could want to know: 0, 1, multiples of 16.
+ADAMW_CHANGES: list[dict[str, Any]] = [
+    {"lr": 0.0}, {"lr": 1.0}, {"lr": 16}, {"lr": torch.tensor(0.5)}, {"betas": (0.0, 0.0)},
+    {"eps": 1.0}, {"weight_decay": 0.0}, {"weight_decay": 1.0}, {"maximize": True},
+    {"decoupled_weight_decay": False},
+]  # fmt: skip
+SGD_CHANGES: list[dict[str, Any]] = [
+    {"lr": 0.0}, {"lr": 1.0}, {"lr": torch.tensor(0.5)}, {"momentum": 0.5}, {"dampening": 0.5},
+    {"weight_decay": 0.0}, {"weight_decay": 1.0}, {"maximize": True},
+    {"decoupled_weight_decay": False}, {"momentum": 0.9, "nesterov": True},
+]  # fmt: skip
+CHANGES = [("adamw", change) for change in ADAMW_CHANGES] + [("sgd", x) for x in SGD_CHANGES]
+
+
+@pytest.mark.parametrize(("rule", "change"), CHANGES, ids=str)
+def test_a_hyper_parameter_asks_for_nothing_new(driver, rule, change):
+    case = {"adamw": adamw, "sgd": sgd}[rule]("any", {"max_grad_norm": 1.0}, weight_decay=0.25)
+    run(case, [40])
+    before = list(driver.asked)
+    run(case, [40], steps=3, **change)
+    assert driver.asked == before
+
+
+@pytest.mark.parametrize(
+    "common",
+    [
+        {"max_grad_norm": 1.0},
+        {"max_grad_norm": 1.0, "norm_type": float("inf")},
+        {"max_grad_value": 0.5},
+        {"skip_nonfinite": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_a_way_of_clipping_asks_for_nothing_new(driver, rule, common):
+    plain = OptimizerCase("plain", rule)
+    run(plain, [40])
+    before = list(driver.asked)
+    run(OptimizerCase("clips", rule, {}, common), [40])
+    assert driver.asked == before
+
+
+LENGTHS = [[0], [1], [16], [17], [8192], [8193], [0, 1, 3], [16] * 20, [1] * 300, [100_000]]
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=case_id)
+def test_lengths_and_numbers_of_tensors_ask_for_nothing_new(driver, case):
+    run(case, [40])
+    before = list(driver.asked)
+    for lengths in LENGTHS:
+        run(case, lengths)
+    assert driver.asked == before
+
+
+def test_the_scaler_and_groups_ask_for_nothing_new(driver):
+    run(adamw("plain"), [40])
+    before = list(driver.asked)
+    optimizer = run(adamw("plain"), [40, 3])
+    optimizer.add_param_group({"params": [make_param(torch.ones(9))], "lr": 0.5})
+    for scale in (1.0, 65536.0):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                set_grad(param, torch.ones_like(param))
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        optimizer.step()
+    assert driver.asked == before
+
+
+def test_the_jit_would_be_noticed(driver):
+    with pytest.raises(AssertionError, match="by the JIT"):
+        all_variants()[0].kernel[(1,)](0)
+
+
+def test_the_docs_list_the_variants():
+    rows = re.findall(r"^\| `([a-z]+-[\w-]+)` \|", DOCS.read_text(), re.MULTILINE)
+    assert rows == NAMES
