@@ -9,6 +9,8 @@
 
 #include "../records.h"
 
+#define FUSEDOPT_DEVICE __device__ __forceinline__
+
 namespace fusedopt {
 
 constexpr int kThreads = 256;  // of a block, for every kernel
@@ -22,32 +24,32 @@ struct Stream {
   void* data;
   Codec codec;
 
-  __device__ __forceinline__ uint16_t* half() const { return static_cast<uint16_t*>(data); }
+  FUSEDOPT_DEVICE uint16_t* half() const { return static_cast<uint16_t*>(data); }
 };
 
-__device__ __forceinline__ Stream stream_at(const void* data, Codec codec, int64_t element) {
+FUSEDOPT_DEVICE Stream stream_at(const void* data, Codec codec, int64_t element) {
   const char* at = data ? static_cast<const char*>(data) + element * bytes_of(codec) : nullptr;
   return {const_cast<char*>(at), codec};
 }
 
-__device__ __forceinline__ bool aligned16(const Stream& s) {
+FUSEDOPT_DEVICE bool aligned16(const Stream& s) {
   return (reinterpret_cast<uintptr_t>(s.data) & 15u) == 0;
 }
 
 // Element of the warp's 256 that slot j of thread t holds.
-__device__ __forceinline__ int element_of_slot(int t, int j) {
+FUSEDOPT_DEVICE int element_of_slot(int t, int j) {
   return (j < 4 ? 0 : kWarpElements / 2 - 4) + 4 * t + j;
 }
 
-__device__ __forceinline__ float widened_low(uint32_t pair, Codec codec) {
+FUSEDOPT_DEVICE float widened_low(uint32_t pair, Codec codec) {
   return widened(static_cast<uint16_t>(pair), codec);
 }
 
-__device__ __forceinline__ float widened_high(uint32_t pair, Codec codec) {
+FUSEDOPT_DEVICE float widened_high(uint32_t pair, Codec codec) {
   return widened(static_cast<uint16_t>(pair >> 16), codec);
 }
 
-__device__ __forceinline__ uint32_t narrowed_pair(float low, float high, Codec codec) {
+FUSEDOPT_DEVICE uint32_t narrowed_pair(float low, float high, Codec codec) {
   return narrowed(low, codec) | static_cast<uint32_t>(narrowed(high, codec)) << 16;
 }
 
@@ -55,7 +57,7 @@ __device__ __forceinline__ uint32_t narrowed_pair(float low, float high, Codec c
 // before the first use of any. kAnyCodec: else the stream is known to be fp32. It is the last read
 // in this step: evict first.
 template <bool kAnyCodec>
-__device__ __forceinline__ void load_group(const Stream& s, int at, int t, float* x) {
+FUSEDOPT_DEVICE void load_group(const Stream& s, int at, int t, float* x) {
   if (kAnyCodec && s.codec != Codec::kFloat32) {
     const uint2 v = __ldcs(reinterpret_cast<const uint2*>(s.half() + at) + t);
     x[0] = float_of(v.x), x[1] = float_of(v.y);
@@ -67,7 +69,7 @@ __device__ __forceinline__ void load_group(const Stream& s, int at, int t, float
 }
 
 template <bool kAnyCodec>
-__device__ __forceinline__ void widen_group(const Stream& s, float* x) {
+FUSEDOPT_DEVICE void widen_group(const Stream& s, float* x) {
   if (!kAnyCodec || s.codec == Codec::kFloat32) return;
   const uint32_t low = bits_of(x[0]), high = bits_of(x[1]);
   x[0] = widened_low(low, s.codec), x[1] = widened_high(low, s.codec);
@@ -75,7 +77,7 @@ __device__ __forceinline__ void widen_group(const Stream& s, float* x) {
 }
 
 template <bool kAnyCodec>
-__device__ __forceinline__ void store_group(const Stream& s, int at, int t, const float* x) {
+FUSEDOPT_DEVICE void store_group(const Stream& s, int at, int t, const float* x) {
   if (kAnyCodec && s.codec != Codec::kFloat32) {
     const uint2 v =
         make_uint2(narrowed_pair(x[0], x[1], s.codec), narrowed_pair(x[2], x[3], s.codec));
@@ -88,14 +90,14 @@ __device__ __forceinline__ void store_group(const Stream& s, int at, int t, cons
 
 // One element, wherever it lies.
 template <bool kAnyCodec>
-__device__ __forceinline__ float load_element(const Stream& s, int i) {
+FUSEDOPT_DEVICE float load_element(const Stream& s, int i) {
   if (!kAnyCodec || s.codec == Codec::kFloat32)
     return __ldcs(static_cast<const float*>(s.data) + i);
   return widened(__ldcs(static_cast<const unsigned short*>(s.data) + i), s.codec);
 }
 
 template <bool kAnyCodec>
-__device__ __forceinline__ void store_element(const Stream& s, int i, float x) {
+FUSEDOPT_DEVICE void store_element(const Stream& s, int i, float x) {
   if (!kAnyCodec || s.codec == Codec::kFloat32) {
     static_cast<float*>(s.data)[i] = x;
   } else {
@@ -103,13 +105,13 @@ __device__ __forceinline__ void store_element(const Stream& s, int i, float x) {
   }
 }
 
-__device__ __forceinline__ uint4 load_eight(const Stream& s, int at, int t) {
+FUSEDOPT_DEVICE uint4 load_eight(const Stream& s, int at, int t) {
   return __ldcs(reinterpret_cast<const uint4*>(s.half() + at) + t);
 }
 
 // From the order of memory to the thread's group of half 0 or 1 of the warp's elements: group g
 // lies with thread g / 2.
-__device__ __forceinline__ void spread(const uint4& memory, int t, int half, uint32_t* pair) {
+FUSEDOPT_DEVICE void spread(const uint4& memory, int t, int half, uint32_t* pair) {
   const int from = half * (kWarp / 2) + t / 2;
   const uint32_t x = __shfl_sync(kAllThreads, memory.x, from);
   const uint32_t y = __shfl_sync(kAllThreads, memory.y, from);
@@ -120,7 +122,7 @@ __device__ __forceinline__ void spread(const uint4& memory, int t, int half, uin
 }
 
 // The way back: thread t collects groups 2t and 2t+1.
-__device__ __forceinline__ uint4 gather(const uint32_t (&pair)[4], int t) {
+FUSEDOPT_DEVICE uint4 gather(const uint32_t (&pair)[4], int t) {
   const int from = (2 * t) % kWarp;
   const bool high = t >= kWarp / 2;
   uint32_t out[4];

@@ -9,7 +9,7 @@
 namespace fusedopt {
 
 // Options that the user keeps on the device. The block meets a barrier before it reads them.
-__device__ __forceinline__ void fetch_device_numbers(const DeviceStep& step) {
+FUSEDOPT_DEVICE void fetch_device_numbers(const DeviceStep& step) {
   for (int64_t i = threadIdx.x; i < step.record.n_device_numbers; i += kThreads) {
     const DeviceNumber& number = step.numbers[i];
     step.fields[number.field] = number.is_double ? *static_cast<const double*>(number.data)
@@ -18,7 +18,7 @@ __device__ __forceinline__ void fetch_device_numbers(const DeviceStep& step) {
 }
 
 // Word t of all devices. Read past the L1 cache: another block may just have written it.
-__device__ __forceinline__ uint64_t word_of_devices(const DeviceStep& step, int t) {
+FUSEDOPT_DEVICE uint64_t word_of_devices(const DeviceStep& step, int t) {
   uint64_t word = 0;
   for (int d = 0; d < step.n_devices; ++d) {
     word = combined(t, word, __ldcg(step.words + d * kWords + t));
@@ -26,12 +26,10 @@ __device__ __forceinline__ uint64_t word_of_devices(const DeviceStep& step, int 
   return word;
 }
 
-__device__ __forceinline__ float next_step(const Row& row) {
-  return row.step ? *row.step + 1.0f : 0.0f;
-}
+FUSEDOPT_DEVICE float next_step(const Row& row) { return row.step ? *row.step + 1.0f : 0.0f; }
 
 // Takes part in the step, and on this device.
-__device__ __forceinline__ bool is_active(const PlanView& plan, int64_t r) {
+FUSEDOPT_DEVICE bool is_active(const PlanView& plan, int64_t r) {
   return plan.grads[r].present && (plan.rows[r].numel > 0 || plan.rows[r].step);
 }
 
@@ -41,7 +39,7 @@ constexpr int kSharedGroups = 32;
 // thread a group works out the numbers of whichever tensor came first, and the others look whether
 // they are theirs too.
 template <class R>
-__device__ __forceinline__ void prepare_rows(const PlanView& plan) {
+FUSEDOPT_DEVICE void prepare_rows(const PlanView& plan) {
   __shared__ RowStep<R> group_step[kSharedGroups];
   __shared__ unsigned claims[kSharedGroups];
   __shared__ int64_t first_row[kSharedGroups];
@@ -72,7 +70,7 @@ __device__ __forceinline__ void prepare_rows(const PlanView& plan) {
 
 // Called by a whole block. All words are there: of this device alone, or of every one that shares
 // the norm.
-__device__ __forceinline__ void finalize_step(const DeviceStep& step) {
+FUSEDOPT_DEVICE void finalize_step(const DeviceStep& step) {
   __shared__ uint64_t words[kWords];
   __shared__ bool skip;
   const int t = threadIdx.x;

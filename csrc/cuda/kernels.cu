@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class R>
-__device__ __forceinline__ void write_step_counts(const PlanView& plan, int64_t first, int64_t by) {
+FUSEDOPT_DEVICE void write_step_counts(const PlanView& plan, int64_t first, int64_t by) {
   const auto* row_steps = static_cast<const RowStep<R>*>(plan.row_steps);
 #pragma unroll 1
   for (int64_t r = first; r < plan.n_rows; r += by) {
@@ -54,8 +54,7 @@ __device__ __forceinline__ void write_step_counts(const PlanView& plan, int64_t 
 }
 
 // Counts are written here, after which no launch can fail, so that a step that raised has not
-// counted. Chunks from the last to the first: the end of the gradients is likeliest to be in the L2
-// cache still. 64 registers let four blocks reside.
+// counted. 64 registers let four blocks reside.
 template <class R, int n, bool kHalfStates>
 __global__ void __launch_bounds__(kThreads, 4)
     update_kernel(const __grid_constant__ DeviceStep step) {
@@ -63,12 +62,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     if (blockIdx.x == 0 && threadIdx.x == 0) step.record.scalars->skipped_steps += 1.0f;
     return;
   }
-  const PlanView& plan = step.plan;
-  write_step_counts<R>(plan, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
-  const int last = static_cast<int>(plan.n_chunks) - 1;
-  for (int c = last - static_cast<int>(blockIdx.x); c >= 0; c -= static_cast<int>(gridDim.x)) {
-    update_chunk<Compiled<R, n, kHalfStates>>(step, plan.chunks[c]);
-  }
+  write_step_counts<R>(step.plan, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
+  update_chunks<Compiled<R, n, kHalfStates>>(step);
 }
 
 using UpdateKernel = void (*)(DeviceStep);

@@ -19,7 +19,7 @@ struct ChunkOfGrads {
   int n;
 };
 
-__device__ __forceinline__ ChunkOfGrads chunk_of_grads(const PlanView& plan, const Chunk& chunk) {
+FUSEDOPT_DEVICE ChunkOfGrads chunk_of_grads(const PlanView& plan, const Chunk& chunk) {
   const Grad& grad = plan.grads[chunk.row];
   if (!grad.present) return {{nullptr, Codec::kFloat32}, 0};
   const int64_t begin = chunk.index * kChunk;
@@ -28,13 +28,13 @@ __device__ __forceinline__ ChunkOfGrads chunk_of_grads(const PlanView& plan, con
 }
 
 // Lane of the contract that accumulator j of thread t stands for.
-__device__ __forceinline__ int lane_of(Codec codec, int t, int j) {
+FUSEDOPT_DEVICE int lane_of(Codec codec, int t, int j) {
   return codec == Codec::kFloat32 ? element_of_slot(t, j) : 8 * t + j;
 }
 
 // A row one element at a time, all eight loads before the first use.
 template <class T>
-__device__ __forceinline__ void load_some(const ChunkOfGrads& c, int row, int t, T (&x)[8]) {
+FUSEDOPT_DEVICE void load_some(const ChunkOfGrads& c, int row, int t, T (&x)[8]) {
   const T* data = static_cast<const T*>(c.grad.data);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_some(const ChunkOfGrads& c, int row, int t,
 // where it has stopped. Those of each lane come in ascending order.
 
 template <class Visit>
-__device__ __forceinline__ int visit_floats(const ChunkOfGrads& c, int t, const Visit& visit) {
+FUSEDOPT_DEVICE int visit_floats(const ChunkOfGrads& c, int t, const Visit& visit) {
   int row = 0;
   const float4* data = static_cast<const float4*>(c.grad.data) + t;
   for (; row + 4 * kWarpElements <= c.n; row += 4 * kWarpElements, data += kWarpElements) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ int visit_floats(const ChunkOfGrads& c, int t, const 
 }
 
 template <class Visit>
-__device__ __forceinline__ int visit_halves(const ChunkOfGrads& c, int t, const Visit& visit) {
+FUSEDOPT_DEVICE int visit_halves(const ChunkOfGrads& c, int t, const Visit& visit) {
   int row = 0;
   const Codec codec = c.grad.codec;
   const auto* data = static_cast<const uint4*>(c.grad.data);
@@ -87,7 +87,7 @@ __device__ __forceinline__ int visit_halves(const ChunkOfGrads& c, int t, const 
 }
 
 template <class Visit>
-__device__ __forceinline__ void for_each_element(const ChunkOfGrads& c, int t, const Visit& visit) {
+FUSEDOPT_DEVICE void for_each_element(const ChunkOfGrads& c, int t, const Visit& visit) {
   int row = 0;
   const bool is_float = c.grad.codec == Codec::kFloat32;
   if (aligned16(c.grad)) row = is_float ? visit_floats(c, t, visit) : visit_halves(c, t, visit);
@@ -108,7 +108,7 @@ __device__ __forceinline__ void for_each_element(const ChunkOfGrads& c, int t, c
   }
 }
 
-__device__ __forceinline__ float sum_over_warp(float x) {
+FUSEDOPT_DEVICE float sum_over_warp(float x) {
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
     x = x + __shfl_xor_sync(kAllThreads, x, distance);
@@ -122,7 +122,7 @@ struct Scan {
   float largest;  // |grad * mult1|; NaN if there is one
 };
 
-__device__ __forceinline__ Scan scan(const ChunkOfGrads& c, int t, float mult1, float mult2) {
+FUSEDOPT_DEVICE Scan scan(const ChunkOfGrads& c, int t, float mult1, float mult2) {
   float lane[8] = {};
   uint32_t largest = 0;  // as integers magnitudes are ordered, with NaN above infinity
   for_each_element(c, t, [&](int j, float grad) {
@@ -145,8 +145,7 @@ __device__ __forceinline__ Scan scan(const ChunkOfGrads& c, int t, float mult1, 
 }
 
 // As on the CPU (csrc/cpu/reduce.h): a finite chunk has a finite partial.
-__device__ __forceinline__ Partial partial_of(const ChunkOfGrads& c, int t, const Scan& s,
-                                              float inv_scale) {
+FUSEDOPT_DEVICE Partial partial_of(const ChunkOfGrads& c, int t, const Scan& s, float inv_scale) {
   if (in_range(s.sum)) return {s.sum, 0};
   if (s.largest == 0.0f || s.largest - s.largest != 0.0f) return {s.largest, 0};
   const Rescale rescale = rescale_for(s.largest);
@@ -154,8 +153,8 @@ __device__ __forceinline__ Partial partial_of(const ChunkOfGrads& c, int t, cons
 }
 
 // What a chunk adds to word t.
-__device__ __forceinline__ uint64_t word_of_chunk(const ChunkOfGrads& c, int t, bool norm_is_two,
-                                                  float inv_scale) {
+FUSEDOPT_DEVICE uint64_t word_of_chunk(const ChunkOfGrads& c, int t, bool norm_is_two,
+                                       float inv_scale) {
   const Scan s = scan(c, t, inv_scale, 1.0f);
   if (!norm_is_two) return t == kLargest ? bits_of(s.largest) : 0;
   const Addend addend = addend_of(partial_of(c, t, s, inv_scale));
@@ -163,7 +162,7 @@ __device__ __forceinline__ uint64_t word_of_chunk(const ChunkOfGrads& c, int t, 
 }
 
 // Word t of all chunks of this warp.
-__device__ __forceinline__ uint64_t word_of_warp(const DeviceStep& step, int t, float inv_scale) {
+FUSEDOPT_DEVICE uint64_t word_of_warp(const DeviceStep& step, int t, float inv_scale) {
   const PlanView& plan = step.plan;
   const bool norm_is_two = step.record.has(StepRecord::kNormIsTwo);
   uint64_t word = 0;
@@ -176,7 +175,7 @@ __device__ __forceinline__ uint64_t word_of_warp(const DeviceStep& step, int t, 
 }
 
 // words[t] = combined(t, words[t], word), whoever does the same meanwhile.
-__device__ __forceinline__ void add_word(Word* words, int t, Word word) {
+FUSEDOPT_DEVICE void add_word(Word* words, int t, Word word) {
   if (word == 0) return;
   if (t == kLargest) {
     atomicMax(words + t, word);
@@ -187,7 +186,7 @@ __device__ __forceinline__ void add_word(Word* words, int t, Word word) {
 
 // Whether all other blocks are done, and what they have written is visible. By a ticket that each
 // block draws; it is zero again after the last.
-__device__ __forceinline__ bool is_last_block(uint32_t* ticket) {
+FUSEDOPT_DEVICE bool is_last_block(uint32_t* ticket) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {

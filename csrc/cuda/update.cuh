@@ -2,7 +2,7 @@
 // element's story:
 //
 //   if (scalars->skip) return                                    nothing moves
-//   for each chunk, by one block:                                update_chunk()
+//   for each chunk, by one block:                                update_chunks()
 //     thread 0 puts pointers and numbers in shared memory        prepare()
 //     256 elements by each warp, eight by a thread:              update_warp()
 //       g = grad[i], m = master[i] or param[i], s[k] = state[k][i]   all loads first, 16 bytes each
@@ -25,6 +25,7 @@ namespace fusedopt {
 // they are used: registers are for the data, of which 64 a thread leave no room for this.
 template <class R>
 struct Work {
+  int64_t chunk;  // negative: the block is done
   Stream grad;
   Stream primary;  // where fp32 values live: the param, or its master; null: in `half` alone
   Stream half;     // the fp16 or bf16 param
@@ -44,23 +45,23 @@ struct Compiled {
   using R = R_;
   static constexpr int kStates = n;
   static constexpr bool kHalfStates = kHalfStates_;
+  using Numbers = std::make_index_sequence<R::kStates>;  // of states
 
   // A state that not every tensor has may be absent.
-  __device__ __forceinline__ static bool is_there(const Work<R>& w, int k) {
+  FUSEDOPT_DEVICE static bool is_there(const Work<R>& w, int k) {
     return k < R::kAlways || w.state[k].data;
   }
 };
 
 template <class K>
-__device__ __forceinline__ bool streams_aligned(const Work<typename K::R>& w) {
+FUSEDOPT_DEVICE bool streams_aligned(const Work<typename K::R>& w) {
   bool aligned = aligned16(w.primary) && aligned16(w.half);
   for (int k = 0; k < K::kStates; ++k) aligned = aligned && aligned16(w.state[k]);
   return aligned;
 }
 
 template <class K>
-__device__ __forceinline__ void prepare(const DeviceStep& step, const Chunk& chunk,
-                                        Work<typename K::R>& w) {
+FUSEDOPT_DEVICE void prepare(const DeviceStep& step, const Chunk& chunk, Work<typename K::R>& w) {
   using R = typename K::R;
   const Grad& grad = step.plan.grads[chunk.row];
   const Row& row = step.plan.rows[chunk.row];
@@ -87,7 +88,7 @@ __device__ __forceinline__ void prepare(const DeviceStep& step, const Chunk& chu
 // What the param was before this step, in fp32. Where it is not the rounding of its master someone
 // wrote to it, and it is the truth.
 template <bool kHalfParam, class R>
-__device__ __forceinline__ float current_param(const Work<R>& w, float master, uint16_t half) {
+FUSEDOPT_DEVICE float current_param(const Work<R>& w, float master, uint16_t half) {
   if (!kHalfParam) return master;
   const float written = widened(half, w.half.codec);
   if (!w.primary.data) return written;
@@ -95,16 +96,10 @@ __device__ __forceinline__ float current_param(const Work<R>& w, float master, u
 }
 
 template <class K, size_t... k>
-__device__ __forceinline__ void apply(const Work<typename K::R>& w, float grad, float& param,
-                                      float (&state)[sizeof...(k)], std::index_sequence<k...>) {
+FUSEDOPT_DEVICE void apply(const Work<typename K::R>& w, float grad, float& param,
+                           float (&state)[sizeof...(k)], std::index_sequence<k...>) {
   grad = clipped(grad, w.grad_mult, w.max_grad_value);
   K::R::template update<K::kStates>(w.hyper, w.kind, grad, param, state[k]...);
-}
-
-template <class K>
-__device__ __forceinline__ void apply(const Work<typename K::R>& w, float grad, float& param,
-                                      float (&state)[K::R::kStates]) {
-  apply<K>(w, grad, param, state, std::make_index_sequence<K::R::kStates>());
 }
 
 constexpr int kHalfWarp = kWarpElements / 2;  // elements
@@ -119,7 +114,7 @@ struct Group {
 };
 
 template <class K, bool kHalfParam>
-__device__ __forceinline__ void load(const Work<typename K::R>& w, int at, int t, Group<K>& x) {
+FUSEDOPT_DEVICE void load(const Work<typename K::R>& w, int at, int t, Group<K>& x) {
   if (!kHalfParam || w.primary.data) load_group<K::kHalfStates>(w.primary, at, t, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
@@ -132,7 +127,7 @@ __device__ __forceinline__ void load(const Work<typename K::R>& w, int at, int t
 }
 
 template <class K, GradAccess kGrad, bool kHalfParam>
-__device__ __forceinline__ void update_group(const Work<typename K::R>& w, Group<K>& x) {
+FUSEDOPT_DEVICE void update_group(const Work<typename K::R>& w, Group<K>& x) {
   if (!kHalfParam || w.primary.data) widen_group<K::kHalfStates>(w.primary, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) widen_group<K::kHalfStates>(w.state[k], x.state[k]);
@@ -147,7 +142,7 @@ __device__ __forceinline__ void update_group(const Work<typename K::R>& w, Group
     float state[K::R::kStates] = {};
 #pragma unroll
     for (int k = 0; k < K::kStates; ++k) state[k] = x.state[k][j];
-    apply<K>(w, x.grad[j], p, state);
+    apply<K>(w, x.grad[j], p, state, typename K::Numbers());
     x.param[j] = p;
 #pragma unroll
     for (int k = 0; k < K::kStates; ++k) x.state[k][j] = state[k];
@@ -155,8 +150,7 @@ __device__ __forceinline__ void update_group(const Work<typename K::R>& w, Group
 }
 
 template <class K, bool kHalfParam>
-__device__ __forceinline__ void store(const Work<typename K::R>& w, int at, int t,
-                                      const Group<K>& x) {
+FUSEDOPT_DEVICE void store(const Work<typename K::R>& w, int at, int t, const Group<K>& x) {
   if (!kHalfParam || w.primary.data) store_group<K::kHalfStates>(w.primary, at, t, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
@@ -168,7 +162,7 @@ __device__ __forceinline__ void store(const Work<typename K::R>& w, int at, int 
 // excepted under kNarrow. Loads first: eight of 16 bytes are in flight for fp32 AdamW. More streams
 // do not fit in 64 registers that way, so the warp takes one half of its elements after the other.
 template <class K, GradAccess kGrad, bool kHalfParam>
-__device__ __forceinline__ void update_warp(const Work<typename K::R>& w, int at, int t) {
+FUSEDOPT_DEVICE void update_warp(const Work<typename K::R>& w, int at, int t) {
   constexpr bool kOneByOne =
       K::kStates > 2 || K::kHalfStates || (kHalfParam && kGrad != GradAccess::kHalf);
   constexpr int kGroups = kOneByOne ? 1 : 2;
@@ -214,7 +208,7 @@ __device__ __forceinline__ void update_warp(const Work<typename K::R>& w, int at
 
 // The elements that make up no whole warp's share, and tensors that lie on odd addresses.
 template <class K>
-__device__ __forceinline__ void update_element(const Work<typename K::R>& w, int i) {
+FUSEDOPT_DEVICE void update_element(const Work<typename K::R>& w, int i) {
   float p = w.primary.data ? load_element<K::kHalfStates>(w.primary, i) : 0.0f;
   if (w.half.data) p = current_param<true>(w, p, w.half.half()[i]);
   float state[K::R::kStates] = {};
@@ -223,7 +217,7 @@ __device__ __forceinline__ void update_element(const Work<typename K::R>& w, int
     const bool is_there = K::is_there(w, k);
     state[k] = is_there ? load_element<K::kHalfStates>(w.state[k], i) : K::R::absent(k);
   }
-  apply<K>(w, load_element<true>(w.grad, i), p, state);
+  apply<K>(w, load_element<true>(w.grad, i), p, state, typename K::Numbers());
   if (w.primary.data) store_element<K::kHalfStates>(w.primary, i, p);
   if (w.half.data) w.half.half()[i] = narrowed(p, w.half.codec);
 #pragma unroll
@@ -233,7 +227,7 @@ __device__ __forceinline__ void update_element(const Work<typename K::R>& w, int
 }
 
 template <class K, GradAccess kGrad, bool kHalfParam>
-__device__ __forceinline__ void update_whole(const Work<typename K::R>& w) {
+FUSEDOPT_DEVICE void update_whole(const Work<typename K::R>& w) {
   int at = threadIdx.x / kWarp * kWarpElements;
   for (; at < w.whole; at += kWarps * kWarpElements) {
     update_warp<K, kGrad, kHalfParam>(w, at, threadIdx.x % kWarp);
@@ -241,7 +235,7 @@ __device__ __forceinline__ void update_whole(const Work<typename K::R>& w) {
 }
 
 template <class K, GradAccess kGrad>
-__device__ __forceinline__ void update_whole(const Work<typename K::R>& w) {
+FUSEDOPT_DEVICE void update_whole(const Work<typename K::R>& w) {
   if (w.half.data) {
     update_whole<K, kGrad, true>(w);
   } else {
@@ -249,21 +243,34 @@ __device__ __forceinline__ void update_whole(const Work<typename K::R>& w) {
   }
 }
 
+// The block's next chunk, from the last to the first: the end of the gradients is likeliest to be
+// in the L2 cache still.
+template <class K>
+FUSEDOPT_DEVICE void prepare_next(const DeviceStep& step, Work<typename K::R>& w) {
+  w.chunk -= gridDim.x;
+  if (w.chunk >= 0) prepare<K>(step, step.plan.chunks[w.chunk], w);
+}
+
 // Called by a whole block.
 template <class K>
-__device__ __forceinline__ void update_chunk(const DeviceStep& step, const Chunk& chunk) {
+FUSEDOPT_DEVICE void update_chunks(const DeviceStep& step) {
   __shared__ Work<typename K::R> work;
-  if (threadIdx.x == 0) prepare<K>(step, chunk, work);
-  __syncthreads();
-  if (!work.grad_aligned) {
-    update_whole<K, GradAccess::kNarrow>(work);
-  } else if (work.grad.codec == Codec::kFloat32) {
-    update_whole<K, GradAccess::kFloat>(work);
-  } else {
-    update_whole<K, GradAccess::kHalf>(work);
+  const int t = threadIdx.x;
+  if (t == 0) work.chunk = step.plan.n_chunks - 1 - blockIdx.x + gridDim.x;
+  for (;;) {
+    if (t == 0) prepare_next<K>(step, work);
+    __syncthreads();
+    if (work.chunk < 0) return;
+    if (!work.grad_aligned) {
+      update_whole<K, GradAccess::kNarrow>(work);
+    } else if (work.grad.codec == Codec::kFloat32) {
+      update_whole<K, GradAccess::kFloat>(work);
+    } else {
+      update_whole<K, GradAccess::kHalf>(work);
+    }
+    for (int i = work.whole + t; i < work.n; i += kThreads) update_element<K>(work, i);
+    __syncthreads();  // before the next chunk's work takes its place
   }
-  for (int i = work.whole + threadIdx.x; i < work.n; i += kThreads) update_element<K>(work, i);
-  __syncthreads();  // before the next chunk's work takes its place
 }
 
 }  // namespace fusedopt

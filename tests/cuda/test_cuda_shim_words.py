@@ -11,8 +11,8 @@ import pytest
 import torch
 from cases import CHUNK, FLOATS, NONFINITE, parametrize
 from conftest import require_cpu_backend
-from exact import LANES, Floats, fma, pair_tree
 from harness import make_param, randn
+from models.exact import LANES, Floats, fma, pair_tree
 from torch import Tensor
 
 import fusedopt
