@@ -41,16 +41,17 @@ FUSEDOPT_DEVICE int element_of_slot(int t, int j) {
   return (j < 4 ? 0 : kWarpElements / 2 - 4) + 4 * t + j;
 }
 
-FUSEDOPT_DEVICE float widened_low(uint32_t pair, Codec codec) {
-  return widened(static_cast<uint16_t>(pair), codec);
-}
+FUSEDOPT_DEVICE float widened_low(uint32_t pair, Codec c) { return widened(pair & 0xffffu, c); }
 
-FUSEDOPT_DEVICE float widened_high(uint32_t pair, Codec codec) {
-  return widened(static_cast<uint16_t>(pair >> 16), codec);
-}
+FUSEDOPT_DEVICE float widened_high(uint32_t pair, Codec c) { return widened(pair >> 16, c); }
 
 FUSEDOPT_DEVICE uint32_t narrowed_pair(float low, float high, Codec codec) {
   return narrowed(low, codec) | static_cast<uint32_t>(narrowed(high, codec)) << 16;
+}
+
+FUSEDOPT_DEVICE void narrow_group(const float* x, Codec codec, uint32_t* pair) {
+  pair[0] = narrowed_pair(x[0], x[1], codec);
+  pair[1] = narrowed_pair(x[2], x[3], codec);
 }
 
 // A group of a stream: the bits as they lie in memory, which widen_group() makes fp32. Loads come
@@ -79,9 +80,9 @@ FUSEDOPT_DEVICE void widen_group(const Stream& s, float* x) {
 template <bool kAnyCodec>
 FUSEDOPT_DEVICE void store_group(const Stream& s, int at, int t, const float* x) {
   if (kAnyCodec && s.codec != Codec::kFloat32) {
-    const uint2 v =
-        make_uint2(narrowed_pair(x[0], x[1], s.codec), narrowed_pair(x[2], x[3], s.codec));
-    __stcs(reinterpret_cast<uint2*>(s.half() + at) + t, v);
+    uint32_t pair[2];
+    narrow_group(x, s.codec, pair);
+    __stcs(reinterpret_cast<uint2*>(s.half() + at) + t, make_uint2(pair[0], pair[1]));
     return;
   }
   __stcs(reinterpret_cast<float4*>(static_cast<float*>(s.data) + at) + t,
@@ -107,6 +108,10 @@ FUSEDOPT_DEVICE void store_element(const Stream& s, int i, float x) {
 
 FUSEDOPT_DEVICE uint4 load_eight(const Stream& s, int at, int t) {
   return __ldcs(reinterpret_cast<const uint4*>(s.half() + at) + t);
+}
+
+FUSEDOPT_DEVICE void store_eight(const Stream& s, int at, int t, const uint4& x) {
+  __stcs(reinterpret_cast<uint4*>(s.half() + at) + t, x);
 }
 
 // From the order of memory to the thread's group of half 0 or 1 of the warp's elements: group g

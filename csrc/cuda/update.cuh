@@ -1,16 +1,16 @@
 // A block updates one chunk of a param and its states in place, by the rules of ../rules.h. One
 // element's story:
 //
-//   if (scalars->skip) return                                    nothing moves
-//   for each chunk, by one block:                                update_chunks()
-//     thread 0 puts pointers and numbers in shared memory        prepare()
-//     256 elements by each warp, eight by a thread:              update_warp()
-//       g = grad[i], m = master[i] or param[i], s[k] = state[k][i]   all loads first, 16 bytes each
-//       if (param[i] != narrowed(m)) m = widened(param[i])       someone wrote to it: it is the
-//       truth g = clip(g * grad_mult, max_grad_value)                  unscale, clip, maximize: one
-//       factor R::update(hyper, kind, g, m, s...)                       the rule, in registers
-//       master[i] = m, param[i] = narrowed(m), state[k][i] = s[k]
-//     what is left over, one element by a thread:                update_element()
+//   if (scalars->skip) return                                  nothing moves
+//   for each chunk, by one block:                              update_chunks()
+//     pointers and numbers into shared memory                  prepare(), by one thread
+//     for 256 elements, by one warp, eight in each thread:     update_warp()
+//       g = grad[i], p = master[i], s[k] = state[k][i]         all loads first, 16 bytes each
+//       if (param[i] != narrowed(p)) p = param[i]              no master, or someone wrote to param
+//       g = clip(g * grad_mult, max_grad_value)                unscale, clip, maximize: one factor
+//       R::update(hyper, kind, g, p, s...)                     the rule, in registers
+//       master[i] = p, param[i] = narrowed(p), state[k][i] = s[k]
+//     the elements that are left over, one in each thread:     update_element()
 #pragma once
 
 #include <utility>
@@ -21,23 +21,6 @@
 
 namespace fusedopt {
 
-// A chunk's streams and numbers, uniform over the block. In shared memory and read again wherever
-// they are used: registers are for the data, of which 64 a thread leave no room for this.
-template <class R>
-struct Work {
-  int64_t chunk;  // negative: the block is done
-  Stream grad;
-  Stream primary;  // where fp32 values live: the param, or its master; null: in `half` alone
-  Stream half;     // the fp16 or bf16 param
-  Stream state[R::kStates];
-  typename R::Hyper hyper;
-  Kind kind;
-  float grad_mult, max_grad_value;
-  int n;
-  int whole;  // elements that warps take 256 at a time
-  bool grad_aligned;
-};
-
 // What a kernel is compiled for: tensors of rule R with n states or fewer. kHalfStates: states and
 // masters may be 16 bits wide; else all are fp32.
 template <class R_, int n, bool kHalfStates_>
@@ -45,23 +28,30 @@ struct Compiled {
   using R = R_;
   static constexpr int kStates = n;
   static constexpr bool kHalfStates = kHalfStates_;
-  using Numbers = std::make_index_sequence<R::kStates>;  // of states
+};
+
+// A chunk's streams and numbers, uniform over the block. In shared memory and read again wherever
+// they are used: registers are for the data, of which 64 a thread leave no room for this.
+template <class K>
+struct Work {
+  int64_t chunk;  // negative: the block is done
+  Stream grad;
+  Stream primary;  // where fp32 values live: the param, or its master; null: in `half` alone
+  Stream half;     // the fp16 or bf16 param
+  Stream state[K::kStates];
+  typename K::R::Hyper hyper;
+  Kind kind;
+  float grad_mult, max_grad_value;
+  int n;
+  int whole;  // elements that warps take 256 at a time
+  bool grad_aligned;
 
   // A state that not every tensor has may be absent.
-  FUSEDOPT_DEVICE static bool is_there(const Work<R>& w, int k) {
-    return k < R::kAlways || w.state[k].data;
-  }
+  FUSEDOPT_DEVICE bool has_state(int k) const { return k < K::R::kAlways || state[k].data; }
 };
 
 template <class K>
-FUSEDOPT_DEVICE bool streams_aligned(const Work<typename K::R>& w) {
-  bool aligned = aligned16(w.primary) && aligned16(w.half);
-  for (int k = 0; k < K::kStates; ++k) aligned = aligned && aligned16(w.state[k]);
-  return aligned;
-}
-
-template <class K>
-FUSEDOPT_DEVICE void prepare(const DeviceStep& step, const Chunk& chunk, Work<typename K::R>& w) {
+FUSEDOPT_DEVICE void prepare(const DeviceStep& step, const Chunk& chunk, Work<K>& w) {
   using R = typename K::R;
   const Grad& grad = step.plan.grads[chunk.row];
   const Row& row = step.plan.rows[chunk.row];
@@ -71,11 +61,15 @@ FUSEDOPT_DEVICE void prepare(const DeviceStep& step, const Chunk& chunk, Work<ty
   const bool is_float = row.codec(kParam) == Codec::kFloat32;
   w.n = static_cast<int>(left < kChunk ? left : kChunk);
   w.grad = stream_at(grad.data, grad.codec, begin);
+  w.grad_aligned = aligned16(w.grad);
   w.primary = stream(is_float ? kParam : kMaster);
   w.half = is_float ? Stream{} : stream(kParam);
-  for (int k = 0; k < K::kStates; ++k) w.state[k] = stream(kStates + k);
-  w.grad_aligned = aligned16(w.grad);
-  w.whole = streams_aligned<K>(w) ? w.n / kWarpElements * kWarpElements : 0;
+  bool aligned = aligned16(w.primary) && aligned16(w.half);
+  for (int k = 0; k < K::kStates; ++k) {
+    w.state[k] = stream(kStates + k);
+    aligned = aligned && aligned16(w.state[k]);
+  }
+  w.whole = aligned ? w.n / kWarpElements * kWarpElements : 0;
 
   const auto& options = static_cast<const typename R::Options*>(step.plan.options)[row.group];
   const float grad_mult = step.record.scalars->grad_mult;
@@ -87,8 +81,8 @@ FUSEDOPT_DEVICE void prepare(const DeviceStep& step, const Chunk& chunk, Work<ty
 
 // What the param was before this step, in fp32. Where it is not the rounding of its master someone
 // wrote to it, and it is the truth.
-template <bool kHalfParam, class R>
-FUSEDOPT_DEVICE float current_param(const Work<R>& w, float master, uint16_t half) {
+template <bool kHalfParam, class K>
+FUSEDOPT_DEVICE float current_param(const Work<K>& w, float master, uint16_t half) {
   if (!kHalfParam) return master;
   const float written = widened(half, w.half.codec);
   if (!w.primary.data) return written;
@@ -96,13 +90,20 @@ FUSEDOPT_DEVICE float current_param(const Work<R>& w, float master, uint16_t hal
 }
 
 template <class K, size_t... k>
-FUSEDOPT_DEVICE void apply(const Work<typename K::R>& w, float grad, float& param,
-                           float (&state)[sizeof...(k)], std::index_sequence<k...>) {
+FUSEDOPT_DEVICE void apply(const Work<K>& w, float grad, float& param, float* state,
+                           std::index_sequence<k...>) {
   grad = clipped(grad, w.grad_mult, w.max_grad_value);
   K::R::template update<K::kStates>(w.hyper, w.kind, grad, param, state[k]...);
 }
 
-constexpr int kHalfWarp = kWarpElements / 2;  // elements
+// `state` has room for all that the rule may have.
+template <class K>
+FUSEDOPT_DEVICE void apply(const Work<K>& w, float grad, float& param, float* state) {
+  apply(w, grad, param, state, std::make_index_sequence<K::R::kStates>());
+}
+
+constexpr int kHalfWarp = kWarpElements / 2;            // elements
+constexpr int kBlockElements = kWarps * kWarpElements;  // that are on their way at a time
 
 enum class GradAccess { kFloat, kHalf, kNarrow };
 
@@ -114,11 +115,11 @@ struct Group {
 };
 
 template <class K, bool kHalfParam>
-FUSEDOPT_DEVICE void load(const Work<typename K::R>& w, int at, int t, Group<K>& x) {
+FUSEDOPT_DEVICE void load(const Work<K>& w, int at, int t, Group<K>& x) {
   if (!kHalfParam || w.primary.data) load_group<K::kHalfStates>(w.primary, at, t, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
-    if (K::is_there(w, k)) {
+    if (w.has_state(k)) {
       load_group<K::kHalfStates>(w.state[k], at, t, x.state[k]);
     } else {
       for (float& value : x.state[k]) value = K::R::absent(k);
@@ -127,8 +128,8 @@ FUSEDOPT_DEVICE void load(const Work<typename K::R>& w, int at, int t, Group<K>&
 }
 
 template <class K, GradAccess kGrad, bool kHalfParam>
-FUSEDOPT_DEVICE void update_group(const Work<typename K::R>& w, Group<K>& x) {
-  if (!kHalfParam || w.primary.data) widen_group<K::kHalfStates>(w.primary, x.param);
+FUSEDOPT_DEVICE void update_group(const Work<K>& w, Group<K>& x) {
+  widen_group<K::kHalfStates>(w.primary, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) widen_group<K::kHalfStates>(w.state[k], x.state[k]);
 #pragma unroll
@@ -142,7 +143,7 @@ FUSEDOPT_DEVICE void update_group(const Work<typename K::R>& w, Group<K>& x) {
     float state[K::R::kStates] = {};
 #pragma unroll
     for (int k = 0; k < K::kStates; ++k) state[k] = x.state[k][j];
-    apply<K>(w, x.grad[j], p, state, typename K::Numbers());
+    apply(w, x.grad[j], p, state);
     x.param[j] = p;
 #pragma unroll
     for (int k = 0; k < K::kStates; ++k) x.state[k][j] = state[k];
@@ -150,11 +151,43 @@ FUSEDOPT_DEVICE void update_group(const Work<typename K::R>& w, Group<K>& x) {
 }
 
 template <class K, bool kHalfParam>
-FUSEDOPT_DEVICE void store(const Work<typename K::R>& w, int at, int t, const Group<K>& x) {
+FUSEDOPT_DEVICE void store(const Work<K>& w, int at, int t, const Group<K>& x) {
   if (!kHalfParam || w.primary.data) store_group<K::kHalfStates>(w.primary, at, t, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
-    if (K::is_there(w, k)) store_group<K::kHalfStates>(w.state[k], at, t, x.state[k]);
+    if (w.has_state(k)) store_group<K::kHalfStates>(w.state[k], at, t, x.state[k]);
+  }
+}
+
+// The thread's groups from half `first` of the warp's elements on: loads, arithmetic, stores.
+// Halves that came 16 bytes at a time are in grad_bits and half_bits, and so is what the params
+// become.
+template <class K, GradAccess kGrad, bool kHalfParam, int kGroups>
+FUSEDOPT_DEVICE void update_groups(const Work<K>& w, int at, int t, int first,
+                                   const uint4& grad_bits, const uint4& half_bits, uint32_t* half) {
+  Group<K> group[kGroups] = {};
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int start = at + (first + g) * kHalfWarp;
+    if (kGrad == GradAccess::kFloat) load_group<false>(w.grad, start, t, group[g].grad);
+    load<K, kHalfParam>(w, start, t, group[g]);
+  }
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int start = at + (first + g) * kHalfWarp + 4 * t;
+#pragma unroll
+    for (int j = 0; kGrad == GradAccess::kNarrow && j < 4; ++j) {
+      group[g].grad[j] = load_element<true>(w.grad, start + j);
+    }
+    if (kGrad == GradAccess::kHalf) spread(grad_bits, t, first + g, group[g].grad_pair);
+    if (kHalfParam) spread(half_bits, t, first + g, group[g].half);
+  }
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) update_group<K, kGrad, kHalfParam>(w, group[g]);
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    store<K, kHalfParam>(w, at + (first + g) * kHalfWarp, t, group[g]);
+    if (kHalfParam) narrow_group(group[g].param, w.half.codec, half + 2 * (first + g));
   }
 }
 
@@ -162,7 +195,7 @@ FUSEDOPT_DEVICE void store(const Work<typename K::R>& w, int at, int t, const Gr
 // excepted under kNarrow. Loads first: eight of 16 bytes are in flight for fp32 AdamW. More streams
 // do not fit in 64 registers that way, so the warp takes one half of its elements after the other.
 template <class K, GradAccess kGrad, bool kHalfParam>
-FUSEDOPT_DEVICE void update_warp(const Work<typename K::R>& w, int at, int t) {
+FUSEDOPT_DEVICE void update_warp(const Work<K>& w, int at, int t) {
   constexpr bool kOneByOne =
       K::kStates > 2 || K::kHalfStates || (kHalfParam && kGrad != GradAccess::kHalf);
   constexpr int kGroups = kOneByOne ? 1 : 2;
@@ -172,81 +205,45 @@ FUSEDOPT_DEVICE void update_warp(const Work<typename K::R>& w, int at, int t) {
   uint32_t half[4] = {};
 #pragma unroll
   for (int first = 0; first < 2; first += kGroups) {
-    Group<K> group[kGroups] = {};
-    const int start = at + first * kHalfWarp;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      if (kGrad == GradAccess::kFloat)
-        load_group<false>(w.grad, start + g * kHalfWarp, t, group[g].grad);
-      load<K, kHalfParam>(w, start + g * kHalfWarp, t, group[g]);
-    }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      if (kGrad == GradAccess::kNarrow) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          group[g].grad[j] = load_element<true>(w.grad, start + g * kHalfWarp + 4 * t + j);
-        }
-      } else if (kGrad == GradAccess::kHalf) {
-        spread(grad_bits, t, first + g, group[g].grad_pair);
-      }
-      if (kHalfParam) spread(half_bits, t, first + g, group[g].half);
-    }
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) update_group<K, kGrad, kHalfParam>(w, group[g]);
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      store<K, kHalfParam>(w, start + g * kHalfWarp, t, group[g]);
-      if (!kHalfParam) continue;
-      const float* p = group[g].param;
-      half[2 * (first + g)] = narrowed_pair(p[0], p[1], w.half.codec);
-      half[2 * (first + g) + 1] = narrowed_pair(p[2], p[3], w.half.codec);
-    }
+    update_groups<K, kGrad, kHalfParam, kGroups>(w, at, t, first, grad_bits, half_bits, half);
   }
-  if (kHalfParam) __stcs(reinterpret_cast<uint4*>(w.half.half() + at) + t, gather(half, t));
+  if (kHalfParam) store_eight(w.half, at, t, gather(half, t));
 }
 
 // The elements that make up no whole warp's share, and tensors that lie on odd addresses.
 template <class K>
-FUSEDOPT_DEVICE void update_element(const Work<typename K::R>& w, int i) {
+FUSEDOPT_DEVICE void update_element(const Work<K>& w, int i) {
   float p = w.primary.data ? load_element<K::kHalfStates>(w.primary, i) : 0.0f;
   if (w.half.data) p = current_param<true>(w, p, w.half.half()[i]);
   float state[K::R::kStates] = {};
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
-    const bool is_there = K::is_there(w, k);
-    state[k] = is_there ? load_element<K::kHalfStates>(w.state[k], i) : K::R::absent(k);
+    const bool there = w.has_state(k);
+    state[k] = there ? load_element<K::kHalfStates>(w.state[k], i) : K::R::absent(k);
   }
-  apply<K>(w, load_element<true>(w.grad, i), p, state, typename K::Numbers());
+  apply(w, load_element<true>(w.grad, i), p, state);
   if (w.primary.data) store_element<K::kHalfStates>(w.primary, i, p);
   if (w.half.data) w.half.half()[i] = narrowed(p, w.half.codec);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
-    if (K::is_there(w, k)) store_element<K::kHalfStates>(w.state[k], i, state[k]);
-  }
-}
-
-template <class K, GradAccess kGrad, bool kHalfParam>
-FUSEDOPT_DEVICE void update_whole(const Work<typename K::R>& w) {
-  int at = threadIdx.x / kWarp * kWarpElements;
-  for (; at < w.whole; at += kWarps * kWarpElements) {
-    update_warp<K, kGrad, kHalfParam>(w, at, threadIdx.x % kWarp);
+    if (w.has_state(k)) store_element<K::kHalfStates>(w.state[k], i, state[k]);
   }
 }
 
 template <class K, GradAccess kGrad>
-FUSEDOPT_DEVICE void update_whole(const Work<typename K::R>& w) {
+FUSEDOPT_DEVICE void update_whole(const Work<K>& w) {
+  const int t = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kWarpElements;
   if (w.half.data) {
-    update_whole<K, kGrad, true>(w);
+    for (int at = first; at < w.whole; at += kBlockElements) update_warp<K, kGrad, true>(w, at, t);
   } else {
-    update_whole<K, kGrad, false>(w);
+    for (int at = first; at < w.whole; at += kBlockElements) update_warp<K, kGrad, false>(w, at, t);
   }
 }
 
 // The block's next chunk, from the last to the first: the end of the gradients is likeliest to be
 // in the L2 cache still.
 template <class K>
-FUSEDOPT_DEVICE void prepare_next(const DeviceStep& step, Work<typename K::R>& w) {
+FUSEDOPT_DEVICE void prepare_next(const DeviceStep& step, Work<K>& w) {
   w.chunk -= gridDim.x;
   if (w.chunk >= 0) prepare<K>(step, step.plan.chunks[w.chunk], w);
 }
@@ -254,7 +251,7 @@ FUSEDOPT_DEVICE void prepare_next(const DeviceStep& step, Work<typename K::R>& w
 // Called by a whole block.
 template <class K>
 FUSEDOPT_DEVICE void update_chunks(const DeviceStep& step) {
-  __shared__ Work<typename K::R> work;
+  __shared__ Work<K> work;
   const int t = threadIdx.x;
   if (t == 0) work.chunk = step.plan.n_chunks - 1 - blockIdx.x + gridDim.x;
   for (;;) {

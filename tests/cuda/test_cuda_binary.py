@@ -164,11 +164,11 @@ def test_only_the_gradient_is_loaded_narrow(code):
 
 
 def test_all_loads_come_before_the_first_use(code):
-    for key, kernel in code.items():
+    for key, kernel in of_floats(code).items():
         for loop in vector_loops(kernel):
             late = [i for batch in sass.batches(loop) for i in sass.late_loads(batch)]
             at = [hex(i.address) for i in late if i.bits == 128]
-            assert not at, f"{key[0]}: {kind(key)} starts loads late at {at}"
+            assert not at, f"{key}: {kind(key)} starts loads late at {at}"
 
 
 def test_the_loop_over_fp32_tensors_loads_and_stores_what_it_must(code):
