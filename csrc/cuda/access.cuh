@@ -36,11 +36,6 @@ FUSEDOPT_DEVICE bool aligned16(const Stream& s) {
   return (reinterpret_cast<uintptr_t>(s.data) & 15u) == 0;
 }
 
-// Element of the warp's 256 that slot j of thread t holds.
-FUSEDOPT_DEVICE int element_of_slot(int t, int j) {
-  return (j < 4 ? 0 : kWarpElements / 2 - 4) + 4 * t + j;
-}
-
 FUSEDOPT_DEVICE float widened_low(uint32_t pair, Codec c) { return widened(pair & 0xffffu, c); }
 
 FUSEDOPT_DEVICE float widened_high(uint32_t pair, Codec c) { return widened(pair >> 16, c); }

@@ -29,7 +29,8 @@ FUSEDOPT_DEVICE ChunkOfGrads chunk_of_grads(const PlanView& plan, const Chunk& c
 
 // Lane of the contract that accumulator j of thread t stands for.
 FUSEDOPT_DEVICE int lane_of(Codec codec, int t, int j) {
-  return codec == Codec::kFloat32 ? element_of_slot(t, j) : 8 * t + j;
+  if (codec != Codec::kFloat32) return 8 * t + j;
+  return 4 * t + (j < 4 ? j : kWarpElements / 2 + j - 4);
 }
 
 // A row one element at a time, all eight loads before the first use.

@@ -192,8 +192,9 @@ FUSEDOPT_DEVICE void update_groups(const Work<K>& w, int at, int t, int first,
 }
 
 // 256 elements by a warp, all of them there and every stream on a 16-byte boundary, the gradient
-// excepted under kNarrow. Loads first: eight of 16 bytes are in flight for fp32 AdamW. More streams
-// do not fit in 64 registers that way, so the warp takes one half of its elements after the other.
+// excepted under kNarrow. Loads first: eight of 16 bytes are in flight with two fp32 states. More
+// streams do not fit in 64 registers that way, so the warp takes one half of its elements after the
+// other.
 template <class K, GradAccess kGrad, bool kHalfParam>
 FUSEDOPT_DEVICE void update_warp(const Work<K>& w, int at, int t) {
   constexpr bool kOneByOne =
@@ -240,22 +241,18 @@ FUSEDOPT_DEVICE void update_whole(const Work<K>& w) {
   }
 }
 
-// The block's next chunk, from the last to the first: the end of the gradients is likeliest to be
-// in the L2 cache still.
-template <class K>
-FUSEDOPT_DEVICE void prepare_next(const DeviceStep& step, Work<K>& w) {
-  w.chunk -= gridDim.x;
-  if (w.chunk >= 0) prepare<K>(step, step.plan.chunks[w.chunk], w);
-}
-
-// Called by a whole block.
+// Called by a whole block. Chunks from the last to the first: the end of the gradients is likeliest
+// to be in the L2 cache still.
 template <class K>
 FUSEDOPT_DEVICE void update_chunks(const DeviceStep& step) {
   __shared__ Work<K> work;
   const int t = threadIdx.x;
   if (t == 0) work.chunk = step.plan.n_chunks - 1 - blockIdx.x + gridDim.x;
   for (;;) {
-    if (t == 0) prepare_next<K>(step, work);
+    if (t == 0) {
+      work.chunk -= gridDim.x;
+      if (work.chunk >= 0) prepare(step, step.plan.chunks[work.chunk], work);
+    }
     __syncthreads();
     if (work.chunk < 0) return;
     if (!work.grad_aligned) {
