@@ -49,7 +49,7 @@ class NoLaunches(backend.TritonDriver):
     pins = False
 
     def launcher(
-        self, device: torch.device, verb: str, rule: str, halves: bool, values: dict[str, int]
+        self, device: torch.device, variant: backend.Key, values: dict[str, int]
     ) -> backend.Launch:
         return lambda programs, stream: None
 

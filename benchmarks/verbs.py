@@ -106,13 +106,13 @@ class Verbs:
         _give_grads(self.params, _dtype(workload.dtypes.grads))
         self._optimizer.step()
         self._inputs: StepInputs = self._optimizer._step_inputs()
-        self._backend, self._plan = self._optimizer._current_plan(self._inputs)
+        self._plan = self._optimizer._current_plan(self._inputs)
         if self._inputs.scalars[SKIP] != 0:
             raise RuntimeError(f"{workload} on {backend}: the step was skipped, nothing to measure")
 
     @property
     def backend(self) -> str:
-        return str(self._backend.name)
+        return self._plan.backend
 
     def updated(self) -> list[Tensor]:
         """The fp32 tensors the update acts on: the params, or their masters."""
@@ -121,11 +121,12 @@ class Verbs:
 
     def reduce(self) -> None:
         """With finalize, which on a GPU is part of the same launch."""
-        self._backend.reduce(self._plan, self._inputs)
-        self._backend.finalize(self._plan, self._inputs)
+        self._plan.begin(self._inputs)
+        self._plan.reduce()
+        self._plan.finalize()
 
     def update(self) -> None:
-        self._backend.update(self._plan, self._inputs)
+        self._plan.update()
 
     def both(self) -> None:
         self.reduce()

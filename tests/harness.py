@@ -22,7 +22,8 @@ from torch import Tensor
 
 import fusedopt
 
-FUSED = {"adamw": fusedopt.FusedAdamW, "sgd": fusedopt.FusedSGD}
+OPTIMIZERS = [getattr(fusedopt, name) for name in fusedopt.__all__ if name.startswith("Fused")]
+FUSED = {cls.rule.name: cls for cls in OPTIMIZERS if hasattr(cls, "rule")}
 Snapshot = list[dict[str, Tensor]]
 
 

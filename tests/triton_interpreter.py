@@ -199,7 +199,8 @@ def call(function: Any, *arguments: Any, length: int = 1) -> Any:
 
     def into(value: Any) -> Any:
         if isinstance(value, tuple):
-            return tl.tuple([into(one) for one in value])
+            made = [into(one) for one in value]
+            return type(value)(*made) if hasattr(value, "_fields") else tl.tuple(made)
         if isinstance(value, np.ndarray):
             kind = types[value.dtype]
             handle = TensorHandle(np.resize(value, length), kind)
@@ -254,9 +255,9 @@ class Interpreter(backend.TritonDriver):
         self.memory: Memory | None = None  # if set, all that kernels may touch
 
     def launcher(
-        self, device: torch.device, verb: str, rule: str, halves: bool, values: dict[str, int]
+        self, device: torch.device, variant: backend.Key, values: dict[str, int]
     ) -> backend.Launch:
-        variant = kernels().Variant(verb, rule, halves)
+        variant = kernels().Variant(*variant)
         names = variant.kernel.arg_names
         constants = variant.constants
         arguments = {name: values[name] for name in names if name not in constants}

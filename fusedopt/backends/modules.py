@@ -44,11 +44,11 @@ def check_mirrors(module: Any) -> None:
         ImportError: the module was built from other sources than this package; names both fields.
     """
     constants = {"CHUNK_ELEMENTS": CHUNK_ELEMENTS, "WORDS": WORDS}
-    _compare(module, "a constant", _attributes(module, constants), constants.items())
+    compare(module, "a constant", _attributes(module, constants), constants.items())
     records = getattr(module, "RECORDS", {})
     for name, record in RECORDS.items():
         theirs = [(field, at, size) for field, at, size, _ in records.get(name, ())]
-        _compare(module, name, theirs, record.fields)
+        compare(module, name, theirs, record.fields)
     for name, theirs in getattr(module, "RULES", {}).items():
         check_rule(module, name, theirs)
 
@@ -58,21 +58,22 @@ def check_rule(module: Any, name: str, theirs: dict[str, Any]) -> None:
     rule = declared(name)
     options = [(field, 8 * i, kind) for i, (field, kind) in enumerate(rule.options.items())]
     found = [(field, at, kind) for field, at, _, kind in theirs["options"]]
-    _compare(module, f"Options of {name}", found, options)
+    compare(module, f"Options of {name}", found, options)
     hyper = [(field, 4 * i, "f") for i, field in enumerate(rule.hyper)]
     found = [(field, at, kind) for field, at, _, kind in theirs["hyper"]]
-    _compare(module, f"Hyper of {name}", found, hyper)
+    compare(module, f"Hyper of {name}", found, hyper)
     sizes = {"n_states": len(rule.states), "row_step_bytes": rule.row_step_bytes}
-    _compare(module, f"rule {name}", [(key, theirs[key]) for key in sizes], sizes.items())
+    compare(module, f"rule {name}", [(key, theirs[key]) for key in sizes], sizes.items())
 
 
 def _attributes(module: Any, names: Iterable[str]) -> list[tuple[str, Any]]:
     return [(name, getattr(module, name, None)) for name in names]
 
 
-def _compare(
+def compare(
     module: Any, where: str, theirs: Iterable[tuple[Any, ...]], ours: Iterable[tuple[Any, ...]]
 ) -> None:
+    """Raise ``ImportError`` at the first of the module's fields that is not the one of ours."""
     for their, our in zip_longest(theirs, ours, fillvalue=("nothing",)):
         if tuple(their) != tuple(our):
             raise ImportError(

@@ -8,9 +8,7 @@ for a variant. The table of inputs is copied from pinned memory when it has chan
 from __future__ import annotations
 
 import ctypes
-import math
 import re
-import struct
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -18,52 +16,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan.plan import OPTIONS_BYTES
-from .device import DEVICE_NUMBER, DEVICE_NUMBERS, DeviceBackend, DeviceTables, Driver, Launches
+from ..rules.declaration import Rule
+from .device import DeviceBackend, DeviceTables, Driver, Launches
 from .records import GRAD, address
 
 OLDEST = (3, 6)  # release of Triton
 OLDEST_ON_AMD = (3, 7)  # before, its square root of tiny numbers was not the correctly rounded one
-
-# What the CUDA kernels get by value; triton_kernels/tables.py names the fields.
-HEADER = struct.Struct("=2d6q")
-NORM_IS_TWO, MEASURED, SKIP_NONFINITE = 1, 2, 4
-
-GRAD_DTYPE = 8  # offset of its low byte in a GRAD record
 
 # Of the table of inputs, made with the plan: pinning more memory may wait for the device.
 BUFFERS = 32
 SPARE = 4  # kept for captures, which may not make one
 
 Launch = Callable[[int, int], None]  # programs, stream
+Key = tuple[Any, ...]  # of a variant: the fields of triton_kernels.variants.Variant
+
+
+def fewest_states(rule: Rule) -> int:
+    """That a binary of ``update`` is for. The one for a single state serves tensors without."""
+    return max(rule.n_always, 1)
 
 
 class TritonDriver(Driver):
     """Through Triton's own driver of the GPUs that torch sees."""
 
-    step_bytes = HEADER.size
     pins = True  # host memory, so that a device copies from it by itself
 
     def __init__(self) -> None:
-        self._kernels: dict[tuple[int, str, str, bool], Any] = {}
+        self._kernels: dict[tuple[int, Key], Any] = {}
 
     def launches(self, tables: DeviceTables) -> Launches:
         return TritonLaunches(self, tables)
 
-    def launcher(
-        self, device: torch.device, verb: str, rule: str, halves: bool, values: dict[str, int]
-    ) -> Launch:
+    def launcher(self, device: torch.device, variant: Key, values: dict[str, int]) -> Launch:
         """Launches of one variant, with its arguments bound; compiles it if need be.
 
         Raises:
             RuntimeError: it cannot be compiled or loaded.
         """
         index = self.index(device)
-        key = (index, verb, rule, halves)
-        if key not in self._kernels:
+        if (index, variant) not in self._kernels:
             with torch.cuda.device(index):
-                self._kernels[key] = self._load(verb, rule, halves)
-        kernel = self._kernels[key]
+                self._kernels[index, variant] = self._load(variant)
+        kernel = self._kernels[index, variant]
         arguments = [values.get(name, 0) for name in kernel.src.fn.arg_names]  # 0: a constant
         run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
 
@@ -76,12 +70,12 @@ class TritonDriver(Driver):
 
         return launch
 
-    def _load(self, verb: str, rule: str, halves: bool) -> Any:
+    def _load(self, key: Key) -> Any:
         from triton.runtime import driver
 
         from ..triton_kernels.variants import Variant, compiled
 
-        variant = Variant(verb, rule, halves)
+        variant = Variant(*key)
         try:
             kernel = compiled(variant, driver.active.get_current_target())
             _ = kernel.run  # loads it on the current device: now, and not while a graph is captured
@@ -160,70 +154,53 @@ class TritonLaunches:
         self._driver = driver
         self._tables = tables
         self._upload = _Upload(driver, tables)
-        numbers_at = tables.n_groups * OPTIONS_BYTES
-        grads_at = numbers_at + tables.n_groups * DEVICE_NUMBERS * DEVICE_NUMBER.size
-        self._header_at = len(tables.host_inputs) - HEADER.size
         inputs = address(tables.tensors["inputs"])
         self._values = {
             **{name: address(tensor) for name, tensor in tables.tensors.items()},
-            "step": inputs + self._header_at,
-            "options": inputs,
-            "numbers": inputs + numbers_at,
-            "grads": inputs + grads_at,
+            "step": inputs,
+            "options": inputs + tables.options_at,
+            "numbers": inputs + tables.numbers_at,
+            "grads": inputs + tables.grads_at,
             "n_rows": tables.n_rows,
             "n_chunks": tables.n_chunks,
-            "n_totals": tables.n_totals,
-            "own_total": tables.own_total,
-            "finalizes": int(tables.n_totals == 1),
+            "n_devices": tables.n_devices,
+            "own_number": tables.own_number,
+            "finalizes": int(tables.n_devices == 1),
         }
-        # Low bytes of the gradients' dtypes, of which fp32 is zero.
-        self._grad_dtypes = slice(grads_at + GRAD_DTYPE, self._header_at, GRAD.size)
+        codec_at = {name: offset for name, offset, _ in GRAD.fields}["codec"]
+        self._grad_codecs = slice(tables.grads_at + codec_at, None, GRAD.size)  # their low bytes
         self._reduce_programs = max(1, min(tables.n_chunks, driver.reduce_programs(tables.device)))
-        self._reduce = self._launcher("reduce")
-        self._finalize = self._launcher("finalize")
-        self._halves = tables.half_params
-        self._update = self._update_launcher(self._halves)
+        self._reduce = self._launcher("reduce", tables.rule.name)
+        self._finalize = self._launcher("finalize", tables.rule.name)
+        self._streams = self._streams_now()
+        self._update = self._update_launcher(self._streams)
         self._stream = 0
         self.updates = 0
 
-    def _launcher(self, verb: str) -> Launch:
+    def _launcher(self, *variant: Any) -> Launch:
+        return self._driver.launcher(self._tables.device, variant, self._values)
+
+    def _update_launcher(self, streams: str) -> Launch:
         rule = self._tables.rule
-        return self._driver.launcher(self._tables.device, verb, rule, False, self._values)
+        states = max(self._tables.n_states, fewest_states(rule))
+        return self._launcher("update", rule.name, states, streams)
 
-    def _update_launcher(self, halves: bool) -> Launch:
-        rule = "amsgrad" if self._tables.amsgrad else self._tables.rule
-        device = self._tables.device
-        return self._driver.launcher(device, "update", rule, halves, self._values)
+    def _streams_now(self) -> str:
+        """What is not fp32: masters and states, too; params and gradients at most; or nothing."""
+        if self._tables.half_states:
+            return "any-states"
+        halves = self._tables.half_params or any(self._tables.host_inputs[self._grad_codecs])
+        return "any" if halves else "float32"
 
-    def begin(
-        self,
-        *,
-        norm_type: float,
-        max_grad_norm: float,
-        measured: bool,
-        skip_nonfinite: bool,
-        max_grad_value: float,
-        grad_scale: int,
-        found_inf: int,
-        inf_flag: int,
-        scalars: int,
-        n_device_numbers: int,
-        stream: int,
-        capturing: bool,
-    ) -> None:
-        flags = NORM_IS_TWO * (norm_type != math.inf)
-        flags += MEASURED * measured + SKIP_NONFINITE * skip_nonfinite
-        addresses = (grad_scale, found_inf, inf_flag, scalars)
-        header = (max_grad_norm, max_grad_value, *addresses, n_device_numbers, flags)
-        HEADER.pack_into(self._tables.host_inputs, self._header_at, *header)
+    def begin(self, stream: int, capturing: bool) -> None:
         self._stream = stream
         if not self._upload.due(capturing):
             return
-        halves = self._tables.half_params or any(self._tables.host_inputs[self._grad_dtypes])
+        streams = self._streams_now()
         # Any of this may fail, and then the table and the variant that reads it are the old ones.
-        update = self._update if halves == self._halves else self._update_launcher(halves)
+        update = self._update if streams == self._streams else self._update_launcher(streams)
         self._upload.run(capturing)
-        self._update, self._halves = update, halves
+        self._update, self._streams = update, streams
 
     def reduce(self, finalizes: bool) -> None:
         assert finalizes == bool(self._values["finalizes"])

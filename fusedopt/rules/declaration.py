@@ -110,6 +110,11 @@ class Rule:
         return struct.Struct(f"={fields}{OPTIONS_BYTES - 8 * len(fields)}x")
 
     @property
+    def n_always(self) -> int:
+        """So many states, the first ones, every parameter has."""
+        return sum(state.when is None for state in self.states)
+
+    @property
     def row_step_bytes(self) -> int:
         """``RowStep`` of csrc/rules/common.h: hyper and count, in units of 32 bytes."""
         return -(-4 * (len(self.hyper) + 1) // 32) * 32

@@ -1,4 +1,4 @@
-"""A warp turns one chunk of gradients into its partial: csrc/cuda/reduce.cuh in Triton."""
+"""A warp turns chunks of gradients into words: csrc/cuda/reduce.cuh in Triton."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -6,21 +6,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dtypes import widened
+from .codecs import FLOAT32, bytes_of, widened
 from .scalars import in_range, rescale_for
 from .tables import (
     CHUNK,
-    CHUNK_WORDS,
-    FLOAT16,
-    FLOAT32,
-    GRAD_WORDS,
+    CHUNK_BYTES,
+    CHUNK_INDEX,
+    CHUNK_ROW,
+    GRAD_BYTES,
+    GRAD_CODEC,
+    GRAD_DATA,
+    GRAD_PRESENT,
     LANES,
     NORM_IS_TWO,
-    ROW_WORDS,
+    ROW_BYTES,
+    ROW_NUMEL,
     chunk_elements,
-    half_word,
-    word,
+    load,
 )
+from .words import with_magnitude, with_partial
 
 
 @triton.jit
@@ -38,10 +42,10 @@ def sum_of_lanes(lane):
 
 
 @triton.jit
-def load_gradients(data, dtype, begin, n, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+def load_gradients(data, codec, begin, n, SIZE: tl.constexpr, WHOLE: tl.constexpr):
     """fp32 values of ``SIZE`` elements from ``begin``; zeros from ``n`` on."""
     at = begin + tl.arange(0, SIZE)
-    if dtype == FLOAT32:
+    if codec == FLOAT32:
         floats = data.to(tl.pointer_type(tl.float32))
         if WHOLE:
             x = tl.load(tl.multiple_of(floats, 16) + at)
@@ -53,7 +57,7 @@ def load_gradients(data, dtype, begin, n, SIZE: tl.constexpr, WHOLE: tl.constexp
             bits = tl.load(tl.multiple_of(halves, 16) + at)
         else:
             bits = tl.load(halves + at, mask=at < n, other=0)
-        x = widened(bits, dtype == FLOAT16)
+        x = widened(bits, codec)
     return x
 
 
@@ -65,19 +69,19 @@ def accumulate(lane, largest, grad, mult1, mult2):
 
 
 @triton.jit
-def scan(data, dtype, n, mult1, mult2):
+def scan(data, codec, n, mult1, mult2):
     """Sum of (grad * mult1 * mult2)^2, and the largest |grad * mult1|; NaN if there is one."""
     lane = tl.full([LANES], 0.0, tl.float32)
     largest = tl.full([LANES], 0, tl.int32)
     whole = tl.where(data % 16 == 0, n // (2 * LANES) * (2 * LANES), 0)
     for begin in range(0, whole, 2 * LANES):
         # two rows of lanes at once, so that a wavefront of 64 has 16 bytes of halves a thread
-        both = load_gradients(data, dtype, begin, n, 2 * LANES, True)
+        both = load_gradients(data, codec, begin, n, 2 * LANES, True)
         first, second = tl.split(tl.trans(tl.reshape(both, [2, LANES])))
         lane, largest = accumulate(lane, largest, first, mult1, mult2)
         lane, largest = accumulate(lane, largest, second, mult1, mult2)
     for begin in range(whole, n, LANES):
-        x = load_gradients(data, dtype, begin, n, LANES, False)
+        x = load_gradients(data, codec, begin, n, LANES, False)
         inside = begin + tl.arange(0, LANES) < n  # 0 * inf is not 0
         new_lane, new_largest = accumulate(lane, largest, x, mult1, mult2)
         lane = tl.where(inside, new_lane, lane)
@@ -86,29 +90,28 @@ def scan(data, dtype, n, mult1, mult2):
 
 
 @triton.jit
-def reduce_chunk(chunks, c, rows, grads, inv_scale, flags):
-    """The chunk's partial, fp64. A finite chunk has a finite one."""
-    record = chunks + tl.cast(c, tl.int64) * CHUNK_WORDS * 8
-    row = half_word(record, 0).to(tl.int64)
-    index = half_word(record, 1)
-    grad = grads + row * GRAD_WORDS * 8
-    data = word(grad, 0)
-    dtype = half_word(grad, 2)
-    numel = word(rows + row * ROW_WORDS * 8, 6)
-    n = tl.where(half_word(grad, 3) != 0, chunk_elements(numel, index), 0)
-    size = tl.where(dtype == FLOAT32, 4, 2).to(tl.int64)
-    data += index.to(tl.int64) * CHUNK * size
+def reduce_chunk(chunks, c, rows, grads, inv_scale, flags, words):
+    """``words`` and what the chunk adds to them."""
+    record = chunks + tl.cast(c, tl.int64) * CHUNK_BYTES
+    row = load(record + CHUNK_ROW, tl.int32).to(tl.int64)
+    index = load(record + CHUNK_INDEX, tl.int32)
+    grad = grads + row * GRAD_BYTES
+    codec = load(grad + GRAD_CODEC, tl.int32)
+    numel = load(rows + row * ROW_BYTES + ROW_NUMEL, tl.int64)
+    present = load(grad + GRAD_PRESENT, tl.int32) != 0
+    n = tl.where(present, chunk_elements(numel, index), 0)
+    data = load(grad + GRAD_DATA, tl.int64) + index.to(tl.int64) * CHUNK * bytes_of(codec)
     one = tl.full([], 1.0, tl.float32)
-    sum, largest = scan(data, dtype, n, inv_scale, one)
-    partial = sum.to(tl.float64)
+    sum, largest = scan(data, codec, n, inv_scale, one)
     if (flags & NORM_IS_TWO) == 0:
-        partial = largest.to(tl.float64)
-    elif (in_range(sum) == 0) & (n != 0):
-        if (largest == 0.0) | (largest - largest != 0.0):
-            partial = largest.to(tl.float64)
-        else:
-            scale = rescale_for(largest)
-            unscale = 1.0 / scale.to(tl.float64)
-            sum, _ = scan(data, dtype, n, inv_scale, scale)
-            partial = sum.to(tl.float64) * unscale * unscale
-    return partial
+        words = with_magnitude(words, largest)
+    else:
+        exponent = tl.full([], 0, tl.int32)
+        if (in_range(sum) == 0) & (n != 0):
+            if (largest == 0.0) | (largest - largest != 0.0):
+                sum = largest
+            else:
+                scale, exponent = rescale_for(largest)
+                sum, _ = scan(data, codec, n, inv_scale, scale)
+        words = with_partial(words, sum, exponent)
+    return words

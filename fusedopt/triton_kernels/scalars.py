@@ -14,29 +14,25 @@ from .tables import (
     MAX_GRAD_NORM,
     MEASURED,
     NORM_IS_TWO,
+    S_CLIP_COEF,
+    S_FOUND_INF,
+    S_GRAD_MULT,
+    S_GRAD_NORM,
+    S_INV_SCALE,
+    S_SKIP,
     SCALARS,
     SKIP_NONFINITE,
-    double,
-    set_single,
-    single,
-    word,
+    load,
+    store,
 )
-
-# struct StepScalars
-S_GRAD_NORM = tl.constexpr(0)
-S_CLIP_COEF = tl.constexpr(1)
-S_GRAD_MULT = tl.constexpr(2)
-S_INV_SCALE = tl.constexpr(3)
-S_FOUND_INF = tl.constexpr(4)
-S_SKIP = tl.constexpr(5)
-S_SKIPPED_STEPS = tl.constexpr(6)
+from .words import LARGEST, sum_of_squares, word_of
 
 
 @triton.jit
 def inverse_scale(grad_scale):
     inverse = tl.full([], 1.0, tl.float32)
     if grad_scale != 0:
-        inverse = (1.0 / single(grad_scale, 0).to(tl.float64)).to(tl.float32)
+        inverse = (1.0 / load(grad_scale, tl.float32).to(tl.float64)).to(tl.float32)
     return inverse
 
 
@@ -47,14 +43,10 @@ def in_range(sum):
 
 @triton.jit
 def rescale_for(largest):
+    """A power of two, and the exponent of the one that undoes it in a sum of squares."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
     exponent = tl.where(exponent < -126, -126, tl.where(exponent > 126, 126, exponent))
-    return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def larger(a, b):
-    return tl.where((b > a) | (b != b), b, a)
+    return ((127 - exponent) << 23).to(tl.float32, bitcast=True), 2 * exponent
 
 
 @triton.jit
@@ -63,36 +55,48 @@ def is_finite(x):
 
 
 @triton.jit
-def decide(step, total):
+def norm_of(flags, words):
+    if (flags & NORM_IS_TWO) != 0:
+        norm = tl.sqrt(sum_of_squares(words))
+    else:
+        magnitude = word_of(words, LARGEST).to(tl.int32).to(tl.float32, bitcast=True)
+        norm = magnitude.to(tl.float64)
+    return norm
+
+
+@triton.jit
+def decide(step, words):
     """Fill in the StepScalars; returns 1 where the step is to be skipped.
 
     Args:
-        step: address of the step's header.
-        total: fp64 sum of squares, or largest magnitude, of all gradients.
+        step: address of the step's record.
+        words: of all gradients.
     """
-    flags = word(step, FLAGS)
+    flags = load(step + FLAGS, tl.int64)
     measured = (flags & MEASURED) != 0
-    max_grad_norm = double(step, MAX_GRAD_NORM)
-    scalars = word(step, SCALARS)
-    norm = tl.where((flags & NORM_IS_TWO) != 0, tl.sqrt(total), total)
-    inv_scale = inverse_scale(word(step, GRAD_SCALE))
+    norm = tl.full([], 0.0, tl.float64)
+    if measured:
+        norm = norm_of(flags, words)
+    inv_scale = inverse_scale(load(step + GRAD_SCALE, tl.int64))
+    max_grad_norm = load(step + MAX_GRAD_NORM, tl.float64)
     coef = (max_grad_norm / (norm + tl.full([], 1e-6, tl.float64))).to(tl.float32)
     coef = tl.where(coef > 1.0, 1.0, coef)  # NaN stays NaN
     clip_coef = tl.where(measured & (max_grad_norm >= 0.0), coef, 1.0)
     grad_mult = (clip_coef.to(tl.float64) * inv_scale.to(tl.float64)).to(tl.float32)
     bad_scale = is_finite(inv_scale) == 0
-    bad = bad_scale | (measured & (is_finite(total) == 0))
-    found_inf = word(step, FOUND_INF)
+    bad = bad_scale | (is_finite(norm) == 0)
+    found_inf = load(step + FOUND_INF, tl.int64)
     if found_inf != 0:
-        bad = bad | (single(found_inf, 0) != 0.0)
+        bad = bad | (load(found_inf, tl.float32) != 0.0)
     skip = bad_scale | (bad & ((flags & SKIP_NONFINITE) != 0))
-    set_single(scalars, S_GRAD_NORM, tl.where(measured, norm.to(tl.float32), float("nan")))
-    set_single(scalars, S_CLIP_COEF, clip_coef)
-    set_single(scalars, S_GRAD_MULT, grad_mult)
-    set_single(scalars, S_INV_SCALE, inv_scale)
-    set_single(scalars, S_FOUND_INF, bad.to(tl.float32))
-    set_single(scalars, S_SKIP, skip.to(tl.float32))
-    inf_flag = word(step, INF_FLAG)
+    scalars = load(step + SCALARS, tl.int64)
+    store(scalars + S_GRAD_NORM, tl.where(measured, norm.to(tl.float32), float("nan")))
+    store(scalars + S_CLIP_COEF, clip_coef)
+    store(scalars + S_GRAD_MULT, grad_mult)
+    store(scalars + S_INV_SCALE, inv_scale)
+    store(scalars + S_FOUND_INF, bad.to(tl.float32))
+    store(scalars + S_SKIP, skip.to(tl.float32))
+    inf_flag = load(step + INF_FLAG, tl.int64)
     if inf_flag != 0:
-        set_single(inf_flag, 0, bad.to(tl.float32))
+        store(inf_flag, bad.to(tl.float32))
     return skip

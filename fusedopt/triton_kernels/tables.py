@@ -1,6 +1,6 @@
-"""The tables of a plan as kernels see them (csrc/plan.h, csrc/cuda/step.h), and loads from them.
+"""The tables of a plan as kernels see them (csrc/records.h), and access to them.
 
-Addresses are int64 words in device memory. Every record is a whole number of words.
+Addresses are int64, and so is a field's: the record's plus the field's offset in bytes.
 """
 
 # mypy: ignore-errors
@@ -9,59 +9,87 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CHUNK = tl.constexpr(8192)  # kChunk
+from fusedopt.backends import records
+from fusedopt.rules import declaration
+
+CHUNK = tl.constexpr(records.CHUNK_ELEMENTS)
 LANES = tl.constexpr(256)  # kLanes
 
-# enum class DType
-FLOAT32 = tl.constexpr(0)
-FLOAT16 = tl.constexpr(1)
 
-# Words of a record.
-ROW_WORDS = tl.constexpr(8)  # param, master, state[3], step; numel; group, dtype
-GRAD_WORDS = tl.constexpr(2)  # data; dtype, present
-CHUNK_WORDS = tl.constexpr(2)  # row, index; position
-OPTIONS_WORDS = tl.constexpr(8)  # a group's, of either rule
-NUMBER_WORDS = tl.constexpr(2)  # data; field, is_double
-ROW_STEP_FLOATS = tl.constexpr(8)  # the rule's Hyper in the order of rules.py; last, the count
-COUNT = tl.constexpr(7)
-
-# StepHeader (fusedopt/backends/triton.py): what the CUDA kernels get by value.
-MAX_GRAD_NORM = tl.constexpr(0)  # fp64; negative: no clipping
-MAX_GRAD_VALUE = tl.constexpr(1)  # fp64
-GRAD_SCALE = tl.constexpr(2)  # addresses, 0 for none
-FOUND_INF = tl.constexpr(3)
-INF_FLAG = tl.constexpr(4)
-SCALARS = tl.constexpr(5)
-N_NUMBERS = tl.constexpr(6)
-FLAGS = tl.constexpr(7)
-NORM_IS_TWO = tl.constexpr(1)  # bits of FLAGS
-MEASURED = tl.constexpr(2)
-SKIP_NONFINITE = tl.constexpr(4)
+def _offsets(record: records.Record, *names: str) -> list[tl.constexpr]:
+    offsets = {name: offset for name, offset, _ in record.fields}
+    return [tl.constexpr(offsets[name]) for name in names]
 
 
-@triton.jit
-def word(address, index):
-    return tl.load(address.to(tl.pointer_type(tl.int64)) + index)
+ROW_BYTES = tl.constexpr(records.ROW.size)
+ROW_DATA, ROW_STEP, ROW_NUMEL, ROW_GROUP, ROW_CODECS = _offsets(
+    records.ROW, "data", "step", "numel", "group", "codecs"
+)
+PARAM, MASTER, STATES_FROM = map(tl.constexpr, (0, 1, records.STREAMS - records.MAX_STATES))
+CODEC_BITS = tl.constexpr(records.CODEC_BITS)
+CODEC_MASK = tl.constexpr((1 << records.CODEC_BITS) - 1)
 
+GRAD_BYTES = tl.constexpr(records.GRAD.size)
+GRAD_DATA, GRAD_CODEC, GRAD_PRESENT = _offsets(records.GRAD, "data", "codec", "present")
 
-@triton.jit
-def half_word(address, index):
-    return tl.load(address.to(tl.pointer_type(tl.int32)) + index)
+CHUNK_BYTES = tl.constexpr(records.CHUNK.size)
+CHUNK_ROW, CHUNK_INDEX = _offsets(records.CHUNK, "row", "index")
 
+NUMBER_BYTES = tl.constexpr(records.DEVICE_NUMBER.size)
+NUMBER_DATA, NUMBER_FIELD, NUMBER_IS_DOUBLE = _offsets(
+    records.DEVICE_NUMBER, "data", "field", "is_double"
+)
 
-@triton.jit
-def double(address, index):
-    return tl.load(address.to(tl.pointer_type(tl.float64)) + index)
+OPTIONS_BYTES = tl.constexpr(declaration.OPTIONS_BYTES)
 
+MAX_GRAD_NORM, MAX_GRAD_VALUE, N_NUMBERS, FLAGS = _offsets(
+    records.STEP, "max_grad_norm", "max_grad_value", "n_device_numbers", "flags"
+)
+GRAD_SCALE, FOUND_INF, INF_FLAG, SCALARS = _offsets(
+    records.STEP, "grad_scale", "found_inf", "inf_flag", "scalars"
+)
+NORM_IS_TWO = tl.constexpr(records.NORM_IS_TWO)
+MEASURED = tl.constexpr(records.MEASURED)
+SKIP_NONFINITE = tl.constexpr(records.SKIP_NONFINITE)
 
-@triton.jit
-def single(address, index):
-    return tl.load(address.to(tl.pointer_type(tl.float32)) + index)
+S_GRAD_NORM, S_CLIP_COEF, S_GRAD_MULT, S_INV_SCALE, S_FOUND_INF, S_SKIP, S_SKIPPED_STEPS = _offsets(
+    records.STEP_SCALARS,
+    *("grad_norm", "clip_coef", "grad_mult", "inv_scale", "found_inf", "skip", "skipped_steps"),
+)
 
 
 @triton.jit
-def set_single(address, index, value):
-    tl.store(address.to(tl.pointer_type(tl.float32)) + index, value)
+def load(address, TYPE: tl.constexpr):
+    return tl.load(address.to(tl.pointer_type(TYPE)))
+
+
+@triton.jit
+def load_if(wanted, address, TYPE: tl.constexpr):
+    """Zeros where nothing is loaded."""
+    return tl.load(address.to(tl.pointer_type(TYPE)), mask=wanted, other=0)
+
+
+@triton.jit
+def store(address, value):
+    tl.store(address.to(tl.pointer_type(value.dtype)), value)
+
+
+@triton.jit
+def store_if(wanted, address, value):
+    tl.store(address.to(tl.pointer_type(value.dtype)), value, mask=wanted)
+
+
+@triton.jit
+def options_of(group, wanted, RULE: tl.constexpr):
+    """The words of the Options at ``group``, each of its kind."""
+    options = ()
+    for k in tl.static_range(len(RULE.kinds)):
+        value = load_if(wanted, group + 8 * k, tl.int64)
+        if RULE.kinds[k] == "d":
+            options = options + (value.to(tl.float64, bitcast=True),)
+        else:
+            options = options + (value,)
+    return options
 
 
 @triton.jit

@@ -1,31 +1,76 @@
-"""One chunk of a param and its states, updated in place: csrc/cuda/update.cuh in Triton."""
+"""One chunk of a param and its states, updated in place: csrc/cuda/update.cuh in Triton.
+
+STREAMS says what is not fp32: nothing ("float32"), params and gradients at most ("any"), or masters
+and states, too ("any-states").
+"""
 
 # mypy: ignore-errors
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .dtypes import narrowed, widened
-from .rules import adamw_update, clipped, decay_kind, sgd_update
-from .scalars import S_GRAD_MULT
+from .codecs import FLOAT32, bytes_of, narrowed, widened
+from .rules.common import clipped, kind_of
 from .tables import (
     CHUNK,
-    CHUNK_WORDS,
-    FLOAT16,
-    FLOAT32,
-    GRAD_WORDS,
+    CHUNK_BYTES,
+    CHUNK_INDEX,
+    CHUNK_ROW,
+    CODEC_BITS,
+    CODEC_MASK,
+    GRAD_BYTES,
+    GRAD_CODEC,
+    GRAD_DATA,
+    GRAD_PRESENT,
+    MASTER,
     MAX_GRAD_VALUE,
-    OPTIONS_WORDS,
-    ROW_STEP_FLOATS,
-    ROW_WORDS,
+    OPTIONS_BYTES,
+    PARAM,
+    ROW_BYTES,
+    ROW_CODECS,
+    ROW_DATA,
+    ROW_GROUP,
+    ROW_NUMEL,
+    S_GRAD_MULT,
     SCALARS,
+    STATES_FROM,
     chunk_elements,
-    double,
-    half_word,
-    single,
-    word,
+    load,
+    options_of,
 )
+
+
+class Block(NamedTuple):
+    """Elements that are updated together."""
+
+    at: tl.tensor
+    there: tl.tensor
+    pair: tl.tensor  # of 16-bit elements
+    pairs: tl.tensor
+
+
+class Streams(NamedTuple):
+    """Where a chunk starts in each stream; 0: there is none."""
+
+    grad: tl.tensor
+    grad_codec: tl.tensor
+    grad_aligned: tl.tensor
+    primary: tl.tensor  # the master, or a param of fp32
+    half: tl.tensor  # a param of 16 bits
+    states: tl.tuple
+    codecs: tl.tensor  # of the row
+
+
+@triton.jit
+def codec_of(codecs, stream, STREAMS: tl.constexpr):
+    """Of a stream of the row."""
+    if STREAMS == "any-states" or stream == PARAM:
+        return (codecs >> (CODEC_BITS * stream)) & CODEC_MASK
+    else:
+        return tl.full([], FLOAT32, tl.int32)
 
 
 @triton.jit
@@ -37,134 +82,194 @@ def load_stream(address, at, there, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def store_stream(address, at, there, value, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = address.to(tl.pointer_type(TYPE))
+def store_stream(address, at, there, value, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(value.dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     tl.store(pointer + at, value, mask=there, eviction_policy="evict_first")
 
 
 @triton.jit
-def load_over(address, at, there, otherwise, TYPE: tl.constexpr):
+def load_over(address, at, there, otherwise):
     """Whatever the alignment; ``otherwise`` where nothing is loaded."""
-    pointer = address.to(tl.pointer_type(TYPE))
+    pointer = address.to(tl.pointer_type(otherwise.dtype))
     return tl.load(pointer + at, mask=there, other=otherwise, eviction_policy="evict_first")
 
 
 @triton.jit
-def unpacked(words):
-    """16-bit values from words of two. Loaded one by one, Triton would give a thread eight
-    neighbours of every stream, and fp32 stores, which are of four, would need shared memory."""
-    low, high = (words & 0xFFFF).to(tl.uint16), (words >> 16).to(tl.uint16)
-    return tl.reshape(tl.join(low, high), [2 * words.shape[0]])
+def load_halves(address, block, wanted, ALIGNED: tl.constexpr):
+    """16-bit values. Those of a whole block come as words of two: loaded one by one, Triton would
+    give a thread eight neighbours of every stream, and fp32 stores, which are of four, would need
+    shared memory."""
+    if ALIGNED:
+        return load_stream(address, block.pair, block.pairs & wanted, tl.uint32, True)
+    else:
+        return load_stream(address, block.at, block.there & wanted, tl.uint16, False)
 
 
 @triton.jit
-def packed(bits):
-    low, high = tl.split(tl.reshape(bits, [bits.shape[0] // 2, 2]))
-    return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+def unpacked(loaded, ALIGNED: tl.constexpr):
+    """What ``load_halves`` has loaded, one by one."""
+    if ALIGNED:
+        low, high = (loaded & 0xFFFF).to(tl.uint16), (loaded >> 16).to(tl.uint16)
+        return tl.reshape(tl.join(low, high), [2 * loaded.shape[0]])
+    else:
+        return loaded
 
 
 @triton.jit
-def current_param(master, half, has_master, half_is_float16):
+def store_halves(address, block, wanted, bits, ALIGNED: tl.constexpr):
+    if ALIGNED:
+        low, high = tl.split(tl.reshape(bits, [bits.shape[0] // 2, 2]))
+        words = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+        store_stream(address, block.pair, block.pairs & wanted, words, True)
+    else:
+        store_stream(address, block.at, block.there & wanted, bits, False)
+
+
+@triton.jit
+def load_values(
+    address, codec, block, wanted, ALIGNED: tl.constexpr, STREAMS: tl.constexpr
+):  # fmt: skip
+    """A master or state as it lies in memory: both ways to load it, of which one loads nothing."""
+    if STREAMS == "any-states":
+        is_float = codec == FLOAT32
+        floats = load_stream(
+            address, block.at, block.there & wanted & is_float, tl.float32, ALIGNED
+        )
+        return floats, load_halves(address, block, wanted & (is_float == 0), ALIGNED)
+    else:
+        floats = load_stream(address, block.at, block.there & wanted, tl.float32, ALIGNED)
+        return floats, floats
+
+
+@triton.jit
+def values_of(loaded, codec, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
+    """fp32 values of what ``load_values`` has loaded; zeros where nothing was wanted."""
+    values, halves = loaded
+    if STREAMS == "any-states":
+        if codec != FLOAT32:
+            values = widened(unpacked(halves, ALIGNED), codec)
+    return values
+
+
+@triton.jit
+def store_values(address, codec, block, wanted, x, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
+    if STREAMS == "any-states":
+        if codec == FLOAT32:
+            store_stream(address, block.at, block.there & wanted, x, ALIGNED)
+        else:
+            store_halves(address, block, wanted, narrowed(x, codec), ALIGNED)
+    else:
+        store_stream(address, block.at, block.there & wanted, x, ALIGNED)
+
+
+@triton.jit
+def load_states(streams, block, RULE: tl.constexpr, STATES: tl.constexpr, ALIGNED: tl.constexpr,
+                STREAMS: tl.constexpr):  # fmt: skip
+    states = ()
+    for k in tl.static_range(STATES):
+        address = streams.states[k]
+        codec = codec_of(streams.codecs, STATES_FROM + k, STREAMS)
+        wanted = k < RULE.n_always or address != 0
+        states = states + (load_values(address, codec, block, wanted, ALIGNED, STREAMS),)
+    return states
+
+
+@triton.jit
+def current_param(master, half, has_master, codec):
     """The param before this step. Where it is not its master's rounding, someone wrote to it."""
-    written = widened(half, half_is_float16)
+    written = widened(half, codec)
     if has_master:
-        written = tl.where(narrowed(master, half_is_float16) == half, master, written)
+        written = tl.where(narrowed(master, codec) == half, master, written)
     return written
 
 
 @triton.jit
 def load_hyper(row_step, RULE: tl.constexpr):
     """Anew for every block, out of the L1 cache: registers are for the data."""
-    h0 = single(row_step, 0)
-    h1 = single(row_step, 1)
-    h2 = single(row_step, 2)
-    h3 = single(row_step, 3)
-    h4 = single(row_step, 4)
-    if RULE == "sgd":
-        return h0, h1, h2, h3, h4
-    else:
-        return h0, h1, h2, h3, h4, single(row_step, 5), single(row_step, 6)
+    hyper = ()
+    for k in tl.static_range(len(RULE.Hyper._fields)):
+        hyper = hyper + (load(row_step + 4 * k, tl.float32),)
+    return RULE.Hyper(*hyper)
+
+
+@triton.jit
+def apply_rule(kind, row_step, grad, param, states, streams, RULE: tl.constexpr,
+               STATES: tl.constexpr):  # fmt: skip
+    """The param and states after the step. The rule gets all states that it may have."""
+    given = ()
+    for k in tl.static_range(len(RULE.absent)):
+        if k >= STATES:
+            given = given + (param,)  # which the rule does not look at
+        elif k >= RULE.n_always and RULE.absent[k] != 0.0:
+            given = given + (tl.where(streams.states[k] != 0, states[k], RULE.absent[k]),)
+        else:
+            given = given + (states[k],)
+    return RULE.update(load_hyper(row_step, RULE), kind, grad, param, *given, STATES)
 
 
 @triton.jit
 def update_block(
-    streams, settings, row_step, first, n,
-    RULE: tl.constexpr, HALVES: tl.constexpr, ALIGNED: tl.constexpr, GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    streams, kind, grad_mult, max_grad_value, row_step, first, n,
+    RULE: tl.constexpr, STATES: tl.constexpr, STREAMS: tl.constexpr, ALIGNED: tl.constexpr,
+    GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``BLOCK`` elements from ``first``, all loads before the first use.
 
     ALIGNED: all of them are there, and every stream but the gradient starts on a 16-byte boundary;
     a gradient that does not costs the wide loads of the gradient alone.
     """
-    grad_at, grad_dtype, grad_aligned, primary, half, half_is_float16, state0, state1, state2 = (
-        streams
-    )
-    decay, grad_mult, max_grad_value, momentum, nesterov = settings
     at = first + tl.arange(0, BLOCK)
-    if ALIGNED:
-        there = tl.full([BLOCK], True, tl.int1)
-    else:
-        there = at < n
+    there = tl.full([BLOCK], True, tl.int1) if ALIGNED else at < n
+    pair = first // 2 + tl.arange(0, BLOCK // 2)
+    block = Block(at, there, pair, tl.full([BLOCK // 2], True, tl.int1))
+    primary, half, grad_at = streams.primary, streams.half, streams.grad
+    grad_aligned = streams.grad_aligned
     float_grad = there
-    if HALVES:
-        float_grad = there & (grad_dtype == FLOAT32)
-        half_grad = there & (grad_dtype != FLOAT32)
-        if ALIGNED:
-            pair = first // 2 + tl.arange(0, BLOCK // 2)
-            pairs = tl.full([BLOCK // 2], True, tl.int1)
-            wide_grad = (grad_dtype != FLOAT32) & grad_aligned
-            half_words = load_stream(half, pair, pairs & (half != 0), tl.uint32, True)
-            grad_words = load_stream(grad_at, pair, pairs & wide_grad, tl.uint32, True)
-        else:
-            half_bits = load_stream(half, at, there & (half != 0), tl.uint16, False)
-            grad_bits = load_stream(grad_at, at, half_grad, tl.uint16, False)
-    param = load_stream(primary, at, there & (primary != 0), tl.float32, ALIGNED)
-    s0 = load_stream(state0, at, there & (state0 != 0), tl.float32, ALIGNED)
-    if RULE == "adamw" or RULE == "amsgrad":
-        s1 = load_stream(state1, at, there, tl.float32, ALIGNED)
-    if RULE == "amsgrad":
-        s2 = load_stream(state2, at, there & (state2 != 0), tl.float32, ALIGNED)
+    if STREAMS != "float32":
+        is_float = streams.grad_codec == FLOAT32
+        float_grad = there & is_float
+        half_grad = there & (is_float == 0)
+        half_loaded = load_halves(half, block, half != 0, ALIGNED)
+        wide = (is_float == 0) & grad_aligned if GRAD == "either" else is_float == 0
+        grad_loaded = load_halves(grad_at, block, wide, ALIGNED)
+    half_codec = codec_of(streams.codecs, PARAM, STREAMS)
+    primary_codec = tl.where(half == 0, FLOAT32, codec_of(streams.codecs, MASTER, STREAMS))
+    param_loaded = load_values(primary, primary_codec, block, primary != 0, ALIGNED, STREAMS)
+    states_loaded = load_states(streams, block, RULE, STATES, ALIGNED, STREAMS)
     if GRAD == "either":
         grad = load_stream(grad_at, at, float_grad & grad_aligned, tl.float32, True)
-        grad = load_over(grad_at, at, float_grad & (grad_aligned == 0), grad, tl.float32)
+        grad = load_over(grad_at, at, float_grad & (grad_aligned == 0), grad)
     else:
         grad = load_stream(grad_at, at, float_grad, tl.float32, GRAD == "wide")
 
-    if HALVES:
-        if ALIGNED:
-            half_bits = unpacked(half_words)
-            narrow_grad = half_grad & (grad_aligned == 0)
-            grad_bits = load_over(grad_at, at, narrow_grad, unpacked(grad_words), tl.uint16)
-        if grad_dtype != FLOAT32:
-            grad = widened(grad_bits, grad_dtype == FLOAT16)
+    param = values_of(param_loaded, primary_codec, ALIGNED, STREAMS)
+    if STREAMS != "float32":
+        half_bits = unpacked(half_loaded, ALIGNED)
+        grad_bits = unpacked(grad_loaded, ALIGNED)
+        if GRAD == "either":
+            grad_bits = load_over(grad_at, at, half_grad & (grad_aligned == 0), grad_bits)
+        if is_float == 0:
+            grad = widened(grad_bits, streams.grad_codec)
         if half != 0:
-            param = current_param(param, half_bits, primary != 0, half_is_float16)
+            param = current_param(param, half_bits, primary != 0, half_codec)
     grad = clipped(grad, grad_mult, max_grad_value)
-    h = load_hyper(row_step, RULE)
-    if RULE == "sgd":
-        param, s0 = sgd_update(h, decay, momentum, nesterov, grad, param, s0)
-    elif RULE == "amsgrad":
-        s2 = tl.where(state2 != 0, s2, float("-inf"))  # without amsgrad: any moment is larger
-        param, s0, s1, s2 = adamw_update(h, decay, grad, param, s0, s1, s2, True)
-    else:
-        param, s0, s1, s2 = adamw_update(h, decay, grad, param, s0, s1, s1, False)
+    states = ()
+    for k in tl.static_range(STATES):
+        codec = codec_of(streams.codecs, STATES_FROM + k, STREAMS)
+        states = states + (values_of(states_loaded[k], codec, ALIGNED, STREAMS),)
+    new = apply_rule(kind, row_step, grad, param, states, streams, RULE, STATES)
 
-    store_stream(primary, at, there & (primary != 0), param, tl.float32, ALIGNED)
-    store_stream(state0, at, there & (state0 != 0), s0, tl.float32, ALIGNED)
-    if RULE == "adamw" or RULE == "amsgrad":
-        store_stream(state1, at, there, s1, tl.float32, ALIGNED)
-    if RULE == "amsgrad":
-        store_stream(state2, at, there & (state2 != 0), s2, tl.float32, ALIGNED)
-    if HALVES:
+    store_values(primary, primary_codec, block, primary != 0, new[0], ALIGNED, STREAMS)
+    for k in tl.static_range(STATES):
+        state = streams.states[k]
+        codec = codec_of(streams.codecs, STATES_FROM + k, STREAMS)
+        wanted = k < RULE.n_always or state != 0
+        store_values(state, codec, block, wanted, new[1 + k], ALIGNED, STREAMS)
+    if STREAMS != "float32":
         if half != 0:
-            bits = narrowed(param, half_is_float16)
-            if ALIGNED:
-                store_stream(half, pair, pairs, packed(bits), tl.uint32, True)
-            else:
-                store_stream(half, at, there, bits, tl.uint16, False)
+            store_halves(half, block, True, narrowed(new[0], half_codec), ALIGNED)
 
 
 @triton.jit
@@ -174,71 +279,77 @@ def moved(address, n_bytes):
 
 
 @triton.jit
-def streams_of(row, grad, begin, RULE: tl.constexpr):
-    """Where each stream of a chunk starts, and whether all of the row's are aligned."""
-    grad_dtype = half_word(grad, 2)
-    dtype = half_word(row, 15)
-    param = word(row, 0)
-    grad_at = word(grad, 0) + begin * tl.where(grad_dtype == FLOAT32, 4, 2)
-    primary = moved(tl.where(dtype == FLOAT32, param, word(row, 1)), begin * 4)
-    half = tl.where(dtype == FLOAT32, 0, param + begin * 2)
-    state0 = moved(word(row, 2), begin * 4)
-    state1 = state0
-    state2 = state0
-    if RULE == "adamw" or RULE == "amsgrad":
-        state1 = moved(word(row, 3), begin * 4)
-    if RULE == "amsgrad":
-        state2 = moved(word(row, 4), begin * 4)
-    is_float16 = dtype == FLOAT16
+def stream_of(row, codecs, stream, begin, STREAMS: tl.constexpr):
+    """Where element ``begin`` of a row's stream lies."""
+    address = load(row + ROW_DATA + 8 * stream, tl.int64)
+    return moved(address, begin * bytes_of(codec_of(codecs, stream, STREAMS)))
+
+
+@triton.jit
+def streams_of(row, grad, begin, STATES: tl.constexpr, STREAMS: tl.constexpr):
+    """The streams of a chunk, and whether all of the row's are aligned."""
+    grad_codec = load(grad + GRAD_CODEC, tl.int32)
+    grad_at = load(grad + GRAD_DATA, tl.int64) + begin * bytes_of(grad_codec)
+    codecs = load(row + ROW_CODECS, tl.int32)
+    param = stream_of(row, codecs, PARAM, begin, STREAMS)
+    is_float = codec_of(codecs, PARAM, STREAMS) == FLOAT32
+    primary = tl.where(is_float, param, stream_of(row, codecs, MASTER, begin, STREAMS))
+    half = tl.where(is_float, 0, param)
+    addresses = primary | half
+    states = ()
+    for k in tl.static_range(STATES):
+        states = states + (stream_of(row, codecs, STATES_FROM + k, begin, STREAMS),)
+        addresses = addresses | states[k]
     grad_aligned = grad_at % 16 == 0
-    aligned = (primary | half | state0 | state1 | state2) % 16 == 0
-    streams = (grad_at, grad_dtype, grad_aligned, primary, half, is_float16, state0, state1, state2)
-    return streams, aligned
+    streams = Streams(grad_at, grad_codec, grad_aligned, primary, half, states, codecs)
+    return streams, addresses % 16 == 0
 
 
 @triton.jit
 def settings_of(step, group, RULE: tl.constexpr):
     """What is the same for a whole tensor; ``group`` is the address of its Options."""
-    grad_mult = single(word(step, SCALARS), S_GRAD_MULT)
-    maximize = word(group, 5 if RULE == "sgd" else 6) != 0
-    grad_mult = tl.where(maximize, -1.0 * grad_mult, grad_mult)
-    max_grad_value = double(step, MAX_GRAD_VALUE).to(tl.float32)
-    decay = decay_kind(double(group, 1), word(group, 4 if RULE == "sgd" else 5))
-    momentum = maximize
-    nesterov = maximize
-    if RULE == "sgd":
-        momentum = double(group, 2) != 0.0
-        nesterov = word(group, 6) != 0
-    return decay, grad_mult, max_grad_value, momentum, nesterov
+    own = options_of(group, True, RULE)
+    weight_decay, decoupled, maximize = own[1], own[2], own[3]  # these come first in every rule
+    grad_mult = load(load(step + SCALARS, tl.int64) + S_GRAD_MULT, tl.float32)
+    grad_mult = tl.where(maximize != 0, -1.0 * grad_mult, grad_mult)
+    max_grad_value = load(step + MAX_GRAD_VALUE, tl.float64).to(tl.float32)
+    return kind_of(weight_decay, decoupled, RULE.variant(*own)), grad_mult, max_grad_value
 
 
 @triton.jit
 def update_chunk(
     step, options, grads, rows, chunks, c, row_steps,
-    RULE: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr,
+    RULE: tl.constexpr, STATES: tl.constexpr, STREAMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    record = chunks + tl.cast(c, tl.int64) * CHUNK_WORDS * 8
-    r = half_word(record, 0).to(tl.int64)
-    index = half_word(record, 1)
-    row = rows + r * ROW_WORDS * 8
-    grad = grads + r * GRAD_WORDS * 8
-    row_step = row_steps + r * ROW_STEP_FLOATS * 4
-    group = options + half_word(row, 14).to(tl.int64) * OPTIONS_WORDS * 8
-    n = tl.where(half_word(grad, 3) != 0, chunk_elements(word(row, 6), index), 0)
-    streams, aligned = streams_of(row, grad, index.to(tl.int64) * CHUNK, RULE)
-    settings = settings_of(step, group, RULE)
+    record = chunks + tl.cast(c, tl.int64) * CHUNK_BYTES
+    r = load(record + CHUNK_ROW, tl.int32).to(tl.int64)
+    index = load(record + CHUNK_INDEX, tl.int32)
+    row = rows + r * ROW_BYTES
+    grad = grads + r * GRAD_BYTES
+    row_step = row_steps + r * RULE.row_step_bytes
+    group = options + load(row + ROW_GROUP, tl.int32).to(tl.int64) * OPTIONS_BYTES
+    numel = load(row + ROW_NUMEL, tl.int64)
+    n = tl.where(load(grad + GRAD_PRESENT, tl.int32) != 0, chunk_elements(numel, index), 0)
+    streams, aligned = streams_of(row, grad, index.to(tl.int64) * CHUNK, STATES, STREAMS)
+    kind, grad_mult, most = settings_of(step, group, RULE)
+    GRAD: tl.constexpr = "wide" if STREAMS == "any-states" else "either"
+    if STREAMS == "any-states":
+        aligned = aligned & streams.grad_aligned  # AMD has no registers left for two more masks
     whole = tl.where(aligned, n // BLOCK * BLOCK, 0)
-    if RULE == "sgd" and not HALVES:
-        # A load over another waits for it, and here the compiler would put the rest behind both.
-        wide = tl.where(streams[2], whole, 0)
+    if STATES == 1 and STREAMS == "float32":
+        # With few loads the compiler puts all others behind a load that waits for another one, and
+        # a gradient that may be of either kind is such a load.
+        wide = tl.where(streams.grad_aligned, whole, 0)
         for first in range(0, wide, BLOCK):
-            update_block(streams, settings, row_step, first, n, RULE, HALVES, True, "wide", BLOCK)
+            update_block(streams, kind, grad_mult, most, row_step, first, n,
+                         RULE, STATES, STREAMS, True, "wide", BLOCK)  # fmt: skip
         for first in range(wide, whole, BLOCK):
-            update_block(streams, settings, row_step, first, n, RULE, HALVES, True, "narrow", BLOCK)
+            update_block(streams, kind, grad_mult, most, row_step, first, n,
+                         RULE, STATES, STREAMS, True, "narrow", BLOCK)  # fmt: skip
     else:
         for first in range(0, whole, BLOCK):
-            update_block(streams, settings, row_step, first, n, RULE, HALVES, True, "either", BLOCK)
+            update_block(streams, kind, grad_mult, most, row_step, first, n,
+                         RULE, STATES, STREAMS, True, GRAD, BLOCK)  # fmt: skip
     for first in range(whole, n, BLOCK // 4):
-        update_block(
-            streams, settings, row_step, first, n, RULE, HALVES, False, "narrow", BLOCK // 4
-        )
+        update_block(streams, kind, grad_mult, most, row_step, first, n,
+                     RULE, STATES, STREAMS, False, "narrow", BLOCK // 4)  # fmt: skip

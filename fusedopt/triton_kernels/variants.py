@@ -1,8 +1,9 @@
 """Which binaries there are, and how they are compiled: ahead of a step, never by its values.
 
-``reduce`` and ``finalize`` come in one variant a rule, ``update`` in two: ``float32``, for plans
-whose params and gradients are all fp32, and ``any``. What else a step may be (dtypes, masters,
-lengths, alignment, clipping, decay, momentum) is read from tables at run time.
+``reduce`` and ``finalize`` come in one variant a rule. ``update`` comes in three for each number of
+states: ``float32``, for plans whose params, gradients and states are all fp32, ``any``, where the
+states and masters are, and ``any-states``. What else a step may be (codecs, masters, lengths,
+alignment, clipping, decay, a rule's own variants) is read from tables at run time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import kernels
+from fusedopt.backends.triton import fewest_states
+from fusedopt.rules.declaration import declared
 
-RULES = ("adamw", "amsgrad", "sgd")
+from . import kernels
+from .rules import TEXTS
+
 THREADS = 128  # of update
 BLOCK = 8 * THREADS  # elements: 16 bytes of 16-bit values a thread
-COUNTS = ("n_rows", "n_chunks", "n_totals", "own_total", "finalizes")
+STREAMS = ("float32", "any", "any-states")
+COUNTS = ("n_rows", "n_chunks", "n_devices", "own_number", "finalizes")
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,13 @@ class Variant:
 
     verb: str  # reduce, finalize or update
     rule: str
-    halves: bool = False  # update only
+    states: int = 0  # update only: of a tensor, at most; and which streams are not fp32
+    streams: str = ""
 
     @property
     def name(self) -> str:
-        streams = f"-{'any' if self.halves else 'float32'}" if self.verb == "update" else ""
-        return f"{self.verb}-{self.rule}{streams}"
+        own = f"-{self.states}-{self.streams}" if self.verb == "update" else ""
+        return f"{self.verb}-{self.rule}{own}"
 
     @property
     def kernel(self) -> Any:
@@ -41,29 +47,36 @@ class Variant:
 
     @property
     def constants(self) -> dict[str, Any]:
+        rule = {"RULE": TEXTS[self.rule]}
         if self.verb != "update":
-            return {"RULE": self.rule}
-        return {"RULE": self.rule, "HALVES": self.halves, "BLOCK": BLOCK}
+            return rule
+        return {
+            **rule,
+            "STATES": self.states,
+            "STREAMS": self.streams,
+            "BLOCK": BLOCK // 2 if self.streams == "any-states" else BLOCK,
+        }
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
         """How it is compiled. Rounding is the numeric contract's, whatever Triton's default."""
         threads = THREADS if self.verb == "update" else target.warp_size
         options = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
         if target.backend == "cuda":
-            options["maxnreg"] = 80  # six blocks of update a multiprocessor
+            # six blocks of update a multiprocessor, or five
+            options["maxnreg"] = 96 if self.streams == "any-states" else 80
         elif target.warp_size == 32:
             options["waves_per_eu"] = 16  # on RDNA, 96 registers
         return options
 
 
 def all_variants() -> list[Variant]:
-    shared = [
-        Variant(verb, rule)
-        for verb in ("reduce", "finalize")
-        for rule in RULES
-        if rule != "amsgrad"  # AdamW's own until the update
+    shared = [Variant(verb, rule) for verb in ("reduce", "finalize") for rule in TEXTS]
+    updates = [
+        Variant("update", rule, states, streams)
+        for rule in TEXTS
+        for states in range(fewest_states(declared(rule)), len(declared(rule).states) + 1)
+        for streams in STREAMS
     ]
-    updates = [Variant("update", rule, halves) for rule in RULES for halves in (False, True)]
     return shared + updates
 
 

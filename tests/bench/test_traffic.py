@@ -78,7 +78,8 @@ class Verbs:
             param.grad = values(step + 2, DTYPES[options.grads or options.params])
             self._optimizer.step()
         self._inputs = self._optimizer._step_inputs()
-        self._backend, self._plan = self._optimizer._current_plan(self._inputs)
+        self._plan = self._optimizer._current_plan(self._inputs)
+        self._plan.begin(self._inputs)
         (row,) = self._plan.rows
         names = STATES[options.optimizer]
         self.arrays: dict[str, Tensor] = {"grad": param.grad, "param": row.dense.detach()}
@@ -90,21 +91,21 @@ class Verbs:
         self._start = {name: array.clone() for name, array in self.arrays.items()}
 
     def reduce(self) -> None:
-        self._backend.reduce(self._plan, self._inputs)
+        self._plan.reduce()
 
     def update(self) -> None:
-        self._backend.update(self._plan, self._inputs)
+        self._plan.update()
 
     def finalize(self) -> None:
-        self._backend.reduce(self._plan, self._inputs)
-        self._backend.finalize(self._plan, self._inputs)
+        self._plan.reduce()
+        self._plan.finalize()
 
     def reset(self) -> None:
         for name, array in self.arrays.items():
             array.copy_(self._start[name])
 
-    def partials(self) -> Tensor:
-        return self._plan._partials.clone()
+    def words(self) -> Tensor:
+        return self._plan._tables["words"].clone()
 
 
 def values(seed: int, dtype: torch.dtype) -> Tensor:
@@ -152,12 +153,12 @@ def test_the_update_reads_and_writes_what_is_counted(cpu_backend: str, options: 
 def test_the_norm_reads_the_gradients_alone(cpu_backend: str, options: Options) -> None:
     verbs = Verbs(options)
     verbs.reduce()
-    before, arrays = verbs.partials(), {n: a.clone() for n, a in verbs.arrays.items()}
+    before, arrays = verbs.words(), {n: a.clone() for n, a in verbs.arrays.items()}
     read = set()
     for name, array in verbs.arrays.items():
         array.mul_(1.5)
         verbs.reduce()
-        if not torch.equal(verbs.partials(), before):
+        if not torch.equal(verbs.words(), before):
             read.add(name)
         verbs.reset()
     (norm,) = (sweep for sweep in traffic(options).sweeps if sweep.name == "reduce")

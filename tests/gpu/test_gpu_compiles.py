@@ -37,7 +37,8 @@ def test_every_variant_is_compiled_once(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     from fusedopt.triton_kernels.variants import all_variants
 
-    names = sorted(variant.name for variant in all_variants())
+    reachable = [v for v in all_variants() if v.streams != "any-states"]  # no plan has such states
+    names = sorted(variant.name for variant in reachable)
     cold = steps_in_a_process(tmp_path)
     if not REAL:  # the interpreter compiles nothing, but runs what would be compiled
         assert cold["ran"] == names

@@ -16,27 +16,22 @@ from step_scenes import Scene, difference, served_by
 from torch import Tensor
 
 _served_by = served_by
-VERBS = ("reduce", "finalize", "update")
-
-
-class Meanwhile:
-    """A backend, and what another thread does before one of its verbs runs."""
-
-    def __init__(self, backend: Any, verb: str, act: Callable[[], None]) -> None:
-        self.name, self._backend, self._verb, self._act = backend.name, backend, verb, act
-
-    def __getattr__(self, name: str) -> Any:
-        if name == self._verb:
-            self._act()
-        return getattr(self._backend, name)
+VERBS = ("begin", "reduce", "exchange", "finalize", "update")
 
 
 @contextmanager
 def meanwhile(scene: Scene, verb: str, act: Callable[[], None]) -> Iterator[None]:
-    backend = scene.opt._shared.backend
-    scene.opt._shared.backend = Meanwhile(backend, verb, act)
+    """What another thread does before one of the plan's verbs runs."""
+    plan = scene.opt._shared.plan
+    real = getattr(plan, verb)
+
+    def first_act(*args: Any) -> None:
+        act()
+        real(*args)
+
+    setattr(plan, verb, first_act)
     yield
-    scene.opt._shared.backend = backend
+    delattr(plan, verb)
 
 
 def grads_of(scene: Scene) -> list[weakref.ref[Tensor]]:

@@ -10,6 +10,7 @@ from cases import transposed
 from plan_helpers import OPTIMIZERS, build, randn
 
 import fusedopt
+from fusedopt.backends import registry
 
 
 def give_grads(params, step):
@@ -163,9 +164,9 @@ def test_plan_is_rebuilt_once(change, backend):
 REBIND = [new_data, new_strides, new_state_tensor, new_state_data, new_step, no_state]
 
 
-def count_plans(monkeypatch, backend):
-    """How many plans are made from now on."""
-    made, cls = [], type(backend)
+def count_plans(monkeypatch, plan):
+    """How many plans are made from now on by the backend of this one."""
+    made, cls = [], type(registry.choose(plan.backend, []))
     real = cls.plan
     monkeypatch.setattr(cls, "plan", lambda *args: made.append(1) or real(*args))
     return made
@@ -175,7 +176,7 @@ def count_plans(monkeypatch, backend):
 def test_plan_is_kept_where_only_addresses_move(change, backend, monkeypatch):
     params, opt = fresh(backend)
     twins, twin = fresh(backend)
-    made = count_plans(monkeypatch, opt._shared.backend)
+    made = count_plans(monkeypatch, opt._shared.plan)
     for step in range(3):
         change(params, opt)
         change(twins, twin)
@@ -212,7 +213,7 @@ def test_groups_that_take_turns_have_a_plan_each(backend, monkeypatch):
         by_groups(opt)
         twin.step()
         if step == 2:
-            made = count_plans(monkeypatch, opt._shared.backend)
+            made = count_plans(monkeypatch, opt._shared.plan)
     assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
     assert made == []
 
@@ -278,18 +279,53 @@ def test_dropped_optimizer_frees_everything(backend):
 # The tables of the CPU backend
 
 
-def test_table_sizes_are_those_of_the_native_module(cpu_backend):
+def test_records_are_those_of_the_native_module(cpu_backend):
     from fusedopt import _cpu
-    from fusedopt.backends import records
+    from fusedopt.backends import modules, records
 
-    # param, master, state[3], step; numel; group, dtype
-    assert struct.calcsize("=6Qqii") == records.ROW.size == _cpu.ROW_BYTES
-    # data; dtype, present
-    assert struct.calcsize("=Qii") == records.GRAD.size == _cpu.GRAD_BYTES
-    # row, index; position
-    assert struct.calcsize("=iiq") == _cpu.CHUNK_BYTES
+    modules.check_mirrors(_cpu)
+    assert struct.calcsize("=5QQqiI5Q24x") == records.ROW.size == 128
+    assert struct.calcsize("=Qii") == records.GRAD.size == 16
+    assert struct.calcsize("=iiq") == records.CHUNK.size
     assert records.CHUNK_ELEMENTS == _cpu.CHUNK_ELEMENTS == 8192
-    assert _cpu.LANES == 256
+
+
+def swapped(fields, one, other):
+    """The fields of a record or a rule where two have changed places."""
+    names = {one: other, other: one}
+    return [(names.get(name, name), *rest) for name, *rest in fields]
+
+
+@pytest.mark.parametrize(
+    "where, one, other",
+    [
+        *(("adamw options", "beta1", "eps"), ("adamw options", "decoupled", "maximize")),
+        *(("sgd options", "lr", "momentum"), ("sgd hyper", "minus_lr", "decay")),
+        *(
+            ("adamw hyper", "step_size", "eps"),
+            ("Row", "step", "numel"),
+            ("Grad", "codec", "present"),
+        ),
+        *(("StepRecord", "found_inf", "inf_flag"), ("StepScalars", "skip", "found_inf")),
+    ],
+)
+def test_two_fields_that_change_places_are_named(cpu_backend, monkeypatch, where, one, other):
+    """Sizes alone would not tell: most fields have eight bytes."""
+    from fusedopt import _cpu
+    from fusedopt.backends import modules
+
+    name, _, part = where.partition(" ")
+    if part:
+        rule = {**_cpu.RULES[name], part: swapped(_cpu.RULES[name][part], one, other)}
+        monkeypatch.setattr(_cpu, "RULES", {**_cpu.RULES, name: rule})
+    else:
+        fields = swapped(_cpu.RECORDS[name], one, other)
+        monkeypatch.setattr(_cpu, "RECORDS", {**_cpu.RECORDS, name: fields})
+    with pytest.raises(ImportError) as error:
+        modules.check_mirrors(_cpu)
+    message = str(error.value)
+    assert "fusedopt._cpu was built from other sources than this package" in message
+    assert one in message and other in message and name in message
 
 
 @pytest.mark.parametrize(
@@ -321,8 +357,8 @@ def test_rows_hold_the_addresses_of_the_tensors(cpu_backend):
     params[3].grad = None
     opt.step()
     plan = opt._shared.plan
-    rows = list(ROW.iter_unpack(bytes(plan._rows.tolist())))
-    grads = list(GRAD.iter_unpack(bytes(plan._inputs)))
+    rows = list(struct.iter_unpack(ROW.format, bytes(plan._tables["rows"].tolist())))
+    grads = list(struct.iter_unpack(GRAD.format, plan._inputs[plan.grads_at :]))
     codes = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
     names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     for i, (p, row, grad) in enumerate(zip(params, rows, grads, strict=True)):
@@ -330,7 +366,7 @@ def test_rows_hold_the_addresses_of_the_tensors(cpu_backend):
         address = [state[n].data_ptr() if n in state else 0 for n in names]
         master = state["master_param"].data_ptr() if "master_param" in state else 0
         expected = (p.data_ptr(), master, *address, state["step"].data_ptr())
-        assert row == (*expected, p.numel(), i // 2, codes[p.dtype])
+        assert row == (*expected, p.numel(), i // 2, codes[p.dtype], *[0] * 5)
         if p.grad is None:
             assert grad[2] == 0
         elif p.numel():
@@ -338,7 +374,7 @@ def test_rows_hold_the_addresses_of_the_tensors(cpu_backend):
 
 
 def test_options_table_fits_the_rules(cpu_backend):
-    """One line per group; the native side checks its length."""
+    """One line per group."""
     for kind in OPTIMIZERS:
         params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
         opt = build(kind, [{"params": [p]} for p in params], backend="cpu")

@@ -9,7 +9,6 @@ from checkpoint_helpers import refused_load
 from protocol_helpers import INF, NAN, fallback_is_expected, on_every_backend
 
 import fusedopt
-from fusedopt.options import FLAG_NAMES
 
 pytestmark = fallback_is_expected
 _every_backend = pytest.fixture(autouse=True)(on_every_backend)
@@ -100,8 +99,8 @@ def test_groups_are_checked_at_every_step(cls):
     p = param(3)
     opt = cls([{"params": [p]}])
     p.grad = torch.ones(3)
-    numbers = {name: opt.param_groups[0][name] for name in cls.numbers}
-    flags = {k: v for k, v in opt.param_groups[0].items() if k in FLAG_NAMES}
+    numbers = {name: opt.param_groups[0][name] for name in cls.rule.number_keys}
+    flags = {k: v for k, v in opt.param_groups[0].items() if k in cls.rule.flag_keys}
     for name, good in {**numbers, **flags}.items():
         bads = [None, "0.1", torch.ones(3), NAN if name in numbers else 2]
         bads += [(0.9,), (0.9, 0.9, 0.9), (0.9, None), (0.9, "0.9"), (NAN, 0.9), *NO_PAIRS]
@@ -128,7 +127,7 @@ def test_groups_are_checked_at_every_step(cls):
 def test_arguments_that_are_no_numbers(cls):
     """torch compares them with a number, or lets them pass; in a group it never looks."""
     pair = (0.9, 0.999)
-    for name in cls.numbers:
+    for name in cls.rule.number_keys:
         bads = [None, "x", "0.1", NAN, torch.tensor(NAN)]
         bads += [(0.9,), (*pair, 0.9), (0.9, None), (0.9, NAN)] if name == "betas" else [pair]
         bads += [(torch.ones(2), 0.9), (0.9, torch.ones(2)), *NO_PAIRS] if name == "betas" else []
@@ -143,7 +142,7 @@ def test_arguments_that_are_no_numbers(cls):
             with pytest.raises(ValueError, match=rf"Invalid {name} value: .* in param group 1"):
                 opt.add_param_group({"params": [param(3)], name: bad})
             assert len(opt.param_groups) == 1
-    for name in FLAG_NAMES & cls([param(3)]).defaults.keys():
+    for name in cls.rule.flag_keys:
         with pytest.raises(ValueError, match=f"Invalid {name} value: 'yes'"):
             momentum = {"momentum": 0.9} if name == "nesterov" else {}
             cls([param(3)], **momentum, **{name: "yes"})

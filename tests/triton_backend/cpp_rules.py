@@ -1,4 +1,4 @@
-"""csrc/rules.h, compiled by itself: its functions on numpy arrays."""
+"""csrc/rules.h, compiled by itself: the functions of every rule, by its name, on numpy arrays."""
 
 from __future__ import annotations
 
@@ -17,8 +17,38 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 
 HARNESS = """
+#include <cstring>
+#include <utility>
 #include "rules.h"
 using namespace fusedopt;
+
+template <class Visit>
+void with_rule(const char* name, const Visit& visit) {
+  for (int rule = 0; rule < Rules::kCount; ++rule)
+    Rules::with(rule, [&](auto tag) {
+      if (!std::strcmp(name, decltype(tag)::Rule::kName)) visit(tag);
+    });
+}
+
+struct Elements {
+  int64_t n;
+  const float* grad;
+  float *param, *const *state;
+};
+
+template <class R, int kThere, size_t... k>
+void update_elements(const float* h, Kind kind, Elements e, std::index_sequence<k...>) {
+  typename R::Hyper hyper;
+  std::memcpy(&hyper, h, sizeof hyper);
+  for (int64_t i = 0; i < e.n; ++i)
+    R::template update<kThere>(hyper, kind, e.grad[i], e.param[i], e.state[k][i]...);
+}
+
+template <class R, int kThere>
+void update_with(int states, const float* h, Kind kind, Elements e) {
+  if (states == kThere) update_elements<R, kThere>(h, kind, e, std::make_index_sequence<R::kStates>());
+  if constexpr (kThere < R::kStates) update_with<R, kThere + 1>(states, h, kind, e);
+}
 
 extern "C" {
 void clip(int64_t n, const float* g, float mult, float most, float* out) {
@@ -27,35 +57,33 @@ void clip(int64_t n, const float* g, float mult, float most, float* out) {
 void sums(int64_t n, const double* b, const int64_t* t, double* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = geometric_sum(b[i], t[i]);
 }
-void adamw_hypers(int64_t n, const AdamW::Options* o, const int64_t* t, float (*out)[8]) {
-  for (int64_t i = 0; i < n; ++i) {
-    const AdamW::Hyper h = AdamW::hyper(o[i], AdamW::row_scalars(o[i], t[i]));
-    const float all[] = {h.lerp_weight, h.beta2, h.one_minus_beta2, h.step_size, h.eps, h.decay,
-                         h.lerp_from_grad ? 1.0f : 0.0f, float(AdamW::decay(o[i]))};
-    for (int k = 0; k < 8; ++k) out[i][k] = all[k];
-  }
+// kAlways, kVariants, and then what absent states read as
+void constants(int64_t n, const char* rule, float* out) {
+  with_rule(rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    *out++ = R::kAlways;
+    *out++ = R::kVariants;
+    for (int s = 0; s < R::kStates; ++s) *out++ = R::absent(s);
+  });
 }
-void sgd_hypers(int64_t n, const SGD::Options* o, const int64_t* t, float (*out)[6]) {
-  for (int64_t i = 0; i < n; ++i) {
-    const SGD::Hyper h = SGD::hyper(o[i], SGD::row_scalars(o[i], t[i]));
-    const float all[] = {h.minus_lr, h.buffer_momentum, h.grad_weight, h.momentum, h.decay,
-                         float(SGD::decay(o[i]))};
-    for (int k = 0; k < 6; ++k) out[i][k] = all[k];
-  }
+void hypers(int64_t n, const char* rule, const void* options, const int64_t* t, float* out) {
+  with_rule(rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    for (int64_t i = 0; i < n; ++i) {
+      const auto& o = static_cast<const typename R::Options*>(options)[i];
+      const auto h = R::prepare(o, t[i]);
+      std::memcpy(out, &h, sizeof h);
+      out += sizeof h / sizeof *out;
+      *out++ = float(kind_of<R>(o).decay);
+      *out++ = float(kind_of<R>(o).variant);
+    }
+  });
 }
-void adamw_update(int64_t n, const float* h, int decay, bool amsgrad, const float* g, float* p,
-                  float* m, float* v, float* x) {
-  const AdamW::Hyper hyper = {h[0], h[1], h[2], h[3], h[4], h[5], h[6] != 0.0f};
-  for (int64_t i = 0; i < n; ++i) {
-    if (amsgrad) AdamW::update<true>(hyper, Decay(decay), g[i], p[i], m[i], v[i], x[i]);
-    if (!amsgrad) AdamW::update<false>(hyper, Decay(decay), g[i], p[i], m[i], v[i], x[i]);
-  }
-}
-void sgd_update(int64_t n, const float* h, int decay, bool momentum, bool nesterov, const float* g,
-                float* p, float* m) {
-  const SGD::Hyper hyper = {h[0], h[1], h[2], h[3], h[4]};
-  for (int64_t i = 0; i < n; ++i)
-    SGD::update(hyper, Decay(decay), momentum, nesterov, g[i], p[i], m[i]);
+void update(int64_t n, const char* rule, int states, const float* h, int decay, int variant,
+            const float* g, float* p, float* const* s) {
+  with_rule(rule, [&](auto tag) {
+    update_with<typename decltype(tag)::Rule, 0>(states, h, {Decay(decay), variant}, {n, g, p, s});
+  });
 }
 }
 """
@@ -78,11 +106,11 @@ def compiled() -> ctypes.CDLL:
 
 
 def in_cpp(function: str, n: int, *arguments: Any) -> None:
-    converted = {np.float32: ctypes.c_float, bool: ctypes.c_bool, int: ctypes.c_int}
-    getattr(compiled(), function)(
-        ctypes.c_int64(n),
-        *(
-            ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else converted[type(a)](a)
-            for a in arguments
-        ),
-    )
+    converted = {np.float32: ctypes.c_float, int: ctypes.c_int, str: lambda a: a.encode()}
+    arrays = {np.ndarray: lambda a: ctypes.c_void_p(a.ctypes.data), list: _addresses}
+    made = [{**converted, **arrays}[type(a)](a) for a in arguments]
+    getattr(compiled(), function)(ctypes.c_int64(n), *made)
+
+
+def _addresses(arrays: list[Any]) -> Any:
+    return (ctypes.c_void_p * max(len(arrays), 1))(*(a.ctypes.data for a in arrays))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import sys
@@ -71,7 +72,7 @@ def main(backend: str, library: str) -> None:
         sizes = [4 if name in COUNTS else 8 for name in names]
         noted.sizes[: len(sizes) + 1] = [*sizes, 0]
         device = torch.device("cuda", 0)
-        launch = ours.launcher(device, variant.verb, variant.rule, variant.halves, values)
+        launch = ours.launcher(device, dataclasses.astuple(variant), values)
         before = noted.launches
         launch(7, 0xABC0)
         found.append(

@@ -32,8 +32,6 @@ FOR_AMD = AMD if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) el
 UPDATES = {name: variant for name, variant in VARIANTS.items() if variant.verb == "update"}
 REDUCES = {name: variant for name, variant in VARIANTS.items() if variant.verb == "reduce"}
 
-# fp32 streams that update reads (the last is the gradient) and writes
-STREAMS = {"adamw": (4, 3), "amsgrad": (5, 4), "sgd": (3, 2)}
 HYPER = 7  # numbers of a tensor, at most
 
 each_target = pytest.mark.parametrize("target", {**NVIDIA, **FOR_AMD})
@@ -74,13 +72,19 @@ def elements(variant: Variant, target: str) -> int:
     return block // (TARGETS[target].warp_size * kernel(variant.name, target).metadata.num_warps)
 
 
-def wide_accesses(variant: Variant, target: str) -> tuple[int, int]:
-    """Loads and stores of 16 bytes that the whole blocks of update consist of."""
+def wide_accesses(variant: Variant, target: str) -> tuple[Counter[int], Counter[int]]:
+    """Loads and stores that the whole blocks of update consist of, by their bits.
+
+    The param and the states, and to read the gradient. All of them lie in memory as fp32 or as 16
+    bits; where a variant serves both it has instructions for both.
+    """
     n = elements(variant, target)
-    read, written = STREAMS[variant.rule]
-    loads, stores = read * n // 4, written * n // 4
-    if variant.halves:  # besides, of 16 bits: the gradient and the param; the param
-        return loads + 2 * n // 8, stores + n // 8
+    read, written = variant.states + 2, variant.states + 1
+    loads, stores = Counter({128: read * n // 4}), Counter({128: written * n // 4})
+    if variant.streams == "any":  # besides: the gradient and the param; the param
+        return loads + Counter({128: 2 * n // 8}), stores + Counter({128: n // 8})
+    if variant.streams == "any-states":  # and a half param beside its master
+        return loads + Counter({16 * n: read + 1}), stores + Counter({16 * n: written + 1})
     return loads, stores
 
 
@@ -130,23 +134,24 @@ def wide_loops(code: list[sass.Instruction]) -> list[list[sass.Instruction]]:
 def test_update_loads_and_stores_16_bytes(name, target):
     variant = VARIANTS[name]
     n = elements(variant, target)
-    n_loads, n_stores = wide_accesses(variant, target)
+    expected, stores = wide_accesses(variant, target)
     widest = 0
     for loop in wide_loops(sass_of(name, target)):
         loads = Counter(i.bits for i in loop if i.is_global_load)
-        assert Counter(i.bits for i in loop if i.is_global_store) == {128: n_stores}
+        assert Counter(i.bits for i in loop if i.is_global_store) == stores
         widest = max(widest, loads.pop(128))
+        assert loads.pop(64, 0) == expected[64]
         # left are the numbers of the tensor, and a gradient that is not aligned
-        assert loads.pop(16, 0) <= (n if variant.halves else 0)
+        assert loads.pop(16, 0) <= (n if variant.streams == "any" else 0)
         assert loads.pop(32, 0) <= n + HYPER
         assert not loads
         assert not [i for i in loop if i.is_generic_or_local]
-    assert widest == n_loads
+    assert widest == expected[128]
 
 
 @each_nvidia
-@pytest.mark.parametrize("name", [n for n, v in UPDATES.items() if not v.halves])
-def test_update_of_float32_waits_once(name, target):
+@pytest.mark.parametrize("name", [n for n, v in UPDATES.items() if v.streams != "any"])
+def test_update_waits_once(name, target):
     """All loads are on their way before the first value is used, and threads go their own ways."""
     for loop in wide_loops(sass_of(name, target)):
         (batch,) = sass.batches(loop)
@@ -183,23 +188,23 @@ def widest_ways(blocks: list[amdgcn.Block]) -> dict[str, list[amdgcn.Instruction
 def test_update_loads_and_stores_16_bytes_on_amd(name, target):
     variant = VARIANTS[name]
     blocks = amdgcn_of(name, target)
-    n_loads, n_stores = wide_accesses(variant, target)
+    loads, stores = wide_accesses(variant, target)
     widest, most = 0, 0
     for header, way in widest_ways(blocks).items():
         loop = [i for block in amdgcn.loops(blocks)[header] for i in block.code]
         if not any(i.is_store for i in loop):
             continue
-        assert sum(i.is_store for i in loop) == n_stores
-        assert all(i.is_wide for i in loop if i.is_store)
+        assert sum(i.is_store for i in loop) == stores.total()
+        assert sum(i.is_wide for i in loop if i.is_store) == stores[128]
         widest = max(widest, sum(i.is_load and i.is_wide for i in way))
         most = max(most, sum(i.is_load and i.is_wide for i in loop))
-        if not variant.halves:
+        if variant.streams == "float32":
             assert not amdgcn.late_loads(way)
             assert not [i for i in way if i.between_threads]
-    if variant.halves:  # no step takes the ways of an fp32 gradient and of a 16-bit one
-        assert most >= n_loads
+    if variant.streams == "any":  # no step takes the ways of an fp32 gradient and of a 16-bit one
+        assert most >= loads[128]
     else:
-        assert widest == n_loads
+        assert (most if variant.streams == "any-states" else widest) == loads[128]
         assert kernel(name, target).metadata.shared == 0
 
 
@@ -253,29 +258,34 @@ def test_fusion_would_be_seen(target):
 
 # ---- memory order -------------------------------------------------------------------------------
 
-REDUCE = [name for name, variant in VARIANTS.items() if variant.verb == "reduce"]
 
-
-@pytest.mark.parametrize("target", NVIDIA)
-@pytest.mark.parametrize("name", REDUCE)
-def test_the_ticket_publishes_the_partials(name, target):
+@each_nvidia
+@each_reduce
+def test_the_ticket_publishes_the_words(name, target):
     """The program that draws the last ticket reads what others wrote; no interpreter shows that."""
     lines = [line.strip() for line in kernel(name, target).asm["ptx"].splitlines()]
+    adds = [i for i, line in enumerate(lines) if re.search(r"\bred\.", line)]
     (ticket,) = [i for i, line in enumerate(lines) if re.search(r"\batom\.", line)]
+    found = [re.search(r"red\.global\.gpu\.relaxed\.(\w+\.\w+)", lines[i])[1] for i in adds]
+    assert found == ["add.u64", "max.s64"]
     assert re.search(r"atom\.global\.gpu\.acq_rel\.add", lines[ticket])
-    stores = [
-        i for i, line in enumerate(lines[:ticket]) if re.search(r"st\.global\.b(32|64)", line)
-    ]
-    assert any(line.startswith("bar.sync") for line in lines[stores[-1] : ticket])
-    wide = [line for line in lines[ticket:] if re.search(r"ld\.global\S*\.v2\.b64", line)]
-    assert wide and all(".cg" in line for line in wide), (
-        "a partial may be in this L1 cache, and old"
-    )
+    assert any(line.startswith("bar.sync") for line in lines[adds[-1] : ticket])
+    after = lines[ticket:]
+    (read,) = [i for i, line in enumerate(after) if re.search(r"ld\.global\S*\.cg\S*\.b64", line)]
+    assert any(line.startswith("bar.sync") for line in after[:read])
+    zeroed = next(i for i, line in enumerate(after) if "st.global" in line and ".b64" in line)
+    assert any(line.startswith("bar.sync") for line in after[read:zeroed])
 
 
-@pytest.mark.parametrize("name", REDUCE)
-def test_the_ticket_publishes_the_partials_on_amd(name):
+@pytest.mark.parametrize("name", REDUCES)
+def test_the_ticket_publishes_the_words_on_amd(name):
     lines = kernel(name, "gfx942").asm["amdgcn"].splitlines()
-    (ticket,) = [i for i, line in enumerate(lines) if "global_atomic_add" in line]
+    atomics = [i for i, line in enumerate(lines) if "_atomic_" in line]
+    *adds, ticket = atomics
+    found = [re.match(r"\s*\w+_atomic_(\w+)", lines[i])[1] for i in adds]
+    assert found == ["add_x2", "smax_x2"]
+    assert "global_atomic_add" in lines[ticket]
+    # a program is one wavefront: what it has added is over when the count of its accesses is zero
     assert any("buffer_wbl2 sc1" in line for line in lines[ticket - 8 : ticket])
+    assert any("s_waitcnt vmcnt(0)" in line for line in lines[ticket - 4 : ticket])
     assert any("buffer_inv sc1" in line for line in lines[ticket : ticket + 8])

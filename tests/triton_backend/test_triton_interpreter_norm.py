@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,6 @@ from cases import (
     FULL_CASES,
     HALVES,
     KERNEL_CASES,
-    LANES,
     NONFINITE,
     OptimizerCase,
     parametrize,
@@ -31,6 +33,7 @@ import fusedopt
 
 _interpreter = pytest.fixture(triton_interpreter.fixture)
 NORMS = (2.0, math.inf)
+DIGITS, INF_CHUNKS, NAN_CHUNKS, SLOTS = 20, 20, 21, 32  # csrc/words.h; lanes of a block
 
 
 @pytest.fixture(autouse=True)
@@ -53,36 +56,63 @@ def test_norm(dtype: torch.dtype, norm_type: float) -> None:
         twins.check()
 
 
-def total(partials: np.ndarray, norm_type: float) -> float:
-    """By the kernel's own function; 16-byte aligned, as the table of partials is."""
-    kernel = triton_interpreter.part("finalize").total_of_partials
-    table = torch.from_numpy(np.append(partials, 1e300))  # what comes after is not looked at
-    address, n = np.int64(table.data_ptr()), np.int32(len(partials))
-    return triton_interpreter.call(kernel, address, n, np.int64(norm_type == 2.0)).item()
+def in_words(function: str, *arguments: Any) -> Any:
+    return triton_interpreter.call(getattr(triton_interpreter.part("words"), function), *arguments)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 255, 256, 257, 511, 512, 513, 767, 769, 1024, 1536, 1800])
-def test_total_of_partials(n: int) -> None:
-    """Lanes by chunk index, then pairs; more chunks than a test can have the kernels sum up."""
-    partials = unlike(n, n).abs().double().numpy() * (1 + 2.0**-40)
-    index = np.arange(n)
-    for part in range(9):  # of all lanes; of eight of them, which round less of the order away
-        own = partials if part == 0 else np.where(index % LANES // 8 == part, partials, 0.0)
-        lanes = np.zeros(LANES)
-        for i, partial in enumerate(own):
-            lanes[i % LANES] += partial
-        assert total(own, 2.0) == exact.pair_tree(lanes)
-    assert total(partials, math.inf) == max(partials, default=0.0)
-    for place in {0, n // 3, n - 1} if n else ():
-        for value in (math.nan, math.inf):
-            bad = partials.copy()
-            bad[place] = value
-            bad[n - 1 - place] += 1e30
-            for norm_type in NORMS:
-                assert repr(total(bad, norm_type)) == repr(value)
+def value_of(words: list[int]) -> Fraction:
+    """Digit d counts 2^(32 d - 352)."""
+    return sum(word * Fraction(2) ** (32 * d - 352) for d, word in enumerate(words[:DIGITS]))
 
 
-def test_more_chunks_than_lanes() -> None:
+def some_words() -> list[list[int]]:
+    """Single partials, ties of the rounding, chains of carries, and as many as fit into a word."""
+    rng = random.Random(0)
+    pieces = [1, 2**31, 2**32 - 2, 2**32 - 1, 2**32, 2**62 + 1]
+    found = []
+    for _ in range(300):
+        words = [0] * SLOTS
+        for _ in range(rng.choice([1, 2, 5, 20])):
+            piece = rng.choice([*pieces, rng.getrandbits(8), rng.getrandbits(40)])
+            at = rng.randrange(DIGITS)
+            words[at] = min(words[at] + piece, 2**63 - 1)
+        for d in range(rng.choice([0, 0, 3, DIGITS])):
+            words[d] = 2**32 - 1
+        found.append(words)
+    for above, below in itertools.product((0, 1, 2), (0, 1)):  # around the middle of two doubles
+        tie = [0] * SLOTS
+        tie[0], tie[5], tie[6], tie[7] = below, 2**10, above << 11, 2**31
+        tie[5 + above % 2] += 2**10 * (above % 2)
+        found.append(tie)
+    return [[0] * SLOTS, *found]
+
+
+def test_the_sum_is_rounded_once() -> None:
+    for words in some_words():
+        block = np.array(words, np.int64)
+        assert in_words("sum_of_squares", block).item() == float(value_of(words))
+        for slot, expected in ((INF_CHUNKS, "inf"), (NAN_CHUNKS, "nan")):
+            block[slot] = 1
+            assert repr(in_words("sum_of_squares", block).item()) == expected
+
+
+def test_a_partial_is_added_exactly() -> None:
+    sums = [1.0, 2.0**-80, 1 + 2.0**-23, 3.4e38, 0.7, 2.0**-126]
+    words = [0] * SLOTS
+    exact = Fraction(0)
+    for k, (sum, exponent) in enumerate(itertools.product(sums, range(-195, 142, 3))):
+        block = np.array(words, np.int64)
+        words = in_words("with_partial", block, np.float32(sum), np.int32(exponent)).tolist()
+        exact += Fraction(float(np.float32(sum))) * Fraction(2) ** exponent
+        assert value_of(words) == exact and words[DIGITS:] == [0] * (SLOTS - DIGITS), k
+    block = np.array(words, np.int64)
+    assert in_words("with_partial", block, np.float32(0), np.int32(0)).tolist() == words
+    for value, slot in ((math.inf, INF_CHUNKS), (math.nan, NAN_CHUNKS), (-math.nan, NAN_CHUNKS)):
+        added = in_words("with_partial", block, np.float32(value), np.int32(0)) - block
+        assert added.tolist() == [int(s == slot) for s in range(SLOTS)]
+
+
+def test_many_chunks() -> None:
     twins = TritonTwins.of(MEASURE, [torch.zeros(1) for _ in range(259)])
     twins.step(list(unlike(259, 3).split(1)))
     twins.check()

@@ -26,9 +26,9 @@ class NoKernels(triton_interpreter.Interpreter):
         self.refused = ""
 
     def launcher(
-        self, device: torch.device, verb: str, rule: str, halves: bool, values: dict[str, int]
+        self, device: torch.device, variant: backend.Key, values: dict[str, int]
     ) -> backend.Launch:
-        name = f"{verb}-{rule}-{'any' if halves else 'float32'}"
+        name = "-".join(map(str, variant))
         if name == self.refused:
             raise RuntimeError("the compiler says no")
         self.made.append(name)
@@ -51,7 +51,7 @@ def step(twins: TritonTwins, grads: list[Tensor]) -> None:
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)
 def test_the_variant_follows_the_gradients(driver: NoKernels, case: Any) -> None:
     twins = TritonTwins.of_lengths(case, [5, 3])
-    rule = "amsgrad" if case.rule == "adamw" else case.rule
+    states = {"adamw": 3, "sgd": 1}[case.rule]
     full, half = grads_like(twins.params, 0), grads_like(twins.params, 0, torch.bfloat16)
     steps = [
         (full, "float32"),
@@ -65,7 +65,7 @@ def test_the_variant_follows_the_gradients(driver: NoKernels, case: Any) -> None
     ]
     for grads, streams in steps:
         step(twins, grads)
-        assert driver.launched[-1][0] == f"update-{rule}-{streams}"
+        assert driver.launched[-1][0] == f"update-{case.rule}-{states}-{streams}"
     assert len([name for name in driver.made if name.startswith("update")]) == 5, driver.made
 
 
@@ -75,7 +75,7 @@ def test_half_params_need_no_switch(driver: NoKernels, dtype: torch.dtype) -> No
     for k in range(3):
         step(twins, grads_like(twins.params, k, (dtype, torch.float32)[k % 2]))
     updates = [name for name, _ in driver.launched if name.startswith("update")]
-    assert updates == ["update-sgd-any"] * 3
+    assert updates == ["update-sgd-1-any"] * 3
 
 
 def test_a_variant_that_did_not_compile_is_tried_again(driver: NoKernels) -> None:
@@ -83,13 +83,13 @@ def test_a_variant_that_did_not_compile_is_tried_again(driver: NoKernels) -> Non
     twins = TritonTwins.of_lengths(FULL_CASES[1], [5, 3])
     step(twins, grads_like(twins.params, 0))
     halves = grads_like(twins.params, 1, torch.bfloat16)
-    driver.refused = "update-sgd-any"
+    driver.refused = "update-sgd-1-any"
     for _ in range(2):
         with pytest.raises(RuntimeError, match="says no"):
             step(twins, halves)
     driver.refused = ""
     step(twins, halves)
-    assert driver.launched[-1][0] == "update-sgd-any"
+    assert driver.launched[-1][0] == "update-sgd-1-any"
 
 
 def test_a_step_with_nothing_new_copies_nothing(

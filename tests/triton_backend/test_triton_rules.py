@@ -1,7 +1,7 @@
-"""One table of cases for both texts of the rules: csrc/rules.h, and triton_kernels/rules.py.
+"""One table of cases for both texts of every rule: csrc/rules, and triton_kernels/rules.
 
 And the texts themselves, side by side: what is changed in one of them alone shows here, also where
-no case of the table would.
+no case of the table would. Rules are found by their files, so that a new one needs no line here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,21 @@ import triton_interpreter
 from cpp_rules import CSRC, in_cpp
 from numpy.typing import NDArray
 
+from fusedopt.backends.triton import fewest_states
+from fusedopt.rules.declaration import Rule, declared
+
 f32 = np.float32
 Array = NDArray[Any]
 
 # ---- the texts ----------------------------------------------------------------------------------
 
-FUNCTIONS = [  # in C++, and in Triton; in the order of both files
-    ("clipped", "clipped"),
-    ("geometric_sum", "geometric_sum"),
-    ("AdamW::row_scalars", "adamw_row_scalars"),
-    ("AdamW::decay", "decay_kind"),
-    ("AdamW::hyper", "adamw_hyper"),
-    ("AdamW::update", "adamw_update"),
-    ("SGD::row_scalars", "sgd_row_scalars"),
-    ("SGD::hyper", "sgd_hyper"),
-    ("SGD::update", "sgd_update"),
-]
+RULES = sorted(path.stem for path in (CSRC / "rules").glob("*.h") if path.stem != "common")
+# What a rule's declaration says, and the drivers' own.
+IN_CPP_ALONE = {"states", "absent", "row_step"}
 # These say the same in other words, which only the table below can compare.
-IN_OTHER_WORDS = {"AdamW::decay", "SGD::row_scalars"}
+IN_OTHER_WORDS = {("sgd", "variant")}
+# Results by references in C++.
+BY_REFERENCE = {"apply_decay", "update"}
 BOOKKEEPING = {"bit", "odd"}  # of the loop in geometric_sum
 Statement = tuple[str, list[str]]  # the name that is assigned, or "return"; the words of the value
 
@@ -47,30 +45,29 @@ def words(value: str) -> list[str]:
 
     ``a ? b : c`` and ``tl.where(a, b, c)`` are then the same, and so are ``-b`` and ``(-b)``.
     """
-    value = value.replace("row.momentum", "buffer_momentum").replace(", n_bits)", ")")
+    value = re.sub(r"\b(decay_factor|variant)\([\w, ]*\)", r"\1", value)  # of the same options
+    value = value.replace(", n_bits)", ")")
     value = value.replace("-1.0 * ", "-")  # Triton 3.6 and 3.7 take -x for 0 - x, which is never -0
-    value = re.sub(r"!= 0(\.0)?\b", "", value)  # how Triton says that a flag is set
-    value = re.sub(r"\b(tl|h|o|row)\.|\bh_|static_cast<\w+>|\.to\(tl\.\w+\)", "", value)
-    value = re.sub(r"_rn\b|(?<=\d)f\b", "", value).replace("||", "|")
+    value = re.sub(r"!= 0(\.0)?\b|bits_of", "", value)  # how they say that a flag is set
+    value = re.sub(r"\b(tl|h|o)\.|\b(Decay|R)::|static_cast<\w+>|\.to\(tl\.\w+\)", "", value)
+    value = re.sub(
+        r"\bk([A-Z]\w*)|\b([A-Z][A-Z\d_]+)\b", lambda m: m[0][m[1] is not None :].lower(), value
+    )
+    value = re.sub(r"\b(Hyper|Kind)\b|_rn\b|(?<=\d)f\b", "", value).replace("||", "|")
     found = re.findall(r"[a-z_]\w*|\d[\d.]*|[-+*/|]|[<>=!]=|[<>]", value)
     return [word for word in found if word != "where"]
 
 
-@functools.cache
-def cpp_functions() -> dict[str, str]:
+def cpp_functions(name: str) -> dict[str, str]:
     """Bodies by name, in order."""
-    text = re.sub(r"//.*", "", (CSRC / "rules.h").read_text())
+    text = re.sub(r"//.*", "", (CSRC / f"rules/{name}.h").read_text())
     found: dict[str, str] = {}
-    struct = ""
-    for match in re.finditer(r"(?m)^struct (\w+) \{|FUSEDOPT_FN [\w ]+?(\w+)\([^)]*\) \{", text):
-        if match[1]:
-            struct = f"{match[1]}::"
-            continue
+    for match in re.finditer(r"FUSEDOPT_FN [\w<> ]+?(\w+)\([^)]*\) \{", text):
         end = match.end()
         while text[match.end() : end].count("{") >= text[match.end() : end].count("}"):
             end += 1
-        found[struct + match[2]] = text[match.end() : end - 1]
-    return found
+        found[match[1]] = text[match.end() : end - 1]
+    return {name: body for name, body in found.items() if name not in IN_CPP_ALONE}
 
 
 def cpp_statements(body: str) -> list[Statement]:
@@ -82,12 +79,13 @@ def cpp_statements(body: str) -> list[Statement]:
             statements.append(("return", words(match[1])))
         elif match := re.fullmatch(r"(?:[\w ]+ )?(\w+) = (.*)", text):
             statements.append((match[1], words(match[2])))
+        elif re.fullmatch(r"\w+\(.*\)", text):
+            statements.append(("call", words(text)))
     return statements
 
 
-@functools.cache
-def triton_functions() -> dict[str, ast.FunctionDef]:
-    text = (triton_interpreter.PACKAGE / "rules.py").read_text()
+def triton_functions(name: str) -> dict[str, ast.FunctionDef]:
+    text = (triton_interpreter.PACKAGE / f"rules/{name}.py").read_text()
     return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
 
 
@@ -96,6 +94,12 @@ def triton_statements(function: ast.FunctionDef) -> list[Statement]:
     for node in ast.walk(function):
         if isinstance(node, ast.Return) and node.value is not None:
             statements.append((node.lineno, ("return", words(ast.unparse(node.value)))))
+        elif (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and isinstance(node.targets[0], ast.Tuple)
+        ):
+            statements.append((node.lineno, ("call", words(ast.unparse(node.value)))))
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name, value = node.targets[0].id, ast.unparse(node.value)
             if match := re.fullmatch(rf"tl\.where\(odd, (.*), {name}\)", value):
@@ -105,34 +109,35 @@ def triton_statements(function: ast.FunctionDef) -> list[Statement]:
     return [statement for _, statement in sorted(statements, key=lambda entry: entry[0])]
 
 
-def test_the_functions_are_the_same() -> None:
-    decays = {name: body for name, body in cpp_functions().items() if name.endswith("::decay")}
-    assert len(set(decays.values())) == 1  # and in Triton they are one function
-    decays.pop("AdamW::decay")
-    in_cpp = [name for name in cpp_functions() if name not in decays]
-    assert [*zip(in_cpp, triton_functions(), strict=True)] == FUNCTIONS
+@pytest.mark.parametrize("name", ["common", *RULES])
+def test_the_functions_are_the_same(name: str) -> None:
+    assert [*cpp_functions(name)] == [*triton_functions(name)]
 
 
-@pytest.mark.parametrize(("in_cpp", "in_triton"), FUNCTIONS)
-def test_the_statements_are_the_same(in_cpp: str, in_triton: str) -> None:
+def functions() -> list[tuple[str, str]]:
+    return [(name, function) for name in ("common", *RULES) for function in cpp_functions(name)]
+
+
+@pytest.mark.parametrize(("name", "function"), functions())
+def test_the_statements_are_the_same(name: str, function: str) -> None:
     def kept(statements: list[Statement]) -> list[Statement]:
-        results = {"return"} if in_cpp.endswith("update") else set()  # C++ has references for them
+        results = {"return"} if function in BY_REFERENCE else set()
         return [s for s in statements if s[0] not in BOOKKEEPING | results]
 
-    ours = kept(cpp_statements(cpp_functions()[in_cpp]))
-    theirs = kept(triton_statements(triton_functions()[in_triton]))
+    ours = kept(cpp_statements(cpp_functions(name)[function]))
+    theirs = kept(triton_statements(triton_functions(name)[function]))
     assert ours and theirs
-    if in_cpp not in IN_OTHER_WORDS:
+    if (name, function) not in IN_OTHER_WORDS:
         assert theirs == ours
 
 
 # ---- both texts at work -------------------------------------------------------------------------
 
 
-def in_triton(function: str, *arguments: Any) -> Any:
+def in_triton(function: str, *arguments: Any, part: str = "rules.common") -> Any:
     pytest.importorskip("triton")
-    rules = triton_interpreter.part("rules")
-    return triton_interpreter.call(getattr(rules, function), *arguments)
+    module = triton_interpreter.part(part)
+    return triton_interpreter.call(getattr(module, function), *arguments)
 
 
 def assert_same(ours: Array, theirs: Array, where: Callable[[int], Any]) -> None:
@@ -153,17 +158,19 @@ SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, TINY, -3 * TINY, 2.0**-126,
            3e19, 1 + 2.0**-23]  # fmt: skip
 STATES = [0.0, -0.0, 0.7, -1e-30, 5 * TINY, 3e38, math.inf, math.nan]
 STEPS = [1, 2, 3, 10, 1000, 123457, 2**24]
-LRS = [(0.02, 0.1), (0.0, 0.3), (1e30, 0.0), (-0.5, 1e10), (1e-42, -0.1)]  # lr, weight_decay
-BETAS = [(0.9, 0.999), (0.0, 0.0), (0.5, 0.95), (0.499999999, 1 - 1e-9), (0.99999, 0.3)]
-EPS = [1e-8, 0.0, 1e-40, 0.1]
-MOMENTA = [(0.0, 0.0), (0.9, 0.0), (0.6, 0.4), (1.0, 1.0), (1e-42, -3.0)]  # momentum, dampening
+LRS = [0.02, 0.0, 1e30, -0.5, 1e-42]
+DECAYS = [0.1, 0.3, 0.0, 1e10, -0.1]
+NUMBERS = [0.0, 0.9, 0.999, 0.5, 0.95, 0.499999999, 1 - 1e-9, 0.99999, 0.3, 1.0, 0.6, 1e-8, 1e-40, 0.1,
+           1e-42, -3.0]  # fmt: skip
+ROWS = 20_000  # of options
 
 
-def values() -> tuple[Array, ...]:
-    """Gradients, params and two states, in every combination."""
+def values(n_states: int) -> list[Array]:
+    """Gradients, params and two states, in every combination; of more states, again the second."""
     both = PLAIN + SPECIAL
     table = np.array(list(itertools.product(both, both, STATES, STATES)), np.float32)
-    return tuple(np.ascontiguousarray(column) for column in table.T)
+    columns = [*table.T, *(table.T[3][:: -1 if k % 2 else 1] for k in range(1, n_states - 1))]
+    return [np.ascontiguousarray(column) for column in columns[: 2 + n_states]]
 
 
 def test_geometric_sum() -> None:
@@ -190,70 +197,119 @@ def test_clipped() -> None:
         assert_same(ours, theirs, lambda i, at=(mult, most): f"{grad[i]!r}, {at}")
 
 
-def hypers(rule: str) -> tuple[Array, Array, list[Any]]:
-    """Every combination of options and steps: rows as C++ has them, as Triton has, the options."""
-    own = [(*b, e) for b in BETAS for e in EPS] if rule == "adamw" else [(*m, 0.0) for m in MOMENTA]
-    options = [
-        (*lr, *rest, decoupled, t)
-        for lr, rest, decoupled, t in itertools.product(LRS, own, (0, 1), STEPS)
+def table_of(rule: Rule) -> tuple[list[Array], Array]:
+    """Options of every kind, column by column, and steps."""
+    rng = np.random.default_rng(0)
+    pools = {"lr": LRS, "weight_decay": DECAYS}
+    columns = [
+        rng.choice(pools.get(name, NUMBERS) if kind == "d" else [0, 1], ROWS)
+        for name, kind in rule.options.items()
     ]
-    lr, weight_decay, a, b, eps, decoupled, t = (
-        np.array(column) for column in zip(*options, strict=True)
-    )
-    doubles = [lr, weight_decay, a, b, eps] if rule == "adamw" else [lr, weight_decay, a, b]
-    unused = [np.zeros_like(t)] * (7 - len(doubles))
-    packed = np.stack([*(d.view(np.int64) for d in doubles), decoupled, *unused], 1)
-    ours = np.empty((len(options), 8 if rule == "adamw" else 6), np.float32)
-    in_cpp(f"{rule}_hypers", len(options), packed.copy(), t, ours)
-    if rule == "adamw":
-        n_bits = np.int32(int(t.max()).bit_length())
-        row = in_triton("adamw_row_scalars", lr, a, b, eps, t, n_bits)
-        theirs = in_triton("adamw_hyper", lr, weight_decay, a, b, decoupled, *row)
-    else:
-        row = in_triton("sgd_row_scalars", a, b, t)
-        theirs = in_triton("sgd_hyper", lr, weight_decay, a, decoupled, *row)
-    kind = in_triton("decay_kind", weight_decay, decoupled).astype(np.float32)
-    return ours, np.stack([*theirs, kind], 1), options
-
-
-@pytest.mark.parametrize("rule", ["adamw", "sgd"])
-def test_hypers(rule: str) -> None:
-    ours, theirs, options = hypers(rule)
-    for column in range(ours.shape[1]):
-        assert_same(
-            ours[:, column].copy(), theirs[:, column].copy(), lambda i, c=column: (c, options[i])
-        )
+    return columns, rng.choice(STEPS, ROWS)
 
 
 @functools.cache
-def few_hypers(rule: str) -> list[Array]:
-    """Of all kinds of decay, with which the rules are run."""
-    all_of_them = hypers(rule)[0]
-    picked = all_of_them[:: 1 + len(all_of_them) // 11]
-    assert len({row[-1] for row in picked}) == 3, "not every kind of decay"
-    return list(picked)
+def hypers(name: str) -> tuple[Array, Array]:
+    """Hyper, decay and variant of each row of the table: of C++, and of Triton."""
+    rule = declared(name)
+    columns, t = table_of(rule)
+    words = [column.view(np.int64) for column in columns]
+    words += [np.zeros(ROWS, np.int64)] * (8 - len(words))
+    ours = np.empty((ROWS, len(rule.hyper) + 2), np.float32)
+    in_cpp("hypers", ROWS, name, np.stack(words, 1).copy(), t, ours)
+    n_bits = np.int32(int(t.max()).bit_length())
+    theirs = in_triton("prepare", *columns, t, n_bits, part=f"rules.{name}")
+    variant = in_triton("variant", *columns, part=f"rules.{name}")
+    kind = in_triton("kind_of", columns[1], columns[2], variant)
+    return ours, np.stack([*theirs, *(number.astype(np.float32) for number in kind)], 1)
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_adamw_update(amsgrad: bool) -> None:
-    table = values()
-    for hyper in few_hypers("adamw"):
-        grad, *ours = (column.copy() for column in (*table, table[3][::-1]))
-        h, decay = hyper[:7].copy(), int(hyper[7])
-        theirs = in_triton("adamw_update", tuple(h), np.int32(decay), grad, *ours, amsgrad)
-        in_cpp("adamw_update", grad.size, h, decay, amsgrad, grad, *ours)
-        for name, a, b in zip(("param", "exp_avg", "exp_avg_sq", "max"), ours, theirs, strict=True):
-            assert_same(a, b, lambda i, n=name, h=hyper: (n, h, [c[i] for c in table]))
+@pytest.mark.parametrize("name", RULES)
+def test_hypers(name: str) -> None:
+    ours, theirs = hypers(name)
+    columns, t = table_of(declared(name))
+    for column in range(ours.shape[1]):
+        assert_same(
+            ours[:, column].copy(),
+            theirs[:, column].copy(),
+            lambda i, c=column: (c, [values[i] for values in columns], t[i]),
+        )
 
 
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0, 0), (1, 0), (1, 1)])
-def test_sgd_update(momentum: int, nesterov: int) -> None:
-    table = values()[:3]
-    for hyper in few_hypers("sgd"):
+@pytest.mark.parametrize("name", RULES)
+def test_constants(name: str) -> None:
+    """The declaration's, from which the Triton kernels take them."""
+    rule = declared(name)
+    found = np.empty(2 + len(rule.states), np.float32)
+    in_cpp("constants", 0, name, found)
+    n_variants = len(np.unique(hypers(name)[0][:, -1]))
+    assert found[:2].tolist() == [rule.n_always, n_variants]
+    absent = [state.absent for state in rule.states]  # of one that is always there nobody asks
+    assert found[2 + rule.n_always :].tolist() == absent[rule.n_always :]
+
+
+def few_hypers(name: str) -> list[Array]:
+    """Of all kinds of decay and all variants, with which the rules are run."""
+    rows = hypers(name)[0]
+    kinds = np.unique(rows[:, -2:], axis=0)
+    assert len(set(kinds[:, 0])) == 3, "not every kind of decay"
+    picked = [rows[(rows[:, -2:] == kind).all(1)][:3] for kind in kinds]
+    return [row for some in picked for row in some]
+
+
+def numbers_of_states() -> list[tuple[str, int]]:
+    rules = [(name, declared(name)) for name in RULES]
+    return [
+        (name, n) for name, rule in rules for n in range(fewest_states(rule), len(rule.states) + 1)
+    ]
+
+
+@pytest.mark.parametrize(("name", "n_states"), numbers_of_states())
+def test_update(name: str, n_states: int) -> None:
+    rule = declared(name)
+    table = values(len(rule.states))
+    names = ("param", *(state.name for state in rule.states))
+    pytest.importorskip("triton")
+    text, Kind = (
+        triton_interpreter.part(f"rules.{name}"),
+        triton_interpreter.part("rules.common").Kind,
+    )
+    for row in few_hypers(name):
         grad, *ours = (column.copy() for column in table)
-        h, decay = hyper[:5].copy(), int(hyper[5])
-        flags = (np.bool_(momentum), np.bool_(nesterov))
-        theirs = in_triton("sgd_update", tuple(h), np.int32(decay), *flags, grad, *ours)
-        in_cpp("sgd_update", grad.size, h, decay, bool(momentum), bool(nesterov), grad, *ours)
-        for name, a, b in zip(("param", "momentum_buffer"), ours, theirs, strict=True):
-            assert_same(a, b, lambda i, n=name, h=hyper: (n, h, [c[i] for c in table]))
+        h, decay, variant = row[:-2].copy(), int(row[-2]), int(row[-1])
+        kind = Kind(np.int32(decay), np.int32(variant))
+        theirs = in_triton(
+            "update", text.Hyper(*h), kind, grad, *ours, n_states, part=f"rules.{name}"
+        )
+        param, *states = ours
+        in_cpp("update", grad.size, name, n_states, h, decay, variant, grad, param, states)
+        for what, a, b in zip(names, ours, theirs, strict=True):
+            assert_same(a, b, lambda i, at=(what, row): (at, [c[i] for c in table]))
+
+
+# ---- a text and its declaration -----------------------------------------------------------------
+
+
+def swapped(names: Any) -> list[str]:
+    first, second, *rest = names
+    return [second, first, *rest]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_other_names_or_another_order_are_refused(name: str) -> None:
+    pytest.importorskip("triton")
+    rules, rule = triton_interpreter.part("rules"), declared(name)
+    text = triton_interpreter.part(f"rules.{name}")
+    rules.check(text, rule)
+    functions = ("prepare", "variant", "update")
+    arguments = {f: SimpleNamespace(arg_names=getattr(text, f).arg_names) for f in functions}
+    good = {**arguments, "Hyper": SimpleNamespace(_fields=text.Hyper._fields)}
+    for where, value in good.items():
+        (attribute, names), *_ = vars(value).items()
+        for wrong in (swapped(names), [*names, "more"], [*names][:-1]):
+            changed = {**good, where: SimpleNamespace(**{attribute: wrong})}
+            with pytest.raises(ImportError, match=f"{where} of {name}") as caught:
+                rules.check(SimpleNamespace(__name__="text", **changed), rule)
+            different = zip([*names, "nothing"], [*wrong, "nothing"], strict=False)
+            ours, theirs = next((a, b) for a, b in different if a != b)
+            assert f"has {theirs}, fusedopt has {ours}" in str(caught.value)

@@ -34,7 +34,7 @@ RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 # Before, Triton itself made a root of its reciprocal, unscaled: off by an ulp below 2**-110, and
 # for AMD to say what of a denormal.
 ROOTS_ON_AMD = (3, 7)
-WITH_ROOTS = [name for name in VARIANTS if name.startswith(("update-adamw", "update-amsgrad"))]
+WITH_ROOTS = [name for name in VARIANTS if name.startswith("update-adamw")]
 
 interpreter = pytest.fixture(triton_interpreter.fixture)
 

@@ -20,6 +20,16 @@ MEASURE = OptimizerCase("measure", "sgd", {"lr": 0.125}, {"max_grad_norm": 2.0})
 class TritonTwins(HostTwins):
     backend = "triton"
 
+    def check(self) -> None:
+        """The words of the norm, too, where one device has them all."""
+        super().check()
+        parts = self.opt._shared.plan.parts
+        if len(parts) == 1:
+            ours = parts[0].tensors["words"].view(torch.int64)
+            assert ours.tolist() == self.twin._shared.plan._tables["words"].tolist()
+            for table in ("sums", "ticket"):
+                assert not parts[0].tensors[table].any(), f"{table}: not ready for the next step"
+
     def tensors(self) -> list[Tensor]:
         """All that the kernels of ours may touch."""
         plan = self.opt._shared.plan

@@ -1,0 +1,68 @@
+"""One file a rule, the Triton text of ``csrc/rules/<rule>.h``; kernels find it by its name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from functools import cached_property
+from types import ModuleType
+
+# By its full name: tests import this folder a second time, for Triton's interpreter.
+from fusedopt.backends.modules import compare
+from fusedopt.rules.declaration import Rule, declared
+
+from .common import Kind
+
+
+class Text:
+    """The text of a rule, as kernels are given it: one constant argument.
+
+    Triton reads ``cache_key`` of an argument where it has one, and calls its functions.
+    """
+
+    def __init__(self, module: ModuleType, rule: Rule) -> None:
+        self.name = rule.name
+        self.prepare, self.variant, self.update = module.prepare, module.variant, module.update
+        self.Hyper = module.Hyper
+        self.kinds = "".join(rule.options.values())  # of the words of a group's options
+        self.row_step_bytes = rule.row_step_bytes
+        self.n_always = rule.n_always
+        self.absent = tuple(state.absent for state in rule.states)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @cached_property
+    def cache_key(self) -> str:
+        """All that decides what is compiled; a kernel's own key has none of it."""
+        functions = [f.cache_key for f in (self.prepare, self.variant, self.update)]
+        layout = (self.Hyper._fields, Kind._fields, self.kinds, self.row_step_bytes)
+        return repr((self.name, *functions, *layout, self.n_always, self.absent))
+
+
+def check(module: ModuleType, rule: Rule) -> None:
+    """Compare the names in the text, in their order, with those of the declaration.
+
+    Raises:
+        ImportError: they differ; names both fields.
+    """
+    options, states = [*rule.options], [state.name for state in rule.states]
+    expected: dict[str, tuple[Iterable[str], list[str]]] = {
+        "prepare": (module.prepare.arg_names, [*options, "step", "n_bits"]),
+        "variant": (module.variant.arg_names, options),
+        "update": (module.update.arg_names, ["h", "kind", "grad", "param", *states, "STATES"]),
+        "Hyper": (module.Hyper._fields, [*rule.hyper]),
+    }
+    for where, (theirs, ours) in expected.items():
+        compare(module, f"{where} of {rule.name}", zip(theirs), zip(ours))
+
+
+def _read(name: str) -> Text:
+    module, rule = importlib.import_module(f".{name}", __name__), declared(name)
+    check(module, rule)
+    return Text(module, rule)
+
+
+_names = (module.name for module in pkgutil.iter_modules(__path__))
+TEXTS = {name: _read(name) for name in sorted(_names) if name != "common"}
