@@ -56,7 +56,6 @@ MODULES = (
         switch="FUSEDOPT_CUDA",
         units=(
             Unit("csrc/cuda/kernels.cu", tool="nvcc"),
-            Unit("csrc/cuda/device_plan.cpp"),
             Unit("csrc/cuda/bindings.cpp", python=True),
         ),
     ),

@@ -1,13 +1,15 @@
 // Eight elements of a stream in one thread's registers.
 //
-// A warp takes 256 consecutive elements. Of an fp32 stream thread t holds elements 4t..4t+3 and
-// 128+4t..128+4t+3, so that each of its two 16-byte accesses is one run of 512 bytes for the warp.
-// Of a 16-bit stream one 16-byte access covers elements 8t..8t+7; two shuffles a register bring
-// them to the threads that hold the same elements in fp32, and back.
+// A warp takes 256 consecutive elements, in two halves. Of each half thread t holds the group of
+// elements 4t..4t+3. Its access to a group is 16 bytes of an fp32 stream, or 8 of a 16-bit one: one
+// run of memory for the warp. Where a 16-bit stream is accessed 16 bytes at a time, elements
+// 8t..8t+7 are the thread's; two shuffles a register bring them to the threads that hold the same
+// elements in fp32, and back.
 #pragma once
 
-#include "../dtypes.h"
-#include "../plan.h"
+#include "../records.h"
+
+#define FUSEDOPT_DEVICE __device__ __forceinline__
 
 namespace fusedopt {
 
@@ -17,36 +19,99 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kWarpElements = 256;
 constexpr unsigned kAllThreads = 0xffffffffu;
 
-// Element of the warp's 256 that slot j of thread t holds.
-__device__ __forceinline__ int element_of_slot(int t, int j) {
-  return (j < 4 ? 0 : kWarpElements / 2 - 4) + 4 * t + j;
+// A stream of a tensor from the chunk's first element on; null: there is none.
+struct Stream {
+  void* data;
+  Codec codec;
+
+  FUSEDOPT_DEVICE uint16_t* half() const { return static_cast<uint16_t*>(data); }
+};
+
+FUSEDOPT_DEVICE Stream stream_at(const void* data, Codec codec, int64_t element) {
+  const char* at = data ? static_cast<const char*>(data) + element * bytes_of(codec) : nullptr;
+  return {const_cast<char*>(at), codec};
 }
 
-__device__ __forceinline__ bool aligned16(const void* address) {
-  return (reinterpret_cast<uintptr_t>(address) & 15u) == 0;
+FUSEDOPT_DEVICE bool aligned16(const Stream& s) {
+  return (reinterpret_cast<uintptr_t>(s.data) & 15u) == 0;
 }
 
-// Four elements of an fp32 stream, its last read in this step: evict first.
-__device__ __forceinline__ void load_group(const float* data, int t, float* x) {
-  const float4 v = __ldcs(reinterpret_cast<const float4*>(data) + t);
+FUSEDOPT_DEVICE float widened_low(uint32_t pair, Codec c) { return widened(pair & 0xffffu, c); }
+
+FUSEDOPT_DEVICE float widened_high(uint32_t pair, Codec c) { return widened(pair >> 16, c); }
+
+FUSEDOPT_DEVICE uint32_t narrowed_pair(float low, float high, Codec codec) {
+  return narrowed(low, codec) | static_cast<uint32_t>(narrowed(high, codec)) << 16;
+}
+
+FUSEDOPT_DEVICE void narrow_group(const float* x, Codec codec, uint32_t* pair) {
+  pair[0] = narrowed_pair(x[0], x[1], codec);
+  pair[1] = narrowed_pair(x[2], x[3], codec);
+}
+
+// A group of a stream: the bits as they lie in memory, which widen_group() makes fp32. Loads come
+// before the first use of any. kAnyCodec: else the stream is known to be fp32. It is the last read
+// in this step: evict first.
+template <bool kAnyCodec>
+FUSEDOPT_DEVICE void load_group(const Stream& s, int at, int t, float* x) {
+  if (kAnyCodec && s.codec != Codec::kFloat32) {
+    const uint2 v = __ldcs(reinterpret_cast<const uint2*>(s.half() + at) + t);
+    x[0] = float_of(v.x), x[1] = float_of(v.y);
+    return;
+  }
+  const float4 v =
+      __ldcs(reinterpret_cast<const float4*>(static_cast<const float*>(s.data) + at) + t);
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-__device__ __forceinline__ void fill_group(float value, float* x) {
-  x[0] = x[1] = x[2] = x[3] = value;
+template <bool kAnyCodec>
+FUSEDOPT_DEVICE void widen_group(const Stream& s, float* x) {
+  if (!kAnyCodec || s.codec == Codec::kFloat32) return;
+  const uint32_t low = bits_of(x[0]), high = bits_of(x[1]);
+  x[0] = widened_low(low, s.codec), x[1] = widened_high(low, s.codec);
+  x[2] = widened_low(high, s.codec), x[3] = widened_high(high, s.codec);
 }
 
-__device__ __forceinline__ void store_group(float* data, int t, const float* x) {
-  __stcs(reinterpret_cast<float4*>(data) + t, make_float4(x[0], x[1], x[2], x[3]));
+template <bool kAnyCodec>
+FUSEDOPT_DEVICE void store_group(const Stream& s, int at, int t, const float* x) {
+  if (kAnyCodec && s.codec != Codec::kFloat32) {
+    uint32_t pair[2];
+    narrow_group(x, s.codec, pair);
+    __stcs(reinterpret_cast<uint2*>(s.half() + at) + t, make_uint2(pair[0], pair[1]));
+    return;
+  }
+  __stcs(reinterpret_cast<float4*>(static_cast<float*>(s.data) + at) + t,
+         make_float4(x[0], x[1], x[2], x[3]));
 }
 
-__device__ __forceinline__ uint4 load_half(const uint16_t* data, int t) {
-  return __ldcs(reinterpret_cast<const uint4*>(data) + t);
+// One element, wherever it lies.
+template <bool kAnyCodec>
+FUSEDOPT_DEVICE float load_element(const Stream& s, int i) {
+  if (!kAnyCodec || s.codec == Codec::kFloat32)
+    return __ldcs(static_cast<const float*>(s.data) + i);
+  return widened(__ldcs(static_cast<const unsigned short*>(s.data) + i), s.codec);
 }
 
-// From the order of memory to the slots of `half` 0 or 1 of the warp's elements: the four elements
-// of group g lie with thread g / 2.
-__device__ __forceinline__ void spread(const uint4& memory, int t, int half, uint32_t* pair) {
+template <bool kAnyCodec>
+FUSEDOPT_DEVICE void store_element(const Stream& s, int i, float x) {
+  if (!kAnyCodec || s.codec == Codec::kFloat32) {
+    static_cast<float*>(s.data)[i] = x;
+  } else {
+    s.half()[i] = narrowed(x, s.codec);
+  }
+}
+
+FUSEDOPT_DEVICE uint4 load_eight(const Stream& s, int at, int t) {
+  return __ldcs(reinterpret_cast<const uint4*>(s.half() + at) + t);
+}
+
+FUSEDOPT_DEVICE void store_eight(const Stream& s, int at, int t, const uint4& x) {
+  __stcs(reinterpret_cast<uint4*>(s.half() + at) + t, x);
+}
+
+// From the order of memory to the thread's group of half 0 or 1 of the warp's elements: group g
+// lies with thread g / 2.
+FUSEDOPT_DEVICE void spread(const uint4& memory, int t, int half, uint32_t* pair) {
   const int from = half * (kWarp / 2) + t / 2;
   const uint32_t x = __shfl_sync(kAllThreads, memory.x, from);
   const uint32_t y = __shfl_sync(kAllThreads, memory.y, from);
@@ -57,7 +122,7 @@ __device__ __forceinline__ void spread(const uint4& memory, int t, int half, uin
 }
 
 // The way back: thread t collects groups 2t and 2t+1.
-__device__ __forceinline__ uint4 gather(const uint32_t (&pair)[4], int t) {
+FUSEDOPT_DEVICE uint4 gather(const uint32_t (&pair)[4], int t) {
   const int from = (2 * t) % kWarp;
   const bool high = t >= kWarp / 2;
   uint32_t out[4];
@@ -68,29 +133,6 @@ __device__ __forceinline__ uint4 gather(const uint32_t (&pair)[4], int t) {
     out[k] = high ? high_half : low_half;
   }
   return make_uint4(out[0], out[1], out[2], out[3]);
-}
-
-__device__ __forceinline__ float widened(uint32_t bits, bool is_float16) {
-  const uint16_t half = static_cast<uint16_t>(bits);
-  return is_float16 ? float16_to_float(half) : bfloat16_to_float(half);
-}
-
-__device__ __forceinline__ uint32_t narrowed(float x, bool is_float16) {
-  return is_float16 ? float_to_float16(x) : float_to_bfloat16(x);
-}
-
-__device__ __forceinline__ void narrow(const float* x, bool is_float16, uint32_t* pair) {
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    pair[k] = narrowed(x[2 * k], is_float16) | (narrowed(x[2 * k + 1], is_float16) << 16);
-  }
-}
-
-// One element, wherever it lies.
-__device__ __forceinline__ float element(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::kFloat32) return __ldcs(static_cast<const float*>(data) + i);
-  const unsigned short half = __ldcs(static_cast<const unsigned short*>(data) + i);
-  return widened(half, dtype == DType::kFloat16);
 }
 
 }  // namespace fusedopt

@@ -1,76 +1,146 @@
 // The pybind11 door of fusedopt._cuda: addresses and numbers in, nothing out but errors.
-#include <pybind11/pybind11.h>
+#include "../bindings.h"
 
-#include <limits>
-#include <string>
+#include <cstring>
+#include <vector>
 
-#include "../check.h"
-#include "../rule_names.h"
-#include "device_plan.h"
+#include "launch.h"
 
 #if !defined(FUSEDOPT_CUDA_MODULE)
 #define FUSEDOPT_CUDA_MODULE _cuda
 #endif
 
-namespace py = pybind11;
-
 namespace fusedopt {
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call to look would report it once more
+  fail("CUDA: ", call, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 
-template <class T>
-T* required(const py::dict& tables, const char* name) {
-  const auto address = tables[name].cast<uintptr_t>();
-  FUSEDOPT_CHECK(address != 0 && address % 16 == 0, name, " must be an address on 16 bytes, not ",
-                 address);
-  return pointer<T>(address);
+// Makes a device current and the caller's current again.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device == before_) return;
+    check(cudaSetDevice(device), "cudaSetDevice");
+    moved_ = true;
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (moved_) cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool moved_ = false;
+};
+
+int int_of(const py::dict& tables, const char* name) {
+  return static_cast<int>(count_of(tables, name));
 }
 
-std::unique_ptr<DevicePlan> make_plan(const py::dict& t, const std::string& rule, bool amsgrad) {
-  DeviceTables tables = {};
-  tables.device = t["device"].cast<int>();
-  tables.n_groups = t["n_groups"].cast<int32_t>();
-  tables.n_rows = t["n_rows"].cast<int64_t>();
-  tables.n_chunks = t["n_chunks"].cast<int64_t>();
-  tables.n_elements = t["n_elements"].cast<int64_t>();
-  tables.n_totals = t["n_totals"].cast<int32_t>();
-  tables.own_total = t["own_total"].cast<int32_t>();
-  tables.host_inputs = pointer<const void>(t["host_inputs"].cast<uintptr_t>());
-  tables.inputs = required<void>(t, "inputs");
-  tables.rows = required<const Row>(t, "rows");
-  tables.chunks = required<const Chunk>(t, "chunks");
-  tables.partials = required<double>(t, "partials");
-  tables.row_steps = required<void>(t, "row_steps");
-  tables.totals = required<double>(t, "totals");
-  tables.ticket = required<uint32_t>(t, "ticket");
-  FUSEDOPT_CHECK(tables.host_inputs, "host_inputs must not be null");
-  FUSEDOPT_CHECK(tables.n_groups >= 0 && tables.n_rows >= 0 && tables.n_chunks >= 0,
-                 "negative count");
-  FUSEDOPT_CHECK(tables.own_total >= 0 && tables.own_total < tables.n_totals,
-                 "own_total lies outside of totals");
-  return std::make_unique<DevicePlan>(tables, rule_named(rule), amsgrad);
+// All but the record.
+DeviceStep device_step(const std::string& rule, const py::dict& tables) {
+  DeviceStep step = {};
+  step.plan = plan_view(tables);
+  step.fields = required<double>(tables, "options");
+  step.numbers = required<const DeviceNumber>(tables, "numbers");
+  step.sums = required<Word>(tables, "sums");
+  step.words = required<Word>(tables, "words");
+  step.ticket = required<uint32_t>(tables, "ticket");
+  step.n_devices = int_of(tables, "n_devices");
+  step.own_number = int_of(tables, "own_number");
+  step.rule = rule_named(rule);
+  step.n_states = int_of(tables, "n_states");
+  step.half_states = tables["half_states"].cast<bool>();
+  FUSEDOPT_CHECK(step.own_number < step.n_devices, "own_number lies outside of words");
+  return step;
 }
 
-void begin(DevicePlan& plan, double norm_type, double max_grad_norm, bool measured,
-           bool skip_nonfinite, double max_grad_value, uintptr_t grad_scale, uintptr_t found_inf,
-           uintptr_t inf_flag, uintptr_t scalars, int32_t n_device_numbers, uintptr_t stream,
-           bool capturing) {
-  FUSEDOPT_CHECK(norm_type == 2.0 || norm_type == std::numeric_limits<double>::infinity(),
-                 "norm_type ", norm_type, " is neither 2 nor inf");
-  FUSEDOPT_CHECK(scalars, "scalars must not be null");
-  const NormType type = norm_type == 2.0 ? NormType::kTwo : NormType::kInf;
-  const StepArguments arguments = {{max_grad_norm, type, measured, skip_nonfinite},
-                                   static_cast<float>(max_grad_value),
-                                   pointer<const float>(grad_scale),
-                                   pointer<const float>(found_inf),
-                                   pointer<float>(inf_flag),
-                                   pointer<StepScalars>(scalars),
-                                   n_device_numbers};
-  plan.begin(arguments, pointer<CUstream_st>(stream), capturing);
+constexpr size_t kRecord = sizeof(StepRecord);  // first in the table of inputs; travels by value
+
+// The verbs over the tables of a plan on one device. Every method throws std::runtime_error with
+// CUDA's words; an error leaves the plan usable.
+class Plan {
+ public:
+  Plan(const std::string& rule, const py::dict& tables)
+      : device_(int_of(tables, "device")),
+        host_inputs_(required<const char>(tables, "host_inputs")),
+        inputs_(required<char>(tables, "inputs")),
+        written_(static_cast<size_t>(count_of(tables, "n_input_bytes"))),
+        step_(device_step(rule, tables)) {
+    FUSEDOPT_CHECK(written_.size() >= kRecord && written_.size() % 16 == 0, "n_input_bytes is ",
+                   written_.size());
+    known_.resize((written_.size() - kRecord + kPayloadBytes - 1) / kPayloadBytes);
+    const DeviceGuard guard(device_);
+    check(resident_blocks(step_, &reduce_blocks_, &update_blocks_), "resident_blocks");
+    FUSEDOPT_CHECK(reduce_blocks_ > 0 && update_blocks_ > 0, "this GPU cannot hold one block");
+  }
+
+  // Comes before the launches of a step. Writes the pages of the table of inputs that have changed,
+  // and all of them into a graph that is being captured.
+  void begin(uintptr_t stream, bool capturing) {
+    std::memcpy(&step_.record, host_inputs_, kRecord);
+    stream_ = reinterpret_cast<cudaStream_t>(stream);
+    captured_ = captured_ || capturing;
+    for (size_t page = 0; page < known_.size(); ++page) {
+      const size_t at = kRecord + page * kPayloadBytes;
+      const size_t left = written_.size() - at;
+      const size_t n = left < kPayloadBytes ? left : kPayloadBytes;
+      const bool same = std::memcmp(&written_[at], host_inputs_ + at, n) == 0;
+      if (known_[page] && same && !captured_) continue;
+      known_[page] = false;
+      const DeviceGuard guard(device_);
+      check(write_page(inputs_ + at, host_inputs_ + at, n, stream_), "launch of write_page");
+      std::memcpy(&written_[at], host_inputs_ + at, n);
+      known_[page] = true;
+    }
+  }
+
+  void reduce(bool finalizes) {
+    const DeviceGuard guard(device_);
+    check(fusedopt::reduce(step_, finalizes, reduce_blocks_, stream_), "launch of reduce");
+  }
+
+  void finalize() {
+    const DeviceGuard guard(device_);
+    check(fusedopt::finalize(step_, stream_), "launch of finalize");
+  }
+
+  void update() {
+    const DeviceGuard guard(device_);
+    check(fusedopt::update(step_, update_blocks_, stream_), "launch of update");
+    ++updates_;
+  }
+
+  int64_t updates() const { return updates_; }
+
+ private:
+  const int device_;
+  const char* const host_inputs_;
+  char* const inputs_;
+  // What the device holds, by pages of kPayloadBytes, where that is known.
+  std::vector<char> written_;
+  std::vector<bool> known_;
+  bool captured_ = false;  // replays write the table too, so what it holds is never known
+  DeviceStep step_;
+  int reduce_blocks_ = 0, update_blocks_ = 0;
+  cudaStream_t stream_ = nullptr;
+  int64_t updates_ = 0;
+};
+
+// Devices that CUDA offers. Throws where there is no driver, or one too old for this build.
+int device_count() {
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  if (driver == 0) fail("CUDA: there is no NVIDIA driver");
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  return count;
 }
 
 py::dict versions() {
@@ -86,26 +156,16 @@ py::dict versions() {
 
 PYBIND11_MODULE(FUSEDOPT_CUDA_MODULE, m) {
   m.doc() = "CUDA kernels of fusedopt. Internal: addresses are not checked beyond null.";
-  py::class_<DevicePlan>(m, "Plan", py::module_local())
-      .def(py::init(&make_plan), py::arg("tables"), py::arg("rule"), py::arg("amsgrad"))
-      .def("begin", &begin, py::arg("norm_type"), py::arg("max_grad_norm"), py::arg("measured"),
-           py::arg("skip_nonfinite"), py::arg("max_grad_value"), py::arg("grad_scale"),
-           py::arg("found_inf"), py::arg("inf_flag"), py::arg("scalars"),
-           py::arg("n_device_numbers"), py::arg("stream"), py::arg("capturing"))
-      .def("reduce", &DevicePlan::reduce, py::arg("finalizes"))
-      .def("finalize", &DevicePlan::finalize)
-      .def("update", &DevicePlan::update)
-      .def_property_readonly("updates", &DevicePlan::updates);
+  py::class_<Plan>(m, "Plan", py::module_local())
+      .def(py::init<const std::string&, const py::dict&>(), py::arg("rule"), py::arg("tables"))
+      .def("begin", &Plan::begin, py::arg("stream"), py::arg("capturing"))
+      .def("reduce", &Plan::reduce, py::arg("finalizes"))
+      .def("finalize", &Plan::finalize)
+      .def("update", &Plan::update)
+      .def_property_readonly("updates", &Plan::updates, "Launches of update that did not fail.");
   m.def("device_count", &device_count);
   m.def("versions", &versions, "CUDA versions as 1000 * major + 10 * minor.");
-  m.attr("ROW_BYTES") = sizeof(Row);
-  m.attr("GRAD_BYTES") = sizeof(Grad);
-  m.attr("CHUNK_BYTES") = sizeof(Chunk);
-  m.attr("CHUNK_ELEMENTS") = kChunk;
-  m.attr("ROW_STEP_BYTES") = sizeof(RowStep<AdamW>);
-  m.attr("OPTIONS_BYTES") = kOptionsBytes;
-  m.attr("DEVICE_NUMBER_BYTES") = sizeof(DeviceNumber);
-  m.attr("DEVICE_NUMBERS") = kDeviceNumbers;
+  describe(m);
 }
 
 }  // namespace fusedopt

@@ -18,33 +18,24 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < n; i += kThreads) destination[i] = payload.words[i];
 }
 
-// A warp a chunk, so that chunks need no barrier. The block that finishes last, by the ticket it
-// draws, adds up the partials: in their order, whichever block that is.
+// A warp a chunk, so that chunks need no barrier. Warps add their words to the block's, blocks to
+// the sums; the block that is last hands over the sums and leaves zeros for the next launch.
 __global__ void __launch_bounds__(kThreads, 4)
     reduce_kernel(const __grid_constant__ DeviceStep step, bool finalizes) {
   __shared__ float inv_scale;
-  __shared__ bool is_last;
-  if (threadIdx.x == 0) inv_scale = inverse_scale(step.grad_scale);
+  __shared__ Word block_words[kWords];
+  const int t = threadIdx.x;
+  if (t == 0) inv_scale = inverse_scale(step.record.grad_scale);
+  if (t < kWords) block_words[t] = 0;
   __syncthreads();
-  const int t = threadIdx.x % kWarp;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  const PlanView& plan = step.plan;
-  for (int64_t c = warp; c < plan.n_chunks; c += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const double partial = reduce_chunk(chunk_of_grads(plan, plan.chunks[c]), t,
-                                        step.step_options.norm_type, inv_scale);
-    if (t == 0) plan.partials[c] = partial;
+  add_word(block_words, t % kWarp, word_of_warp(step, t % kWarp, inv_scale));
+  __syncthreads();
+  if (t < kWords) add_word(step.sums, t, block_words[t]);
+  if (!is_last_block(step.ticket)) return;
+  if (t < kWords) {  // finalize_step() reads them in the same threads
+    step.words[step.own_number * kWords + t] = __ldcg(step.sums + t);  // past the L1 cache
+    step.sums[t] = 0;
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // for the whole block, whose stores the barrier has ordered before this
-    is_last = atomicInc(step.ticket, gridDim.x - 1) == gridDim.x - 1;  // and is zero again
-    __threadfence();
-  }
-  __syncthreads();
-  if (!is_last) return;
-  const double total = total_of_partials(plan, step.step_options.norm_type);
-  // No barrier: the only reader here is the thread that has written it.
-  if (threadIdx.x == 0) step.totals[step.own_total] = total;
   if (finalizes) finalize_step(step);
 }
 
@@ -54,37 +45,44 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class R>
-__device__ __forceinline__ void write_step_counts(const PlanView& plan, int64_t first, int64_t by) {
-  const auto* rows = static_cast<const RowStep<R>*>(plan.row_scalars);
+FUSEDOPT_DEVICE void write_step_counts(const PlanView& plan, int64_t first, int64_t by) {
+  const auto* row_steps = static_cast<const RowStep<R>*>(plan.row_steps);
 #pragma unroll 1
   for (int64_t r = first; r < plan.n_rows; r += by) {
-    if (plan.grads[r].present && plan.rows[r].step) *plan.rows[r].step = rows[r].step;
+    if (plan.grads[r].present && plan.rows[r].step) *plan.rows[r].step = row_steps[r].step;
   }
 }
 
 // Counts are written here, after which no launch can fail, so that a step that raised has not
-// counted. Chunks from the last to the first: the end of the gradients is likeliest to be in the L2
-// cache still. 64 registers let four blocks reside.
-template <class R, bool kAmsgrad>
+// counted. 64 registers let four blocks reside.
+template <class R, int n, bool kHalfStates>
 __global__ void __launch_bounds__(kThreads, 4)
     update_kernel(const __grid_constant__ DeviceStep step) {
-  if (step.scalars->skip != 0.0f) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) step.scalars->skipped_steps += 1.0f;
+  if (step.record.scalars->skip != 0.0f) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) step.record.scalars->skipped_steps += 1.0f;
     return;
   }
-  const PlanView& plan = step.plan;
-  write_step_counts<R>(plan, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
-  const int last = static_cast<int>(plan.n_chunks) - 1;
-  for (int c = last - static_cast<int>(blockIdx.x); c >= 0; c -= static_cast<int>(gridDim.x)) {
-    update_chunk<R, kAmsgrad>(step, plan.chunks[c]);
-  }
+  write_step_counts<R>(step.plan, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
+  update_chunks<Compiled<R, n, kHalfStates>>(step);
 }
 
 using UpdateKernel = void (*)(DeviceStep);
 
-UpdateKernel update_kernel_of(Rule rule, bool amsgrad) {
-  if (rule == Rule::kSGD) return update_kernel<SGD, false>;
-  return amsgrad ? update_kernel<AdamW, true> : update_kernel<AdamW, false>;
+// Of a rule there is a kernel for each number of states that a tensor may have.
+template <class R, int n = R::kStates>
+UpdateKernel update_kernel_of(int n_states, bool half_states) {
+  if constexpr (n > 1 && n > R::kAlways) {
+    if (n_states < n) return update_kernel_of<R, n - 1>(n_states, half_states);
+  }
+  return half_states ? update_kernel<R, n, true> : update_kernel<R, n, false>;
+}
+
+UpdateKernel update_kernel_of(const DeviceStep& step) {
+  UpdateKernel kernel = nullptr;
+  Rules::with(step.rule, [&](auto tag) {
+    kernel = update_kernel_of<typename decltype(tag)::Rule>(step.n_states, step.half_states);
+  });
+  return kernel;
 }
 
 cudaLaunchConfig_t config(int blocks, cudaStream_t stream) {
@@ -121,12 +119,12 @@ cudaError_t finalize(const DeviceStep& step, cudaStream_t stream) {
   return cudaLaunchKernelEx(&launch, finalize_kernel, step);
 }
 
-cudaError_t update(const DeviceStep& step, bool amsgrad, int blocks, cudaStream_t stream) {
+cudaError_t update(const DeviceStep& step, int blocks, cudaStream_t stream) {
   const cudaLaunchConfig_t launch = config(grid(step.plan.n_chunks, 1, blocks), stream);
-  return cudaLaunchKernelEx(&launch, update_kernel_of(step.rule, amsgrad), step);
+  return cudaLaunchKernelEx(&launch, update_kernel_of(step), step);
 }
 
-cudaError_t resident_blocks(Rule rule, bool amsgrad, int* reduce_blocks, int* update_blocks) {
+cudaError_t resident_blocks(const DeviceStep& step, int* reduce_blocks, int* update_blocks) {
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -134,8 +132,8 @@ cudaError_t resident_blocks(Rule rule, bool amsgrad, int* reduce_blocks, int* up
   if (error != cudaSuccess) return error;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(reduce_blocks, reduce_kernel, kThreads, 0);
   if (error != cudaSuccess) return error;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      update_blocks, update_kernel_of(rule, amsgrad), kThreads, 0);
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(update_blocks, update_kernel_of(step),
+                                                        kThreads, 0);
   *reduce_blocks *= processors;
   *update_blocks *= processors;
   return error;

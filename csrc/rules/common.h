@@ -79,7 +79,10 @@ template <class... R>
 struct RuleList {
   static constexpr int kCount = sizeof...(R);
 
-  // visit(RuleTag<R>()) of the rule at `index`.
+  // visit(RuleTag<R>()) of the rule at `index`. A visitor is for the host or for the device.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
   template <class Visit>
   FUSEDOPT_MEMBER static void with(int index, const Visit& visit) {
     int i = 0;

@@ -16,7 +16,7 @@ from ..rules.declaration import OPTIONS_BYTES, Group, Rule
 # Stands in the table for a number that is on the device: a NaN that nobody else uses, so that a
 # table which holds a number again differs from it.
 ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))[0]
-_DEVICE_NUMBERS = 4  # so many of a group may be there: kDeviceNumbers (csrc/cuda/step.h)
+_DEVICE_NUMBERS = 4  # so many of a group may be there: DEVICE_NUMBERS of backends/records.py
 _DEVICE_DTYPES = (torch.float32, torch.float64)
 
 _NUMBER = struct.Struct("=d")

@@ -68,6 +68,7 @@ class Row:
         self._states = [weakref.ref(t) for t in states]
         self._master = None if master is None else weakref.ref(master)
         self._step = None if step is None else weakref.ref(step)
+        self._dtypes = [t.dtype for t in (*states, master) if t is not None]
 
     @property
     def states(self) -> tuple[Tensor, ...]:
@@ -103,7 +104,7 @@ class Row:
         """All that a plan's tables depend on, but for addresses."""
         dense, states = self.dense, len(self._states)
         which = (self.served, self.awaits_state, self.group, states, self._master is None)
-        return (*which, dense.numel(), dense.dtype, dense.device)
+        return (*which, *self._dtypes, dense.numel(), dense.dtype, dense.device)
 
     def _refs(self) -> list[weakref.ref[Tensor]]:
         refs = (*self._states, self._master, self._step)

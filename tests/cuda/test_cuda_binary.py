@@ -12,10 +12,13 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import sass
 from sass import Instruction, Key
+
+from fusedopt.rules.declaration import declared
 
 REGISTERS = 64  # with more, no four blocks of 256 threads fit on a multiprocessor
 
@@ -47,29 +50,54 @@ def code(binary: Path, tools: Path) -> dict[Key, list[Instruction]]:
     return hot(sass.parse_code(sass.cuobjdump(tools, "-sass", str(binary)).splitlines()))
 
 
+class Kind(NamedTuple):
+    """What a kernel was compiled for; ``states`` is -1 of reduce."""
+
+    rule: str
+    states: int = -1
+    half_states: bool = False
+
+
+REDUCE = Kind("")
+
+
+def expected_kinds() -> set[Kind]:
+    """Of every rule in the module: a kernel for each number of states that a tensor may have."""
+    kinds = {REDUCE}
+    for name in importlib.import_module("fusedopt._cuda").RULES:
+        states = declared(name).states
+        always = sum(state.when is None for state in states)
+        for n in range(max(always, 1), len(states) + 1):
+            kinds |= {Kind(name, n, half) for half in (False, True)}
+    return kinds
+
+
 def hot(kernels: dict) -> dict:
     """Those that see every element: reduce and the variants of update."""
     found = {key: value for key, value in kernels.items() if kind(key)}
     for arch in {arch for arch, _ in kernels}:
-        assert {kind(key) for key in found if key[0] == arch} == set(STREAMS), arch
+        assert {kind(key) for key in found if key[0] == arch} == expected_kinds(), arch
     return found
 
 
-# One pass of a thread through the loop over fp32 tensors: loads and stores of 16 bytes, and how
-# many times it waits for loads. amsgrad has more streams than fit in registers at once.
-STREAMS = {
-    "reduce": (8, 0, 1),
-    "AdamW": (8, 6, 1),
-    "AdamW amsgrad": (10, 8, 2),
-    "SGD": (6, 4, 1),
-}
+def of_floats(code: dict[Key, list[Instruction]]) -> dict[Key, list[Instruction]]:
+    """Those whose states and masters are fp32."""
+    return {key: kernel for key, kernel in code.items() if not kind(key).half_states}
 
 
-def kind(key: Key) -> str:
+def accesses(kind: Kind) -> tuple[int, int, int]:
+    """One pass of a thread through the loop over fp32 tensors: loads and stores of 16 bytes, and
+    how many times it waits for loads. More than four streams do not fit in registers at once."""
+    if kind == REDUCE:
+        return 8, 0, 1
+    return 2 * (kind.states + 2), 2 * (kind.states + 1), 1 if kind.states < 3 else 2
+
+
+def kind(key: Key) -> Kind | None:
     if "reduce_kernel" in key[1]:
-        return "reduce"
-    update = re.search(r"update_kernelINS_\d+([A-Za-z]+?)ELb([01])", key[1])
-    return update[1] + (" amsgrad" if update[2] == "1" else "") if update else ""
+        return REDUCE
+    update = re.search(r"update_kernelINS_\d+([A-Za-z]\w*?)ELi(\d+)ELb([01])", key[1])
+    return Kind(update[1].lower(), int(update[2]), update[3] == "1") if update else None
 
 
 def vector_loops(kernel: list[Instruction]) -> list[list[Instruction]]:
@@ -105,7 +133,7 @@ def test_no_local_memory(code):
 
 
 def test_steady_state_loops_use_16_bytes(code):
-    for key, kernel in code.items():
+    for key, kernel in of_floats(code).items():
         loops = wide_loops(kernel)
         assert loops, key
         for loop in loops:
@@ -113,8 +141,20 @@ def test_steady_state_loops_use_16_bytes(code):
             assert all(i.bits == 128 for i in loop if i.is_global_store), key
 
 
+def test_half_states_use_8_bytes_or_16(code):
+    """Four elements by a thread: a warp's access is one run of memory, whatever the codec."""
+    for key in code.keys() - of_floats(code).keys():
+        loops = vector_loops(code[key])
+        assert loops, key
+        for loop in loops:
+            assert not [i for i in loop if i.is_generic_or_local], key
+            assert all(i.bits in (64, 128) for i in loop if i.is_global_store), key
+            narrow = [i for i in loop if i.is_global_load and i.bits < 64]
+            assert len(narrow) in (0, 8, 16), key  # a gradient, of either width
+
+
 def test_only_the_gradient_is_loaded_narrow(code):
-    for key, kernel in code.items():
+    for key, kernel in of_floats(code).items():
         for loop in vector_loops(kernel):
             stores = [i for i in loop if i.is_global_store]
             assert all(i.bits == 128 for i in stores), key
@@ -124,22 +164,22 @@ def test_only_the_gradient_is_loaded_narrow(code):
 
 
 def test_all_loads_come_before_the_first_use(code):
-    for key, kernel in code.items():
+    for key, kernel in of_floats(code).items():
         for loop in vector_loops(kernel):
             late = [i for batch in sass.batches(loop) for i in sass.late_loads(batch)]
             at = [hex(i.address) for i in late if i.bits == 128]
-            assert not at, f"{key[0]}: {kind(key)} starts loads late at {at}"
+            assert not at, f"{key}: {kind(key)} starts loads late at {at}"
 
 
 def test_the_loop_over_fp32_tensors_loads_and_stores_what_it_must(code):
-    for key, kernel in code.items():
+    for key, kernel in of_floats(code).items():
         shapes = set()
         for loop in wide_loops(kernel):
             loads = sum(i.is_global_load for i in loop)
             stores = sum(i.is_global_store for i in loop)
             waits = sum(any(i.is_global_load for i in part) for part in sass.batches(loop))
             shapes.add((loads, stores, waits))
-        assert STREAMS[kind(key)] in shapes, (key, shapes)
+        assert accesses(kind(key)) in shapes, (key, shapes)
 
 
 def test_old_drivers_can_unpack_it(binary):

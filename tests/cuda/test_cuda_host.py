@@ -100,12 +100,12 @@ def test_the_module_answers_without_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", [0, 1])
 def test_a_plan_without_a_gpu_is_refused_in_cudas_words(tmp_path: Path, device: int) -> None:
     """The constructor asks CUDA about the device, and never looks at the tables."""
-    numbers = {"device": device, "n_groups": 1, "n_rows": 1, "n_chunks": 1, "n_elements": 5}
-    numbers |= {"n_totals": 1, "own_total": 0}
-    names = "inputs", "rows", "chunks", "partials", "row_steps", "totals", "ticket", "host_inputs"
-    tables = {**numbers, **dict.fromkeys(names, 16)}
+    numbers = {"device": device, "n_groups": 1, "n_rows": 1, "n_chunks": 1, "n_devices": 1}
+    numbers |= {"own_number": 0, "n_states": 2, "half_states": False, "n_input_bytes": 208}
+    names = ("inputs", "host_inputs", "options", "numbers", "grads", "rows", "chunks", "row_steps")
+    tables = {**numbers, **dict.fromkeys((*names, "sums", "words", "ticket"), 16)}
     code = (
-        f"try: module.Plan(tables={tables}, rule='adamw', amsgrad=False)\n"
+        f"try: module.Plan(rule='adamw', tables={tables})\n"
         "except RuntimeError as error: print(error)\n"
         "else: print('accepted')\n"
     )
@@ -169,7 +169,7 @@ def test_auto_never_takes_cuda_for_cpu_tensors(monkeypatch: pytest.MonkeyPatch) 
 
 
 def chunk_fields(numels: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Row, index and position of every chunk, as the kernels read them (csrc/plan.h)."""
+    """Row, index and position of every chunk, as the kernels read them (csrc/records.h)."""
     from fusedopt.backends.records import chunk_table
 
     table = chunk_table(numels)

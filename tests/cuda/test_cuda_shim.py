@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+from collections.abc import Sequence
 from typing import Any
 
 import cuda_shim
@@ -36,6 +37,7 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt.backends import cpu, device, records
+from fusedopt.plan import state as plan_state
 
 MEASURE = OptimizerCase("measure", "sgd", {"lr": 0.125}, {"max_grad_norm": 2.0})
 
@@ -43,8 +45,9 @@ _shim = pytest.fixture(cuda_shim.fixture)
 
 
 @pytest.fixture(autouse=True)
-def _installed(_shim: cuda_shim.CudaShim) -> None:
+def shim(_shim: cuda_shim.CudaShim) -> cuda_shim.CudaShim:
     require_cpu_backend()
+    return _shim
 
 
 # ---- the rules ----------------------------------------------------------------------------------
@@ -175,6 +178,52 @@ def test_more_elements_than_an_int_counts(monkeypatch: pytest.MonkeyPatch) -> No
     for part in (near, far):
         assert params[0][part].any()
         assert_same_bits(params[0][part], params[1][part], str(part))
+
+
+# ---- states of 16 bits --------------------------------------------------------------------------
+
+
+def narrow_states(twins: ShimTwins, codecs: Sequence[torch.dtype]) -> None:
+    """Every state and master gets one of `codecs` in turn, the same in both optimizers."""
+    turn = itertools.count()
+    for param, other in zip(twins.params, twins.twin_params, strict=True):
+        for name in sorted(twins.opt.state[param].keys() - {"step"}):
+            dtype = codecs[next(turn) % len(codecs)]
+            for optimizer, key in ((twins.opt, param), (twins.twin, other)):
+                optimizer.state[key][name] = optimizer.state[key][name].to(dtype)
+
+
+@pytest.mark.parametrize("master_weights", [None, False])
+@parametrize("dtype", FLOATS)
+@parametrize("case", KERNEL_CASES)
+def test_half_states(
+    case: OptimizerCase,
+    dtype: torch.dtype,
+    master_weights: bool | None,
+    shim: cuda_shim.CudaShim,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No option makes such states yet: they are put in the place of those that are there."""
+    fits = plan_state.fits
+
+    def fits_narrow(value: object, like: Tensor) -> bool:
+        return fits(value.float() if isinstance(value, Tensor) else value, like)
+
+    monkeypatch.setattr(plan_state, "fits", fits_narrow)
+    for codecs in ([torch.bfloat16], [torch.float16], [*FLOATS, torch.bfloat16]):
+        twins = ShimTwins.of_lengths(case, RUN_LENGTHS, dtype, master_weights=master_weights)
+        twins.run(steps=1)
+        has_states = any(twins.opt.state[p].keys() - {"step"} for p in twins.params)
+        narrow_states(twins, codecs)
+        shim.reset()
+        for grad_dtype in (dtype, torch.float32, torch.float16):
+            twins.run(grad_dtype, steps=1)
+        updates = {e.kernel for e in shim.launches() if e.kernel.startswith("update_kernel")}
+        assert all(kernel.endswith("true>") == has_states for kernel in updates), updates
+        found = {
+            s.dtype for p in twins.params for n, s in twins.opt.state[p].items() if n != "step"
+        }
+        assert found == (set(codecs) if has_states else set())
 
 
 # ---- norm, clipping, skipping -------------------------------------------------------------------

@@ -54,7 +54,8 @@ constexpr bool is_one_of = (std::is_same_v<T, Among> || ...);
 // A device traps where x86 would not: every access has to be aligned to its own size.
 template <class T>
 void check_access(const T* address) {
-  static_assert(is_one_of<T, float4, uint4, uint2, float, double, unsigned, unsigned short>);
+  static_assert(is_one_of<T, float4, uint4, uint2, float, double, unsigned long long, unsigned,
+                          unsigned short>);
   check_aligned(address, sizeof(T));
 }
 
@@ -80,11 +81,11 @@ inline void device_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 #endif
 
 // `change` of the value at `address`, which by itself orders nothing around it, as on the device.
-template <class Change>
-unsigned atomic(unsigned* address, const Change& change) {
+template <class T, class Change>
+T atomic(T* address, const Change& change) {
   check_aligned(address, sizeof *address);
   before_atomic(address);
-  unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  T old = __atomic_load_n(address, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(address, &old, change(old), true, __ATOMIC_RELAXED,
                                       __ATOMIC_RELAXED)) {
   }

@@ -64,6 +64,14 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return shim::atomic(address, [=](unsigned old) { return old + value; });
 }
 
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  return shim::atomic(address, [=](unsigned long long old) { return old + value; });
+}
+
+inline unsigned long long atomicMax(unsigned long long* address, unsigned long long value) {
+  return shim::atomic(address, [=](unsigned long long old) { return old < value ? value : old; });
+}
+
 inline unsigned atomicExch(unsigned* address, unsigned value) {
   return shim::atomic(address, [=](unsigned) { return value; });
 }
