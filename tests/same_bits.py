@@ -1,6 +1,7 @@
 """Whether another checkout trains to the same bits as this one: a command, not a test.
 
     python tests/same_bits.py OLD_CHECKOUT [--backends cpu reference triton cuda] [--steps 50]
+                                           [--quick] [--match TEXT]
 
 Both checkouts have to be built (CONTRIBUTING.md); an old build is what is compared, whatever the
 sources say. Each trains in a process of its own, on the CPU: "cuda" are its kernels compiled for
@@ -28,7 +29,8 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from same_bits_training import Case, Job, Packed, Results, Setting, cases
+from same_bits_cases import Case, Setting, cases
+from same_bits_training import Job, Packed, Results
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
