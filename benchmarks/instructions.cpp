@@ -95,8 +95,10 @@ struct Problem {
             chunks.data(),
             n_chunks};
     scalars.grad_mult = 1.0f / kGradScale;
-    step = {-1.0, std::numeric_limits<double>::infinity(), &grad_scale, nullptr, nullptr, &scalars,
-            0, StepRecord::kNormIsTwo | StepRecord::kMeasured};
+    step = {-1.0,        std::numeric_limits<double>::infinity(),
+            &grad_scale, nullptr,
+            nullptr,     &scalars,
+            0,           StepRecord::kNormIsTwo | StepRecord::kMeasured};
   }
 
   int64_t in_a_chunk() const { return what.in_each ? what.in_each : kChunk; }

@@ -102,6 +102,7 @@ inline py::dict described_rules() {
       described_rule["options"] = described(R::kOptions);
       described_rule["hyper"] = described(R::kHyper);
       described_rule["n_states"] = R::kStates;
+      described_rule["n_always"] = R::kAlways;
       described_rule["row_step_bytes"] = sizeof(RowStep<R>);
       rules[R::kName] = described_rule;
     });

@@ -62,8 +62,12 @@ def check_rule(module: Any, name: str, theirs: dict[str, Any]) -> None:
     hyper = [(field, 4 * i, "f") for i, field in enumerate(rule.hyper)]
     found = [(field, at, kind) for field, at, _, kind in theirs["hyper"]]
     compare(module, f"Hyper of {name}", found, hyper)
-    sizes = {"n_states": len(rule.states), "row_step_bytes": rule.row_step_bytes}
-    compare(module, f"rule {name}", [(key, theirs[key]) for key in sizes], sizes.items())
+    numbers = {
+        "n_states": len(rule.states),
+        "n_always": rule.n_always,
+        "row_step_bytes": rule.row_step_bytes,
+    }
+    compare(module, f"rule {name}", [(key, theirs.get(key)) for key in numbers], numbers.items())
 
 
 def _attributes(module: Any, names: Iterable[str]) -> list[tuple[str, Any]]:
