@@ -79,10 +79,11 @@ def some_words() -> list[list[int]]:
         for d in range(rng.choice([0, 0, 3, DIGITS])):
             words[d] = 2**32 - 1
         found.append(words)
-    for above, below in itertools.product((0, 1, 2), (0, 1)):  # around the middle of two doubles
+    # The middle of two doubles, of which the lower is even or odd, and just above the middle.
+    for odd, below, place, shift in itertools.product((0, 1), (0, 1), (0, 4, 5), (0, 7)):
         tie = [0] * SLOTS
-        tie[0], tie[5], tie[6], tie[7] = below, 2**10, above << 11, 2**31
-        tie[5 + above % 2] += 2**10 * (above % 2)
+        tie[6], tie[7] = ((odd << 11) | 2**10) >> shift, 2 ** (31 - shift)
+        tie[place] += below
         found.append(tie)
     return [[0] * SLOTS, *found]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton_twins import shifted
 
 from fusedopt.backends.cpu import CpuBackend
+from fusedopt.backends.records import CODECS, GRAD
 from fusedopt.backends.triton import TritonBackend
 from fusedopt.plan.plan import Row, StepInputs
 from fusedopt.rules.declaration import Rule, declared
@@ -77,8 +78,10 @@ class Kept:
             inf_flag=None,
             device_numbers=[],
         )
+        self.grads = grads  # whose addresses follow
         for index, grad in enumerate(grads):
-            self.plan._use_grad(index, grad)
+            at = self.plan.grads_at + index * GRAD.size
+            GRAD.pack_into(self.plan._inputs, at, grad.data_ptr(), CODECS[grad.dtype], 1)
         self.plan.begin(inputs)
         self.plan.reduce()
         self.plan.exchange()
@@ -105,11 +108,11 @@ def rows_of(
 
 def run_twins(
     rule: Rule, tensors: list[list[Tensor]], of_grads: torch.dtype, streams: str,
-    interpreter: triton_interpreter.Interpreter,
+    interpreter: triton_interpreter.Interpreter, grad_offset: int = 0,
 ) -> None:  # fmt: skip
     ours, twin = Kept(TritonBackend(), rule, tensors), Kept(CpuBackend(), rule, tensors)
     for step in range(2):
-        grads = [randn(n, 7 * step + n, of_grads) for n in LENGTHS]
+        grads = [shifted(randn(n, 7 * step + n, of_grads), grad_offset) for n in LENGTHS]
         ours.step(grads), twin.step(grads)
         assert interpreter.launched[-1][0] == f"update-{rule.name}-{len(rule.states)}-{streams}"
         assert ours.scalars.tolist() == twin.scalars.tolist()
@@ -144,7 +147,7 @@ def test_codecs(
 
 
 @parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_state_that_is_not_aligned(
+def test_what_is_not_aligned(
     dtype: torch.dtype, interpreter: triton_interpreter.Interpreter
 ) -> None:
     rule = declared("sgd")
@@ -153,3 +156,6 @@ def test_a_state_that_is_not_aligned(
         tensors = rows_of(rule, of_param, [dtype], of_master, offset)
         assert dtype_name(tensors[0][1].dtype) == dtype_name(dtype)
         run_twins(rule, tensors, torch.float32, "any-states", interpreter)
+    for of_grads in FLOATS:
+        tensors = rows_of(rule, torch.float32, [dtype], None)
+        run_twins(rule, tensors, of_grads, "any-states", interpreter, grad_offset=3)
