@@ -31,7 +31,7 @@ from cases import (
 from conftest import require_cpu_backend
 from cuda_twins import RUN_LENGTHS, ShimTwins
 from gpu_twins import grads_like
-from harness import make_param, randn
+from harness import FUSED, make_param, randn
 from tolerances import assert_same_bits
 from torch import Tensor
 
@@ -124,8 +124,8 @@ def test_masters_follow_external_writes(dtype: torch.dtype) -> None:
 def test_groups_have_their_own_options() -> None:
     """One launch for groups of every kind."""
     hypers: dict[str, list[dict[str, Any]]] = {
-        "adamw": [case.hyper for case in ALL_CASES if case.rule == "adamw" and not case.common],
-        "sgd": [case.hyper for case in ALL_CASES if case.rule == "sgd" and not case.common],
+        rule: [case.hyper for case in ALL_CASES if case.rule == rule and not case.common]
+        for rule in FUSED
     }
     for rule, own in hypers.items():
         for dtype in FLOATS:

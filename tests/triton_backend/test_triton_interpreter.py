@@ -25,7 +25,7 @@ from cases import (
 )
 from conftest import require_cpu_backend
 from gpu_twins import grads_like, values_of
-from harness import randn
+from harness import FUSED, randn
 from triton_twins import (
     LENGTHS,
     LONG_LENGTHS,
@@ -88,8 +88,8 @@ def test_a_gradient_changes_its_dtype() -> None:
 def test_groups_have_their_own_options() -> None:
     """One launch for groups of every kind."""
     hypers: dict[str, list[dict[str, Any]]] = {
-        "adamw": [case.hyper for case in ALL_CASES if case.rule == "adamw" and not case.common],
-        "sgd": [case.hyper for case in ALL_CASES if case.rule == "sgd" and not case.common],
+        rule: [case.hyper for case in ALL_CASES if case.rule == rule and not case.common]
+        for rule in FUSED
     }
     for (rule, own), dtype in itertools.product(hypers.items(), FLOATS):
         groups = [{**hyper, "params": [randn(30 + k, k, dtype)]} for k, hyper in enumerate(own)]

@@ -11,6 +11,7 @@ import triton_interpreter
 from cases import FULL_CASES
 from conftest import require_cpu_backend
 from gpu_twins import grads_like
+from harness import FUSED
 from torch import Tensor
 from triton_twins import TritonTwins
 
@@ -51,7 +52,7 @@ def step(twins: TritonTwins, grads: list[Tensor]) -> None:
 @pytest.mark.parametrize("case", FULL_CASES, ids=str)
 def test_the_variant_follows_the_gradients(driver: NoKernels, case: Any) -> None:
     twins = TritonTwins.of_lengths(case, [5, 3])
-    states = {"adamw": 3, "sgd": 1}[case.rule]
+    states = len(FUSED[case.rule].rule.states)
     full, half = grads_like(twins.params, 0), grads_like(twins.params, 0, torch.bfloat16)
     steps = [
         (full, "float32"),

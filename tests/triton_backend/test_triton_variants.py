@@ -104,7 +104,7 @@ def run(
 
 
 def expected(case: OptimizerCase, dtype: torch.dtype, grad_dtype: torch.dtype) -> set[str]:
-    states = 3 if case.hyper.get("amsgrad") else {"adamw": 2, "sgd": 1}[case.rule]
+    states = 3 if case.hyper.get("amsgrad") else max(1, FUSED[case.rule].rule.n_always)
     names = {f"reduce-{case.rule}", f"finalize-{case.rule}"}
     if dtype == torch.float32:  # known before there is a gradient
         names.add(f"update-{case.rule}-{states}-float32")
