@@ -20,16 +20,24 @@ SIMD_VARIABLE = "FUSEDOPT_SIMD"
 
 @cache
 def load(name: str) -> tuple[Any, str | None]:
-    """``_cpu`` or ``_cuda``, or None and why it cannot be used."""
+    """``_cpu`` or ``_cuda``, or None and why it cannot be used.
+
+    Raises:
+        ImportError: ``_cuda`` was built from other sources. (Without ``_cpu`` plain torch serves.)
+    """
     try:
         module = importlib.import_module(f"fusedopt.{name}")
         reason = installation.strange(module)
-        if reason is None:
+        if reason is None and name == "_cpu":
             check_mirrors(module)
-            reason = _set_up(module) if name == "_cpu" else None
+            reason = _set_up(module)
     except ImportError as error:
         module, reason = None, str(error)
-    return (module, None) if reason is None else (None, not_built(name) or reason)
+    if reason is not None:
+        return None, not_built(name) or reason
+    if name == "_cuda":
+        check_mirrors(module)
+    return module, None
 
 
 def not_built(name: str) -> str | None:
