@@ -20,10 +20,11 @@
 #pragma once
 
 #include "rules/adamw.h"
+#include "rules/lion.h"
 #include "rules/sgd.h"
 
 namespace fusedopt {
 
-using Rules = RuleList<AdamW, SGD>;
+using Rules = RuleList<AdamW, SGD, Lion>;
 
 }  // namespace fusedopt

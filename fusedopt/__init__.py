@@ -9,6 +9,7 @@ import torch as _torch  # noqa: F401  first: the native module then shares torch
 
 from .adamw import FusedAdamW
 from .backends.registry import FusedOptFallbackWarning
+from .lion import FusedLion
 from .param_groups import param_groups
 from .scaler.grad_scaler import GradScaler, fuse_scaler
 from .sgd import FusedSGD
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FusedAdamW",
+    "FusedLion",
     "FusedOptFallbackWarning",
     "FusedSGD",
     "GradScaler",

@@ -37,6 +37,10 @@ def sgd(name: str, common: dict[str, Any] | None = None, **hyper: Any) -> Optimi
     return OptimizerCase(name, "sgd", hyper, common or {})
 
 
+def lion(name: str, common: dict[str, Any] | None = None, **hyper: Any) -> OptimizerCase:
+    return OptimizerCase(name, "lion", hyper, common or {})
+
+
 # Decay, dampening and maximize are on in most of them: with zero decay, coupled is decoupled.
 # With coupled decay the gradient and the decay may cancel to the last bit; AdamW with a tiny eps
 # would make a full step of lr out of what is left, so eps is larger there.
@@ -84,10 +88,21 @@ SGD_CASES = [
         lr=0.2, momentum=0.6, dampening=0.3, weight_decay=0.2, maximize=True,
     ),
 ]  # fmt: skip
-ALL_CASES = ADAMW_CASES + SGD_CASES
+LION_CASES = [
+    lion("default"),
+    lion("decay", lr=0.01, weight_decay=0.3),
+    lion("coupled", lr=0.01, weight_decay=0.3, decoupled_weight_decay=False),
+    lion("zero_betas", lr=0.01, betas=(0.0, 0.0), maximize=True),
+    lion(
+        "all",
+        {"max_grad_norm": 3.0, "max_grad_value": 0.1, "skip_nonfinite": True},
+        lr=0.02, betas=(0.7, 0.8), weight_decay=0.1, maximize=True,
+    ),
+]  # fmt: skip
+ALL_CASES = ADAMW_CASES + SGD_CASES + LION_CASES
 BY_NAME = {str(case): case for case in ALL_CASES}
-# The two that exercise every term of each rule, for tests about something other than the rule.
-FULL_CASES = [BY_NAME["adamw-all"], BY_NAME["sgd-all"]]
+# Those that exercise every term of each rule, for tests about something other than the rule.
+FULL_CASES = [BY_NAME["adamw-all"], BY_NAME["sgd-all"], BY_NAME["lion-all"]]
 PLAIN_CASES = [BY_NAME["adamw-decay"], BY_NAME["sgd-dampening"]]
 # Those that between them run every branch of every kernel.
 KERNEL_CASES = [

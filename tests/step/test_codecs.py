@@ -26,6 +26,7 @@ N = 8192 + 517
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"amsgrad": True, "weight_decay": 0.1, "lr": 0.02},
     "sgd": {"momentum": 0.9, "weight_decay": 0.1, "lr": 0.1},
+    "lion": {"weight_decay": 0.1, "lr": 0.02},
 }
 
 
@@ -39,7 +40,7 @@ class Streams:
 
     def step(self, grad: Tensor) -> None:
         cls = FUSED[self.rule.name]
-        group = cls([self.param], **OPTIONS.get(self.rule.name, {"lr": 0.02})).param_groups[0]
+        group = cls([self.param], **OPTIONS[self.rule.name]).param_groups[0]
         row = Row(self.param, "param", 0)
         row.set_state(self.states, self.master, self.step_count)
         layout = [self.rule.state_names(group)]
