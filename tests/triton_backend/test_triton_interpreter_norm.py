@@ -25,7 +25,6 @@ from cases import (
 from conftest import require_cpu_backend
 from gpu_twins import grads_like
 from harness import randn
-from models import exact
 from triton_interpreter import BLOCK
 from triton_twins import LENGTHS, MEASURE, TritonTwins, shifted, unlike
 
