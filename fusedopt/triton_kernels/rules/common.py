@@ -1,6 +1,6 @@
 """What a rule is made of: csrc/rules/common.h in Triton, line for line.
 
-Where a line looks odd, the reason stands in C++; tests/test_triton_rules.py holds both texts to one
+Where a line looks odd, the reason stands in C++; test_triton_rules.py holds both texts to one
 table of cases. ``-1.0 * x`` and not ``-x``, which before Triton 3.8 is ``0 - x`` and loses the sign
 of a zero.
 """
