@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules.declaration import Rule
 from .device import DeviceBackend, DeviceTables, Driver, Launches
 from .records import GRAD, address
 
@@ -29,11 +28,6 @@ SPARE = 4  # kept for captures, which may not make one
 
 Launch = Callable[[int, int], None]  # programs, stream
 Key = tuple[Any, ...]  # of a variant: the fields of triton_kernels.variants.Variant
-
-
-def fewest_states(rule: Rule) -> int:
-    """That a binary of ``update`` is for. The one for a single state serves tensors without."""
-    return max(rule.n_always, 1)
 
 
 class TritonDriver(Driver):
@@ -182,7 +176,7 @@ class TritonLaunches:
 
     def _update_launcher(self, streams: str) -> Launch:
         rule = self._tables.rule
-        states = max(self._tables.n_states, fewest_states(rule))
+        states = max(self._tables.n_states, rule.fewest_states)
         return self._launcher("update", rule.name, states, streams)
 
     def _streams_now(self) -> str:

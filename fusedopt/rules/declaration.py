@@ -78,6 +78,11 @@ class Rule:
     reference: Reference
 
     @property
+    def fewest_states(self) -> int:
+        """GPU kernels are compiled for so many states at least, and may find one absent."""
+        return max(self.n_always, 1)
+
+    @property
     def number_keys(self) -> tuple[str, ...]:
         """Keys of a group that are a number, or a pair of them."""
         own = (each if isinstance(each, str) else each[0] for each in self.numbers)

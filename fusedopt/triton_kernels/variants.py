@@ -15,7 +15,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedopt.backends.triton import fewest_states
 from fusedopt.rules.declaration import declared
 
 from . import kernels
@@ -74,7 +73,7 @@ def all_variants() -> list[Variant]:
     updates = [
         Variant("update", rule, states, streams)
         for rule in TEXTS
-        for states in range(fewest_states(declared(rule)), len(declared(rule).states) + 1)
+        for states in range(declared(rule).fewest_states, len(declared(rule).states) + 1)
         for streams in STREAMS
     ]
     return shared + updates

@@ -22,7 +22,6 @@ import triton_interpreter
 from cpp_rules import CSRC, in_cpp
 from numpy.typing import NDArray
 
-from fusedopt.backends.triton import fewest_states
 from fusedopt.rules.declaration import Rule, declared
 
 f32 = np.float32
@@ -261,7 +260,7 @@ def few_hypers(name: str) -> list[Array]:
 def numbers_of_states() -> list[tuple[str, int]]:
     rules = [(name, declared(name)) for name in RULES]
     return [
-        (name, n) for name, rule in rules for n in range(fewest_states(rule), len(rule.states) + 1)
+        (name, n) for name, rule in rules for n in range(rule.fewest_states, len(rule.states) + 1)
     ]
 
 
