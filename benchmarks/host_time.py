@@ -148,11 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.out is not None:
         check_header(args.out)
     torch.set_num_threads(1)  # nothing here is parallel, and a waiting thread spins
-    before, backend._driver = backend._driver, NoLaunches()
+    before, backend.driver.made = backend.driver.made, NoLaunches()
     try:
         samples = measure(args.rounds)
     finally:
-        backend._driver = before
+        backend.driver.made = before
     rows = [row(moved, own, provenance()) for moved, own in samples.items()]
     if args.out is not None:
         append(args.out, rows)

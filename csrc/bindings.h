@@ -115,6 +115,9 @@ inline void describe(py::module_& m) {
   m.attr("RULES") = described_rules();
   m.attr("CHUNK_ELEMENTS") = kChunk;
   m.attr("WORDS") = kWords;
+  m.attr("NORM_IS_TWO") = static_cast<uint64_t>(StepRecord::kNormIsTwo);
+  m.attr("MEASURED") = static_cast<uint64_t>(StepRecord::kMeasured);
+  m.attr("SKIP_NONFINITE") = static_cast<uint64_t>(StepRecord::kSkipNonfinite);
 }
 
 }  // namespace fusedopt

@@ -255,7 +255,7 @@ def load() -> CudaShim:
 
 
 def driver() -> Any:
-    """For ``fusedopt.backends.cuda._driver``."""
+    """For ``fusedopt.backends.cuda.driver``."""
     return load().driver()
 
 
@@ -264,13 +264,13 @@ def installed() -> Iterator[CudaShim]:
     """``backend="cuda"`` serves CPU tensors through the shim."""
     from fusedopt.backends import cuda
 
-    shim, before = load(), cuda._driver
+    shim, before = load(), cuda.driver.made
     shim.reset()
-    cuda._driver = shim.driver()
+    cuda.driver.made = shim.driver()
     try:
         yield shim
     finally:
-        cuda._driver = before
+        cuda.driver.made = before
         shim.reset()
 
 

@@ -292,12 +292,12 @@ class Interpreter(backend.TritonDriver):
 @contextlib.contextmanager
 def installed() -> Iterator[Interpreter]:
     """``backend="triton"`` serves CPU tensors in the interpreter."""
-    before, interpreter = backend._driver, Interpreter()
-    backend._driver = interpreter
+    before, interpreter = backend.driver.made, Interpreter()
+    backend.driver.made = interpreter
     try:
         yield interpreter
     finally:
-        backend._driver = before
+        backend.driver.made = before
 
 
 def fixture() -> Iterator[Interpreter]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import modules
-from .device import DeviceBackend, DeviceTables, Driver, Launches
+from .device import DeviceBackend, DeviceTables, Driver, DriverOnDemand, Launches
 from .records import address
 
 _cuda, _import_error = modules.load("_cuda")
@@ -48,27 +48,12 @@ class CudaDriver(Driver):
         return plan
 
 
-_driver: CudaDriver | None = None  # made when it is first asked for
-
-
-def driver() -> CudaDriver:
-    """The driver of this machine's GPUs.
-
-    Raises:
-        RuntimeError: there is none; the message says why.
-    """
-    global _driver
-    if _driver is None:
-        reason = unavailable_reason()
-        if reason is not None:
-            raise RuntimeError(f"the CUDA backend is not available ({reason})")
-        _driver = CudaDriver(_cuda)
-    return _driver
+driver = DriverOnDemand("CUDA", lambda: CudaDriver(_cuda), lambda: unavailable_reason())
 
 
 def unavailable_reason() -> str | None:
     """Why CUDA tensors cannot be served, or ``None``."""
-    if _driver is not None:
+    if driver.made is not None:
         return None
     if _import_error is not None:
         return _import_error
@@ -82,7 +67,7 @@ def unavailable_reason() -> str | None:
 
 def driver_problem() -> str | None:
     """What keeps a module that was built from using this machine's GPUs, or ``None``."""
-    if _driver is not None or _import_error is not None:
+    if driver.made is not None or _import_error is not None:
         return None
     try:
         count = _cuda.device_count()

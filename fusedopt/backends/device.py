@@ -9,7 +9,7 @@ words of all, and every device finalizes for itself.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,6 +85,28 @@ class Driver(ABC):
 
     def index(self, device: torch.device) -> int:
         return torch.cuda.current_device() if device.index is None else device.index
+
+
+class DriverOnDemand:
+    """The driver of this machine's GPUs, which is made when it is first asked for."""
+
+    def __init__(
+        self, title: str, make: Callable[[], Driver], reason: Callable[[], str | None]
+    ) -> None:
+        self._title, self._make, self._reason = title, make, reason
+        self.made: Driver | None = None
+
+    def __call__(self) -> Driver:
+        """
+        Raises:
+            RuntimeError: there is none; the message says why.
+        """
+        if self.made is None:
+            reason = self._reason()
+            if reason is not None:
+                raise RuntimeError(f"the {self._title} backend is not available ({reason})")
+            self.made = self._make()
+        return self.made
 
 
 class _Part:

@@ -13,8 +13,9 @@ import torch
 
 from .. import installation
 from ..rules.declaration import declared
-from .records import CHUNK_ELEMENTS, RECORDS, WORDS
+from . import records
 
+CONSTANTS = ("CHUNK_ELEMENTS", "WORDS", "NORM_IS_TWO", "MEASURED", "SKIP_NONFINITE")
 SIMD_VARIABLE = "FUSEDOPT_SIMD"
 
 
@@ -51,11 +52,12 @@ def check_mirrors(module: Any) -> None:
     Raises:
         ImportError: the module was built from other sources than this package; names both fields.
     """
-    constants = {"CHUNK_ELEMENTS": CHUNK_ELEMENTS, "WORDS": WORDS}
-    compare(module, "a constant", _attributes(module, constants), constants.items())
-    records = getattr(module, "RECORDS", {})
-    for name, record in RECORDS.items():
-        theirs = [(field, at, size) for field, at, size, _ in records.get(name, ())]
+    constants = {name: getattr(records, name) for name in CONSTANTS}
+    found = {name: getattr(module, name, None) for name in CONSTANTS}
+    compare(module, "a constant", found.items(), constants.items())
+    their_records = getattr(module, "RECORDS", {})
+    for name, record in records.RECORDS.items():
+        theirs = [(field, at, size) for field, at, size, _ in their_records.get(name, ())]
         compare(module, name, theirs, record.fields)
     for name, theirs in getattr(module, "RULES", {}).items():
         check_rule(module, name, theirs)
@@ -76,10 +78,6 @@ def check_rule(module: Any, name: str, theirs: dict[str, Any]) -> None:
         "row_step_bytes": rule.row_step_bytes,
     }
     compare(module, f"rule {name}", [(key, theirs.get(key)) for key in numbers], numbers.items())
-
-
-def _attributes(module: Any, names: Iterable[str]) -> list[tuple[str, Any]]:
-    return [(name, getattr(module, name, None)) for name in names]
 
 
 def compare(

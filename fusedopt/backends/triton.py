@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import DeviceBackend, DeviceTables, Driver, Launches
+from .device import DeviceBackend, DeviceTables, Driver, DriverOnDemand, Launches
 from .records import GRAD, address
 
 OLDEST = (3, 6)  # release of Triton
@@ -208,27 +208,12 @@ class TritonLaunches:
         self.updates += 1
 
 
-_driver: TritonDriver | None = None  # made when it is first asked for
-
-
-def driver() -> TritonDriver:
-    """The driver of this machine's GPUs.
-
-    Raises:
-        RuntimeError: there is none; the message says why.
-    """
-    global _driver
-    if _driver is None:
-        reason = unavailable_reason()
-        if reason is not None:
-            raise RuntimeError(f"the Triton backend is not available ({reason})")
-        _driver = TritonDriver()
-    return _driver
+driver = DriverOnDemand("Triton", TritonDriver, lambda: unavailable_reason())
 
 
 def unavailable_reason() -> str | None:
     """Why GPU tensors cannot be served, or ``None``."""
-    if _driver is not None:
+    if driver.made is not None:
         return None
     try:
         import triton

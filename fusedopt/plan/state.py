@@ -1,6 +1,6 @@
 """Optimizer state of one parameter: what it holds, how it is made and checked.
 
-Names and meaning are torch's (``step``, ``exp_avg``, ``momentum_buffer`` ...) plus
+Names and meaning are torch's (``step`` and those that the rule declares) plus
 ``master_param``, the fp32 copy of an fp16/bf16 parameter. Whatever the parameter's dtype, state is
 fp32 (fp64 for an fp64 parameter) and laid out in memory like the parameter.
 """

@@ -279,7 +279,7 @@ def uploads(monkeypatch):
     seen = []
     run = triton._Upload.run
     monkeypatch.setattr(triton._Upload, "run", lambda self, c: seen.append(c) or run(self, c))
-    monkeypatch.setattr(triton, "_driver", host_time.NoLaunches())
+    monkeypatch.setattr(triton.driver, "made", host_time.NoLaunches())
     return seen
 
 
@@ -302,7 +302,7 @@ def test_host_time_is_that_of_steps_that_launch_nothing(cpu_backend, uploads, mo
 def test_host_time_writes_rows_only_where_it_is_told_to(cpu_backend, tmp_path, capsys):
     out = tmp_path / "rows.csv"
     host_time.main(["--quick", "--rounds", "1", "--out", str(out)])
-    assert triton._driver is None or type(triton._driver) is not host_time.NoLaunches
+    assert triton.driver.made is None or type(triton.driver.made) is not host_time.NoLaunches
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["note"].split(";")[0] for row in rows] == [f"moved: {m}" for m in host_time.MOVED]

@@ -169,7 +169,7 @@ def test_nothing_is_left_behind(interpreter: Interpreter) -> None:
 
 
 def test_installed_only_for_a_while() -> None:
-    before = backend._driver
+    before = backend.driver.made
     with triton_interpreter.installed() as interpreter:
-        assert backend._driver is interpreter
-    assert backend._driver is before
+        assert backend.driver.made is interpreter
+    assert backend.driver.made is before

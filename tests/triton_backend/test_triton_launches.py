@@ -40,7 +40,7 @@ class NoKernels(triton_interpreter.Interpreter):
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[NoKernels]:
     require_cpu_backend()
     driver = NoKernels()
-    monkeypatch.setattr(backend, "_driver", driver)
+    monkeypatch.setattr(backend.driver, "made", driver)
     yield driver
 
 

@@ -264,7 +264,7 @@ def test_the_report_survives_a_broken_triton(tmp_path: Path, content: str) -> No
 def test_the_report_names_version_and_target(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(triton, "_driver", None)
+    monkeypatch.setattr(triton.driver, "made", None)
     monkeypatch.setattr(triton, "_target", lambda: SimpleNamespace(backend="hip", arch="gfx942"))
     told = backends.report()["triton"]
     assert told["available"] is True and told["reason"] == ""

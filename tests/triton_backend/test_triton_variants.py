@@ -79,7 +79,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     monkeypatch.setattr(JITFunction, "run", _not_so)
     monkeypatch.setattr(JITFunction, "__getitem__", _not_so)
     counting = Counting()
-    monkeypatch.setattr(backend, "_driver", counting)
+    monkeypatch.setattr(backend.driver, "made", counting)
     yield counting
 
 
