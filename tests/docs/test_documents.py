@@ -49,8 +49,10 @@ every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
 
 
 def blocks() -> Iterator[Any]:
+    """All but quotations, which have the name of their file above: test_worked_example.py."""
     for path, name in zip(DOCUMENTS, NAMES, strict=True):
-        for number, match in enumerate(CODE.finditer(path.read_text())):
+        text = re.sub(r"^`\S+`\n```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for number, match in enumerate(CODE.finditer(text)):
             yield pytest.param(match[1], id=f"{name}-{number}")
 
 
