@@ -183,7 +183,7 @@ def _shim() -> tuple[Any, str]:
     from fusedopt.backends import cuda  # type: ignore[attr-defined, unused-ignore]
 
     shim = cuda_shim.load()
-    cuda._driver = shim.driver()
+    cuda.driver.made = shim.driver()
     return shim, "the kernels compiled for the CPU"
 
 
@@ -193,8 +193,8 @@ def _interpreter() -> tuple[Any, str]:
     from fusedopt.backends import triton  # type: ignore[attr-defined, unused-ignore]
 
     triton_interpreter.kernels()
-    triton._driver = triton_interpreter.Interpreter()
-    return triton._driver, "the kernels in Triton's interpreter"
+    triton.driver.made = triton_interpreter.Interpreter()
+    return triton.driver.made, "the kernels in Triton's interpreter"
 
 
 def _trace(call: Call, synchronize: Call, activity: ProfilerActivity) -> list[dict[str, Any]]:
