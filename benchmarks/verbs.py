@@ -107,6 +107,7 @@ class Verbs:
         self._optimizer.step()
         self._inputs: StepInputs = self._optimizer._step_inputs()
         self._plan = self._optimizer._current_plan(self._inputs)
+        self._plan.begin(self._inputs)
         if self._inputs.scalars[SKIP] != 0:
             raise RuntimeError(f"{workload} on {backend}: the step was skipped, nothing to measure")
 

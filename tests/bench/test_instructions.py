@@ -80,7 +80,7 @@ def test_one_more_operation_per_element_is_above_the_bound(counts, tmp_path) -> 
     shutil.copytree(ROOT / "csrc", copy / "csrc")
     for name in ("setup.py", "build_native.py", "build_compilers.py", "build_cuda.py"):
         shutil.copy(ROOT / name, copy)
-    rules = copy / "csrc" / "rules.h"
+    rules = copy / "csrc" / "rules" / "adamw.h"
     text, line = rules.read_text(), "    param = param - div(h.step_size * exp_avg,"
     assert line in text
     rules.write_text(text.replace(line, f"    param = fma(h.eps, exp_avg_sq, param);\n{line}"))
