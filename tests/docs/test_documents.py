@@ -36,7 +36,7 @@ PATH = re.compile(rf"(?<![\w./<>-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./
 COMMAND = re.compile(r"python -m (benchmarks|fusedopt)(?:\.([\w.]+))?((?: [^\s`#]+)*)")
 
 # Named by a page and not in a checkout: made by the build, or by the worked example.
-MADE = {"fusedopt/_build_config.py", "fusedopt/lion.py", "examples/out"}
+MADE = {"fusedopt/_build_config.py", "examples/out"}
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents are not here"),

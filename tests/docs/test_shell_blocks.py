@@ -29,7 +29,6 @@ INSTALL = ".ci/run", 'bash -euo pipefail -c "$test_command"'
 TEST = ".ci/run", "readme_command test"
 CPU = "tests/bench/test_cpu_benchmark.py", "def test_quick_run_writes_rows("
 KEPT = "tests/bench/test_cpu_benchmark.py", "def test_kept_gradients_of_the_readme("
-LION = "tests/docs/test_worked_example.py", "def test_lion_keeps_every_promise("
 TRACING = "tests/docs/test_worked_example.py", "def test_the_backend_is_asked_by_name("
 GPU = "tests/bench/test_gpu_benchmark.py", "def test_dry_run_has_well_formed_rows("
 SWEEP = (
@@ -53,10 +52,8 @@ ELSEWHERE = {
     ".ci/run": (".github/workflows/ci.yml", ".ci/run", ""),
     ".ci/sanitize build/sanitized": (".ci/run", ".ci/sanitize", "another folder"),
     ".ci/instructions": (".ci/run", ".ci/instructions", ""),
-    "FUSEDOPT_CPU=1 python setup.py -q build_ext --inplace": (*LION, ""),
-    f"{APPLY}an_optimizer.md | git apply -": (*LION, ""),
-    "pytest -q tests/step/test_update.py tests/step/test_agreement.py "
-    "tests/triton_backend/test_triton_interpreter.py -k lion": (*LION, "other files of tests"),
+    "FUSEDOPT_CPU=1 python setup.py -q build_ext --inplace": (
+        "tests/installation/test_build.py", '"setup.py", "-q", "build_ext", "--inplace"', "a copy"),
     f"{APPLY}a_backend.md | git apply -": (*TRACING, ""),
     "FUSEDOPT_BACKEND=tracing python -m fusedopt": (*TRACING, ""),
     "pytest -q tests/step/test_skip.py -k tracing": (*TRACING, "other files of tests"),
