@@ -30,7 +30,7 @@ from .plan.state import (
     step_tensor,
     wanted_names,
 )
-from .rules.declaration import Group, Rule
+from .rules.declaration import Group
 from .shared import Shared
 
 Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: parameter and states
@@ -48,7 +48,6 @@ class Loadable(Protocol):
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
-    rule: Rule
     _shared: Shared
 
 
@@ -66,7 +65,7 @@ def check(optimizer: Loadable, state_dict: dict[str, Any]) -> Wanted:
         return wanted  # torch refuses it in a moment
     _check_keys(state_dict)
     for g, (own, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        names = optimizer.rule.state_names({**optimizer.defaults, **saved})
+        names = optimizer._shared.line.state_names({**optimizer.defaults, **saved})
         for i, (param, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
             if key in state_dict["state"]:
                 label = label_of(own, g, i, optimizer._shared.names)

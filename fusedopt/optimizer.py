@@ -202,7 +202,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     def _current_plan(self, inputs: StepInputs) -> Plan:
         shared = self._shared
-        layout = [self.rule.state_names(group) for group in inputs.groups]
+        layout = list(map(shared.line.state_names, inputs.groups))
         for plan in (shared.plan, *shared.aside):
             if plan is None or plan.layout != layout:
                 continue
@@ -226,7 +226,7 @@ class FusedOptimizer(AmpAttributes, Optimizer):
     def _build_plan(self, groups: list[Group], state: dict[Tensor, Any], every_param: bool) -> Plan:
         """A plan for the optimizer as the copies show it; creates what state is missing."""
         shared, options = self._shared, self._shared.options
-        layout = [self.rule.state_names(group) for group in groups]
+        layout = list(map(shared.line.state_names, groups))
         rows = checked_rows(groups, state, layout, shared.names)
         with durable(), torch.no_grad():
             former = shared.plan

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..plan.plan import Layout, Plan, Row, StepInputs
 from ..rules.declaration import Rule
@@ -66,7 +65,8 @@ class CpuPlan(TablePlan):
             self._tables["rows"].copy_(packed)
 
     def begin(self, step: StepInputs) -> None:
-        self.pack_step(self._inputs, step, step.scalars, step.inf_flag, _as_it_is)
+        tensors = (step.grad_scale, step.found_inf, step.inf_flag, step.scalars)
+        self.pack_step(self._inputs, step, tensors, step.device_numbers)
 
     def reduce(self) -> None:
         self._native.reduce(torch.get_num_threads())
@@ -80,10 +80,6 @@ class CpuPlan(TablePlan):
     def nbytes(self) -> int:
         tables = (self._inputs_view, *self._tables.values())
         return sum(t.nbytes for t in tables) + self.staging_nbytes()
-
-
-def _as_it_is(tensor: Tensor | None) -> Tensor | None:
-    return tensor
 
 
 class CpuBackend:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from ..plan.plan import HALF_DTYPES, N_STEP_SCALARS, Layout, Plan, Row, StepInpu
 from ..rules.declaration import Rule
 from .records import CHUNK, ROW, WORDS, chunk_table, pack_rows
 from .tables import TablePlan
+
+T = TypeVar("T", Tensor, "Tensor | None")
 
 
 class Launches(Protocol):
@@ -177,7 +179,7 @@ class _Part:
     def words_of(self, number: int) -> Tensor:
         return self.tensors["words"][number * WORDS * 8 : (number + 1) * WORDS * 8]
 
-    def local(self, value: Tensor | None) -> Tensor | None:
+    def local(self, value: T) -> T:
         """``value`` on this device, by a copy that the device orders after what made it."""
         return None if value is None else value.to(self.device, non_blocking=True)
 
@@ -192,7 +194,11 @@ class _Part:
         if not first:
             self.host_inputs[plan.grads_at :] = plan._inputs[plan.grads_at :]
         scalars, inf_flag = (step.scalars, step.inf_flag) if first else (self.scalars, None)
-        self._kept = plan.pack_step(self.host_inputs, step, scalars, inf_flag, self.local)
+        grad_scale, found_inf = self.local(step.grad_scale), self.local(step.found_inf)
+        numbers = [(field, self.local(number)) for field, number in step.device_numbers]
+        self._kept = [grad_scale, found_inf, *(number for _, number in numbers)]
+        tensors = (grad_scale, found_inf, inf_flag, scalars)
+        plan.pack_step(self.host_inputs, step, tensors, numbers)
         self.launches.begin(stream, capturing)
 
 

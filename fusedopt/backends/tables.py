@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..plan.options_table import DeviceNumbers
 from ..plan.plan import Layout, Look, Plan, Row, StepInputs
 from ..rules.declaration import OPTIONS_BYTES, Group, Rule
 from . import modules
@@ -51,29 +52,29 @@ class TablePlan(Plan):
         self,
         inputs: bytearray,
         step: StepInputs,
-        scalars: Tensor,
-        inf_flag: Tensor | None,
-        local: Callable[[Tensor | None], Tensor | None],
-    ) -> list[Tensor | None]:
-        """Write all but the gradients into ``inputs``, with what ``local`` makes of each tensor.
+        tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor],
+        numbers: DeviceNumbers,
+    ) -> None:
+        """Write all but the gradients into ``inputs``.
 
-        Returns:
-            The tensors whose addresses are in the table.
+        Args:
+            tensors: ``grad_scale``, ``found_inf``, ``inf_flag`` and ``scalars`` of the device.
+            numbers: ``step.device_numbers`` on the device.
         """
-        numbers = [(field, local(number)) for field, number in step.device_numbers]
-        kept = [local(step.grad_scale), local(step.found_inf), *(n for _, n in numbers)]
-        flags = NORM_IS_TWO * (step.norm_type != math.inf)
-        flags += MEASURED * step.measured + SKIP_NONFINITE * step.skip_nonfinite
-        addresses = (address(kept[0]), address(kept[1]), address(inf_flag), address(scalars))
+        flags = MEASURED if step.measured else 0
+        if step.norm_type != math.inf:
+            flags += NORM_IS_TWO
+        if step.skip_nonfinite:
+            flags += SKIP_NONFINITE
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         thresholds = (step.clip_threshold, step.value_threshold)
         STEP.pack_into(inputs, 0, *thresholds, *addresses, len(numbers), flags)
         inputs[self.options_at : self.options_at + len(step.options)] = step.options
-        for i, (field, number) in enumerate(numbers):
-            assert number is not None
+        at = self.numbers_at
+        for field, number in numbers:
             is_double = number.dtype == torch.float64
-            at = self.numbers_at + i * DEVICE_NUMBER.size
             DEVICE_NUMBER.pack_into(inputs, at, address(number), field, is_double)
-        return kept
+            at += DEVICE_NUMBER.size
 
     def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         native, _ = modules.load("_cpu")

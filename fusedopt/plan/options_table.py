@@ -20,26 +20,26 @@ _DEVICE_NUMBERS = 4  # so many of a group may be there: DEVICE_NUMBERS of backen
 _DEVICE_DTYPES = (torch.float32, torch.float64)
 
 _NUMBER = struct.Struct("=d")
-_PLAIN = frozenset({float, int})
-_FLAGS = frozenset({True, False})
+_NONE: dict[int, Tensor] = {}
 
-_COMMON = 2  # numbers, and then as many flags, come first in every rule's Options
 # Options that the user keeps on the device: which double of the table, and one element.
 DeviceNumbers = list[tuple[int, Tensor]]
 
 
 class Line:
-    """How one group's Options of a rule are read and written."""
+    """How one group's Options of a rule are read and written, worked out once."""
 
     def __init__(self, rule: Rule) -> None:
-        self.values = rule.values()
-        self._pack_into = rule.table.pack_into
+        self.values, self.state_names = rule.values(), rule.state_names()
+        self.pack_into = rule.table.pack_into
+        kinds = tuple(rule.options.values())
+        self.flags = {i for i, kind in enumerate(kinds) if kind == "q"}
+        self.on_device = [i for i in range(len(kinds)) if i not in self.flags][:_DEVICE_NUMBERS]
+        # Types of values that can be packed as they are: floats, ints and bools in their places.
+        self.plain: set[tuple[type, ...]] = set()
 
-    def pack_into(
-        self, table: bytearray, offset: int, numbers: Sequence[float], flags: Sequence[Any]
-    ) -> None:
-        common = (*numbers[:_COMMON], *flags[:_COMMON])
-        self._pack_into(table, offset, *common, *numbers[_COMMON:], *flags[_COMMON:])
+    def is_plain(self, types: tuple[type, ...]) -> bool:
+        return all(t is bool if i in self.flags else t in (float, int) for i, t in enumerate(types))
 
 
 def pack(
@@ -61,32 +61,37 @@ def pack(
     offset = 0
     for group in groups:
         try:
-            numbers, flags = line.values(group)
-            if _PLAIN.issuperset(map(type, numbers)) and _FLAGS.issuperset(flags):
-                try:
-                    line.pack_into(table, offset, numbers, flags)
-                except struct.error:  # equal to True or False, and neither a bool nor an int
-                    line.pack_into(table, offset, numbers, tuple(map(bool, flags)))
+            values = line.values(group)
+            types = tuple(map(type, values))
+            if types not in line.plain:
+                there = _device_numbers(line, values, stays)
+                values = tuple(
+                    flag(v) if i in line.flags else 0.0 if i in there else number(v)
+                    for i, v in enumerate(values)
+                )
+                if line.is_plain(types):
+                    line.plain.add(types)
             else:
-                there = _device_numbers(numbers, stays)
-                numbers = tuple(0.0 if i in there else number(n) for i, n in enumerate(numbers))
-                line.pack_into(table, offset, numbers, tuple(map(flag, flags)))
-                for i, value in there.items():
-                    field = offset // 8 + (i if i < _COMMON else i + _COMMON)
-                    _NUMBER.pack_into(table, 8 * field, ON_DEVICE)
-                    device_numbers.append((field, value))
+                there = _NONE
+            line.pack_into(table, offset, *values)
+            for i, value in there.items():
+                _NUMBER.pack_into(table, offset + 8 * i, ON_DEVICE)
+                device_numbers.append((offset // 8 + i, value))
         except Exception:
             check(offset // OPTIONS_BYTES, group)
             raise
-        if isnan(sum(numbers)) or group.get("differentiable") or not OPTION_NAMES.isdisjoint(group):
+        if isnan(sum(values)) or group.get("differentiable") or not OPTION_NAMES.isdisjoint(group):
             check(offset // OPTIONS_BYTES, group)
         offset += OPTIONS_BYTES
     return table, device_numbers
 
 
-def _device_numbers(numbers: Sequence[Any], stays: Callable[[Tensor], bool]) -> dict[int, Tensor]:
+def _device_numbers(
+    line: Line, values: Sequence[Any], stays: Callable[[Tensor], bool]
+) -> dict[int, Tensor]:
     found = {}
-    for i, value in enumerate(numbers[:_DEVICE_NUMBERS]):
+    for i in line.on_device:
+        value = values[i]
         if isinstance(value, Tensor) and stays(value):
             if value.numel() != 1:
                 raise TypeError(value.shape)  # refused by name in a moment

@@ -124,34 +124,42 @@ class Rule:
         """``RowStep`` of csrc/rules/common.h: hyper and count, in units of 32 bytes."""
         return -(-4 * (len(self.hyper) + 1) // 32) * 32
 
-    def values(self) -> Callable[[Group], tuple[tuple[Any, ...], tuple[Any, ...]]]:
-        """What the kernels know of a group: the numbers and the flags, in the order of ``options``.
+    def values(self) -> Callable[[Group], tuple[Any, ...]]:
+        """What the kernels know of a group, in the order of ``options``.
 
         The function that it returns raises ``TypeError`` where a pair is none, and ``KeyError``.
         """
-        numbers, flags = itemgetter(*self.number_keys), itemgetter(*self.flag_keys)
-        pairs = [i + 2 for i, each in enumerate(self.numbers) if not isinstance(each, str)]
+        common = ("lr", "weight_decay", "decoupled_weight_decay", "maximize")
+        values_of = itemgetter(*(*common, *self.number_keys[2:], *self.flags))
+        pairs = [4 + i for i, each in enumerate(self.numbers) if not isinstance(each, str)]
         pairs.reverse()  # so that the places of those that are left stay as they are
 
-        def read(group: Group) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-            found = numbers(group)
+        def read(group: Group) -> tuple[Any, ...]:
+            values: tuple[Any, ...] = values_of(group)
             for i in pairs:
-                pair = found[i]
+                pair = values[i]
                 if type(pair) is not tuple and type(pair) is not list and not is_pair(pair):
                     raise TypeError(pair)  # would be unpacked: the keys of a dict, a set's members
                 first, second = pair
-                found = (*found[:i], first, second, *found[i + 1 :])
-            return found, flags(group)
+                values = (*values[:i], first, second, *values[i + 1 :])
+            return values
 
         return read
 
-    def state_names(self, group: Group) -> tuple[str, ...]:
-        """States of a parameter in ``group``, in the order in which the kernels know them."""
-        return tuple(
-            state.name
-            for state in self.states
-            if state.when is None or float(group[state.when]) != 0.0
-        )
+    def state_names(self) -> Callable[[Group], tuple[str, ...]]:
+        """States of a parameter in a group, in the order in which the kernels know them."""
+        always = tuple(state.name for state in self.states if state.when is None)
+        others = [(state.name, state.when) for state in self.states if state.when is not None]
+
+        def names(group: Group) -> tuple[str, ...]:
+            found = always
+            for name, when in others:
+                value = group[when]
+                if value is True or (value is not False and float(value) != 0.0):
+                    found = (*found, name)
+            return found
+
+        return names
 
 
 def declared(name: str) -> Rule:

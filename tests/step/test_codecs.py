@@ -43,7 +43,7 @@ class Streams:
         group = cls([self.param], **OPTIONS[self.rule.name]).param_groups[0]
         row = Row(self.param, "param", 0)
         row.set_state(self.states, self.master, self.step_count)
-        layout = [self.rule.state_names(group)]
+        layout = [Line(self.rule).state_names(group)]
         plan: Plan = CpuBackend().plan(self.rule, [row], layout)
         scalars = torch.zeros(N_STEP_SCALARS)
         table, numbers = pack([group], Line(self.rule), lambda t: False, lambda i, g: None)
