@@ -104,6 +104,9 @@ inline py::dict described_rules() {
       described_rule["n_states"] = R::kStates;
       described_rule["n_always"] = R::kAlways;
       described_rule["row_step_bytes"] = sizeof(RowStep<R>);
+      py::list absent;
+      for (int k = R::kAlways; k < R::kStates; ++k) absent.append(R::absent(k));
+      described_rule["absent"] = absent;
       rules[R::kName] = described_rule;
     });
   }
@@ -115,6 +118,14 @@ inline void describe(py::module_& m) {
   m.attr("RULES") = described_rules();
   m.attr("CHUNK_ELEMENTS") = kChunk;
   m.attr("WORDS") = kWords;
+  m.attr("DIGITS") = kDigits;
+  m.attr("LOWEST") = kLowest;
+  m.attr("STREAMS") = kStreams;
+  m.attr("CODEC_BITS") = kCodecBits;
+  m.attr("OPTIONS_BYTES") = kOptionsBytes;
+  m.attr("FLOAT32") = static_cast<int>(Codec::kFloat32);
+  m.attr("FLOAT16") = static_cast<int>(Codec::kFloat16);
+  m.attr("BFLOAT16") = static_cast<int>(Codec::kBFloat16);
   m.attr("NORM_IS_TWO") = static_cast<uint64_t>(StepRecord::kNormIsTwo);
   m.attr("MEASURED") = static_cast<uint64_t>(StepRecord::kMeasured);
   m.attr("SKIP_NONFINITE") = static_cast<uint64_t>(StepRecord::kSkipNonfinite);

@@ -17,6 +17,7 @@ static_assert(kChunk / kLanes <= 256, "the accuracy of a lane rests on at most 2
 constexpr int kParam = 0, kMaster = 1, kStates = 2;  // the states are the last streams
 constexpr int kMaxStates = 3;
 constexpr int kStreams = kStates + kMaxStates;
+constexpr int kCodecBits = 4;  // of a stream in Row::codecs
 
 // One tensor; changes only when the plan is rebuilt. A stream is its data, the codec of its
 // elements and, where the codec wants one, a table of scales. The first half is all that fp32
@@ -26,13 +27,13 @@ struct Row {
   float* step;           // applied steps; null: the rule does not count (SGD without momentum)
   int64_t numel;
   int32_t group;                  // line in the options table
-  uint32_t codecs;                // four bits a stream, the param's lowest; zero: all are fp32
+  uint32_t codecs;                // kCodecBits a stream, the param's lowest; zero: all are fp32
   const float* scales[kStreams];  // of codecs that have them
   int64_t reserved[3];
 
   FUSEDOPT_MEMBER float* as_float(int stream) const { return static_cast<float*>(data[stream]); }
   FUSEDOPT_MEMBER Codec codec(int stream) const {
-    return static_cast<Codec>(codecs >> (4 * stream) & 15u);
+    return static_cast<Codec>(codecs >> (kCodecBits * stream) & ((1u << kCodecBits) - 1));
   }
 };
 static_assert(sizeof(Row) == 128, "two cache lines");
@@ -76,8 +77,8 @@ struct StepRecord {
   double max_grad_norm;     // negative: no clipping
   double max_grad_value;    // infinity: no clipping
   const float* grad_scale;  // null: 1
-  const float* found_inf;   // null: nobody looked
-  float* inf_flag;          // null: nobody asked. The tensor that GradScaler.update() will read
+  const float* found_inf;   // null: no scaler has looked
+  float* inf_flag;          // null: none. The tensor that GradScaler.update() will read
   StepScalars* scalars;
   int64_t n_device_numbers;
   uint64_t flags;

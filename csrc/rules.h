@@ -8,9 +8,8 @@
 //   kVariants     ways to update that differ by more than numbers; variant() is the way of a group,
 //                 and states() how many states it has
 //   absent()      what a kernel that serves several variants reads in place of a state
-//   Options       one param group as the user gave it: lr, weight_decay, decoupled and maximize
-//   come
-//                 first, then the rule's own; eight words
+//   Options       one param group as the user gave it, eight words: lr, weight_decay, decoupled and
+//                 maximize come first, then the rule's own
 //   Hyper         floats: what a kernel needs to know of a tensor
 //   prepare()     Options and the number of this step -> Hyper; computed once a step and tensor
 //   update()      one element: grad in, param and states in and out, all fp32 registers. kStates of

@@ -2,8 +2,8 @@ from typing import Any
 
 RECORDS: dict[str, list[tuple[str, int, int, str]]]
 RULES: dict[str, dict[str, Any]]
-CHUNK_ELEMENTS: int
-WORDS: int
+
+def __getattr__(name: str) -> int: ...  # constants; see backends/modules.py
 
 class Plan:
     def __init__(self, rule: str, tables: dict[str, int]) -> None: ...

@@ -23,7 +23,8 @@ class FusedLion(FusedOptimizer):
 
     (Chen et al., arXiv:2302.06675.) Every parameter moves by :math:`\gamma`, or not at all where
     the sign is zero. So the paper takes 3 to 10 times less ``lr`` than for AdamW, and as many times
-    more ``weight_decay``.
+    more ``weight_decay``. The sign of NaN is zero: a gradient of NaN stays in :math:`m`, and the
+    parameter stands still, unless a scaler or ``skip_nonfinite`` skips the step.
 
     Args:
         params: parameters, named parameters or param groups; fp32, fp16, bf16 or fp64.

@@ -50,7 +50,7 @@ BUILDS = 8
 
 
 class FusedOptimizer(AmpAttributes, Optimizer):
-    """Base class of the optimizers; see ``FusedAdamW`` and ``FusedSGD``.
+    """Base class of the optimizers, ``FusedAdamW`` for one.
 
     A subclass names its rule and torch's class of the same arguments; it has a signature and a
     docstring.

@@ -213,6 +213,8 @@ def call(function: Any, *arguments: Any, length: int = 1) -> Any:
     def out(value: Any) -> Any:
         if isinstance(value, (tuple, tl.tuple)):
             return tuple(out(one) for one in value)
+        if isinstance(value, int):  # the same for all
+            return np.full(n, value)
         return value.handle.data[:n]
 
     with interpreting():

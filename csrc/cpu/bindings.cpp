@@ -104,6 +104,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("simd", [] { return std::string(current_kernels().name); });
   m.def("set_simd", &set_simd);
   m.def("built_with_openmp", &built_with_openmp);
+  using Kind = Watch::RowKind;
+  for (auto [name, kind] : {std::pair("READY", Kind::kReady),
+                            {"AWAITS_STATE", Kind::kAwaitsState},
+                            {"STAGED", Kind::kStaged},
+                            {"FROZEN", Kind::kFrozen}}) {
+    m.attr(name) = static_cast<int>(kind);
+  }
   describe(m);
 }
 

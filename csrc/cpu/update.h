@@ -1,13 +1,15 @@
 // One chunk of params and states, updated in place by the rules of ../rules.h. One element's story:
 //
-//   for each chunk, by one thread:                             update_chunk()
-//     g = widened(grad[i])                                     fp32 where it lies, else a buffer in
-//     L1 p = master[i], or widened(param[i]) where there is none if (param[i] != narrowed(p)) p =
-//     widened(param[i])       someone wrote to it: it is the truth s[k] = widened(state[k][i]) for
-//     each element, vectorised:                            run()
-//       g = clip(g * grad_mult, max_grad_value)                unscale, clip, maximize: one factor
-//       R::update(hyper, kind, g, p, s...)                     the rule, in registers
-//     master[i] = p, param[i] = narrowed(p), state[k][i] = narrowed(s[k])
+//   for each chunk, by one thread:                           update_chunk()
+//     g = grad[i]                                            fp32 in place, or widened into L1
+//     p = master[i], or param[i] where there is none         likewise
+//     if (param[i] != narrowed(p)) p = widened(param[i])     someone wrote to it: it is the truth
+//     s[k] = state[k][i]
+//     for each element, vectorised:                          run()
+//       g = clip(g * grad_mult, max_grad_value)              unscale, clip, maximize: one factor
+//       R::update(hyper, kind, g, p, s...)                   the rule, in registers
+//     master[i] = p, param[i] = narrowed(p)
+//     state[k][i] = narrowed(s[k])                           nothing to do where it is fp32
 //
 // Included by kernels.cpp alone, which is compiled once per instruction set; hence the anonymous
 // namespace: nothing in here may be shared between the copies.

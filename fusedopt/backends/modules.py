@@ -12,10 +12,15 @@ from typing import Any
 import torch
 
 from .. import installation
-from ..rules.declaration import declared
+from ..rules import RULES
+from ..rules.declaration import OPTIONS_BYTES, declared
 from . import records
 
-CONSTANTS = ("CHUNK_ELEMENTS", "WORDS", "NORM_IS_TWO", "MEASURED", "SKIP_NONFINITE")
+_CONSTANTS = (
+    *("CHUNK_ELEMENTS", "WORDS", "DIGITS", "LOWEST", "STREAMS", "CODEC_BITS"),
+    *("FLOAT32", "FLOAT16", "BFLOAT16", "NORM_IS_TWO", "MEASURED", "SKIP_NONFINITE"),
+)
+_ROW_KINDS = ("READY", "AWAITS_STATE", "STAGED", "FROZEN")  # of the CPU's module alone
 SIMD_VARIABLE = "FUSEDOPT_SIMD"
 
 
@@ -52,30 +57,31 @@ def check_mirrors(module: Any) -> None:
     Raises:
         ImportError: the module was built from other sources than this package; names both fields.
     """
-    constants = {name: getattr(records, name) for name in CONSTANTS}
-    found = {name: getattr(module, name, None) for name in CONSTANTS}
+    names = (*_CONSTANTS, *(_ROW_KINDS if hasattr(module, "Watch") else ()))
+    constants = {name: getattr(records, name) for name in names} | {"OPTIONS_BYTES": OPTIONS_BYTES}
+    found = {name: getattr(module, name, None) for name in constants}
     compare(module, "a constant", found.items(), constants.items())
     their_records = getattr(module, "RECORDS", {})
     for name, record in records.RECORDS.items():
-        theirs = [(field, at, size) for field, at, size, _ in their_records.get(name, ())]
-        compare(module, name, theirs, record.fields)
-    for name, theirs in getattr(module, "RULES", {}).items():
+        compare(module, name, their_records.get(name, ()), record.fields)
+    rules = getattr(module, "RULES", {})
+    compare(module, "a rule", zip(sorted(rules)), zip(RULES))
+    for name, theirs in rules.items():
         check_rule(module, name, theirs)
 
 
 def check_rule(module: Any, name: str, theirs: dict[str, Any]) -> None:
-    """As ``check_mirrors``, for the C++ or Triton text of one rule."""
+    """As ``check_mirrors``, for one rule."""
     rule = declared(name)
-    options = [(field, 8 * i, kind) for i, (field, kind) in enumerate(rule.options.items())]
-    found = [(field, at, kind) for field, at, _, kind in theirs["options"]]
-    compare(module, f"Options of {name}", found, options)
-    hyper = [(field, 4 * i, "f") for i, field in enumerate(rule.hyper)]
-    found = [(field, at, kind) for field, at, _, kind in theirs["hyper"]]
-    compare(module, f"Hyper of {name}", found, hyper)
+    options = [(field, 8 * i, 8, kind) for i, (field, kind) in enumerate(rule.options.items())]
+    compare(module, f"Options of {name}", theirs["options"], options)
+    hyper = [(field, 4 * i, 4, "f") for i, field in enumerate(rule.hyper)]
+    compare(module, f"Hyper of {name}", theirs["hyper"], hyper)
     numbers = {
         "n_states": len(rule.states),
         "n_always": rule.n_always,
         "row_step_bytes": rule.row_step_bytes,
+        "absent": [state.absent for state in rule.states if state.when is not None],
     }
     compare(module, f"rule {name}", [(key, theirs.get(key)) for key in numbers], numbers.items())
 

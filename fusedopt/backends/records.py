@@ -8,15 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan.plan import N_STEP_SCALARS, Row
+from ..plan import plan
+from ..plan.plan import KERNEL_DTYPES, N_STEP_SCALARS, Row
 
 CHUNK_ELEMENTS = 8192  # kChunk
 STREAMS = 5  # param, master, states
 MAX_STATES = STREAMS - 2
 WORDS = 24  # the norm as integers, 8 bytes each (csrc/words.h)
-CODECS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DIGITS, LOWEST = 20, -352  # of the words; digit d counts 2^(32 d + LOWEST)
+CODECS = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}
+FLOAT32, FLOAT16, BFLOAT16 = range(3)  # enum class Codec
 CODEC_BITS = 4  # of a stream in Row.codecs
-DEVICE_NUMBERS = 4  # options of a group that may be on the device, at most
 
 NORM_IS_TWO, MEASURED, SKIP_NONFINITE = 1, 2, 4  # StepRecord::Flag
 
@@ -27,11 +29,12 @@ class Record:
     """Fields in order, each with its format in the words of ``struct``."""
 
     def __init__(self, **fields: str) -> None:
-        self.fields: list[tuple[str, int, int]] = []  # name, offset and size in bytes
+        # Name, offset and size in bytes, and `d`, `f` or, of anything else, `q`.
+        self.fields: list[tuple[str, int, int, str]] = []
         at = 0
         for name, format in fields.items():
             size = struct.calcsize(f"={format}")
-            self.fields.append((name, at, size))
+            self.fields.append((name, at, size, format if format in ("d", "f") else "q"))
             at += size
         packed = struct.Struct("=" + "".join(fields.values()))
         self.pack, self.pack_into = packed.pack, packed.pack_into
@@ -55,6 +58,7 @@ STEP_SCALARS = Record(
     **dict.fromkeys(("found_inf", "skip", "skipped_steps", "reserved"), "f"),
 )
 assert STEP_SCALARS.size == 4 * N_STEP_SCALARS
+assert all(getattr(plan, f[0].upper(), i) == i for i, f in enumerate(STEP_SCALARS.fields))
 RECORDS = {
     "Row": ROW,
     "Grad": GRAD,

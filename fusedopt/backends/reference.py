@@ -1,4 +1,4 @@
-"""The reference backend: the three verbs in plain torch operations.
+"""The reference backend: the verbs in plain torch operations.
 
 Slow and obvious. Serves where no kernel does (no compiler, float64, devices without a backend) and
 shows what the kernels compute. It rounds where torch's operations round, so it agrees with the

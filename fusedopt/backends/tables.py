@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ..plan.options_table import DeviceNumbers
 from ..plan.plan import Layout, Look, Plan, Row, StepInputs
-from ..rules.declaration import OPTIONS_BYTES, Group, Rule
+from ..rules.declaration import DEVICE_NUMBERS, OPTIONS_BYTES, Group, Rule
 from . import modules
 from .records import (
     AWAITS_STATE,
     CODECS,
     DEVICE_NUMBER,
-    DEVICE_NUMBERS,
     FROZEN,
     GRAD,
     MEASURED,

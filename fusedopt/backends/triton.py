@@ -161,7 +161,7 @@ class TritonLaunches:
             "own_number": tables.own_number,
             "finalizes": int(tables.n_devices == 1),
         }
-        codec_at = {name: offset for name, offset, _ in GRAD.fields}["codec"]
+        codec_at = {name: offset for name, offset, *_ in GRAD.fields}["codec"]
         self._grad_codecs = slice(tables.grads_at + codec_at, None, GRAD.size)  # their low bytes
         self._reduce_programs = max(1, min(tables.n_chunks, driver.reduce_programs(tables.device)))
         self._reduce = self._launcher("reduce", tables.rule.name)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from ..options import OPTION_NAMES, flag, number
-from ..rules.declaration import OPTIONS_BYTES, Group, Rule
+from ..rules.declaration import DEVICE_NUMBERS, OPTIONS_BYTES, Group, Rule
 
 # Stands in the table for a number that is on the device: a NaN that nobody else uses, so that a
 # table which holds a number again differs from it.
 ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))[0]
-_DEVICE_NUMBERS = 4  # so many of a group may be there: DEVICE_NUMBERS of backends/records.py
 _DEVICE_DTYPES = (torch.float32, torch.float64)
 
 _NUMBER = struct.Struct("=d")
@@ -34,7 +33,7 @@ class Line:
         self.pack_into = rule.table.pack_into
         kinds = tuple(rule.options.values())
         self.flags = {i for i, kind in enumerate(kinds) if kind == "q"}
-        self.on_device = [i for i in range(len(kinds)) if i not in self.flags][:_DEVICE_NUMBERS]
+        self.on_device = [i for i in range(len(kinds)) if i not in self.flags][:DEVICE_NUMBERS]
         # Types of values that can be packed as they are: floats, ints and bools in their places.
         self.plain: set[tuple[type, ...]] = set()
 

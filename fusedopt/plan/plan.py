@@ -25,8 +25,9 @@ from ..rules.declaration import Group, Rule
 GRAD_NORM, CLIP_COEF, GRAD_MULT, INV_SCALE, FOUND_INF, SKIP, SKIPPED_STEPS = range(7)
 N_STEP_SCALARS = 8
 
-HALF_DTYPES = (torch.float16, torch.bfloat16)
-GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of their codecs
+HALF_DTYPES = tuple(dtype for dtype in KERNEL_DTYPES if dtype.itemsize == 2)
+GRAD_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 Layout = list[tuple[str, ...]]  # names of the states that a parameter of each group has
 

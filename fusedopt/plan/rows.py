@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..rules.declaration import Group
 from .groups import is_plain_dict
 from .memory import extent, is_dense, overlaps_itself
-from .plan import Row, check_grad, is_of_inference
+from .plan import GRAD_DTYPES, Row, check_grad, is_of_inference
 from .state import (
     MASTER,
     STEP,
@@ -28,7 +28,7 @@ from .state import (
     is_readable,
 )
 
-PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PARAM_DTYPES = GRAD_DTYPES
 
 
 def check_param(label: str, param: Tensor) -> None:

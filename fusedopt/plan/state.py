@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
 from ..options import number
-from ..rules.declaration import OF_SOME_RULE, STARTS_LATER, UNCOUNTED
+from ..rules.declaration import NOT_BESIDE, OF_SOME_RULE, STARTS_LATER, UNCOUNTED
 from .memory import is_dense, state_dtype, strides, unfilled_state
 from .plan import HALF_DTYPES
 
@@ -128,6 +128,12 @@ def check_state(
         raise KeyError(
             f"{label}: its state has {_listed(found)} and lacks {_listed(missing)}; add what is "
             f"missing, or start it anew: `{anew}`"
+        )
+    strange = [name for name in NOT_BESIDE.get(tuple(names), ()) if name in own]
+    if strange:
+        raise KeyError(
+            f"{label}: its state has {_listed(strange)}, which another optimizer keeps; start it "
+            f"anew: `{anew}`"
         )
     for name in (*names, MASTER, STEP):
         value = own.get(name)

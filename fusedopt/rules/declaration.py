@@ -14,6 +14,7 @@ from torch import Tensor
 from ..options import is_pair
 
 OPTIONS_BYTES = 64  # of one param group, for every rule (csrc/rules/common.h)
+DEVICE_NUMBERS = 4  # numbers of a group that may be on the device, at most: the first ones
 Group = dict[str, Any]
 
 # States of the optimizers of torch and of bitsandbytes. Who finds one of them instead of its own
@@ -28,6 +29,8 @@ UNCOUNTED = "momentum_buffer"
 
 # States of which a parameter may lack one beside others: it then starts as zero.
 STARTS_LATER: set[str] = set()
+# By the states of a rule: see Rule.not_beside.
+NOT_BESIDE: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Rule:
         states: in the order in which the kernels know them; those with ``when`` come last.
         hyper: what ``prepare`` computes for the kernels, fp32 numbers.
         reference: the rule in plain torch.
+        not_beside: states of other rules that have all of this one's. A parameter that has one of
+            them is another rule's.
     """
 
     name: str
@@ -76,6 +81,11 @@ class Rule:
     states: tuple[State, ...]
     hyper: tuple[str, ...]
     reference: Reference
+    not_beside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.not_beside:
+            NOT_BESIDE[tuple(state.name for state in self.states)] = self.not_beside
 
     @property
     def fewest_states(self) -> int:

@@ -26,4 +26,5 @@ RULE = Rule(
     states=(State("exp_avg"),),
     hyper=("minus_lr", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "decay"),
     reference=lion,
+    not_beside=("exp_avg_sq", "exp_inf"),
 )

@@ -1,1 +1,1 @@
-"""The three verbs as Triton kernels: csrc/cuda, file by file, for GPUs without the CUDA module."""
+"""The verbs as Triton kernels: csrc/cuda, file by file, for GPUs without the CUDA module."""

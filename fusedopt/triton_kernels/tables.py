@@ -17,7 +17,7 @@ LANES = tl.constexpr(256)  # kLanes
 
 
 def _offsets(record: records.Record, *names: str) -> list[tl.constexpr]:
-    offsets = {name: offset for name, offset, _ in record.fields}
+    offsets = {name: offset for name, offset, *_ in record.fields}
     return [tl.constexpr(offsets[name]) for name in names]
 
 

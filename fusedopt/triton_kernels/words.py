@@ -14,11 +14,11 @@ from fusedopt.backends import records
 
 WORDS = tl.constexpr(records.WORDS)
 SLOTS = tl.constexpr(32)  # WORDS, as the length of a block
-DIGITS = tl.constexpr(20)
-LOWEST = tl.constexpr(-352)  # digit d counts 2^(32 d + LOWEST)
-INF_CHUNKS = tl.constexpr(20)
-NAN_CHUNKS = tl.constexpr(21)
-LARGEST = tl.constexpr(22)
+DIGITS = tl.constexpr(records.DIGITS)
+LOWEST = tl.constexpr(records.LOWEST)  # digit d counts 2^(32 d + LOWEST)
+INF_CHUNKS = tl.constexpr(records.DIGITS)
+NAN_CHUNKS = tl.constexpr(records.DIGITS + 1)
+LARGEST = tl.constexpr(records.DIGITS + 2)
 
 
 @triton.jit

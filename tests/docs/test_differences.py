@@ -91,6 +91,7 @@ REFUSALS = {
     "and … share memory": "parameters that share memory",
     "has shape …, the parameter has": "a state of another shape",
     "its state has … and lacks …": "a parameter's state that is there in part",
+    "its state has …, which another": "a parameter's state that is there in part",
     "counts the steps of a group": "a parameter's state that is there in part",
     "not a plain tensor of floating-point numbers": "a state that is no plain tensor",
     "and has to be a number of steps": "a `step` that is NaN or negative",

@@ -22,7 +22,7 @@ from raised_messages import raised
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt import FusedAdamW, FusedSGD
+from fusedopt import FusedAdamW, FusedLion, FusedSGD
 
 pytestmark = fallback_is_expected
 Scene = SimpleNamespace
@@ -311,6 +311,20 @@ def string_key(state_dict: dict[str, Any]) -> None:
     state_dict["state"] = {"0": state_dict["state"][0]}
 
 
+def of_adamw() -> Scene:
+    source = FusedAdamW([trained(torch.ones(3))])
+    source.step()
+    scene = Scene(state_dict=source.state_dict())
+    optimizer = FusedLion([trained(torch.ones(3))])
+
+    def load() -> None:
+        optimizer.load_state_dict(scene.state_dict)
+        optimizer.step()
+
+    scene.fails = scene.helps = load
+    return scene
+
+
 def key_twice() -> Scene:
     params = [trained(torch.ones(3)), trained(torch.ones(3))]
     optimizer = FusedAdamW(params)
@@ -442,6 +456,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "state_dict has no 'amsgrad'": lambda: loading(of_radam),
     "counts the steps of a group": lambda: loading(of_apex),
     "state of one parameter must be a dict": lambda: loading(no_dict),
+    "state has .*, which another": of_adamw,
     "state has .* and lacks": lambda: state_edited(without_moment),
     "state has 'exp_avg', 'step' and lacks": lambda: loading(in_checkpoint(without_moment)),
     "not a plain tensor of floating-point numbers": lambda: state_edited(list_as_moment),

@@ -329,6 +329,36 @@ def test_two_fields_that_change_places_are_named(cpu_backend, monkeypatch, where
 
 
 @pytest.mark.parametrize(
+    "name, value",
+    [("FLOAT16", 2), ("CODEC_BITS", 8), ("OPTIONS_BYTES", 128), ("FROZEN", 2), ("LOWEST", -320)],
+)
+def test_a_constant_that_differs_is_named(cpu_backend, monkeypatch, name, value):
+    from fusedopt import _cpu
+    from fusedopt.backends import modules
+
+    monkeypatch.setattr(_cpu, name, value)
+    with pytest.raises(ImportError, match=f"the module has {name} {value}, fusedopt has {name}"):
+        modules.check_mirrors(_cpu)
+
+
+@pytest.mark.parametrize("change", ["less", "more", "absent"])
+def test_a_rule_that_differs_is_named(cpu_backend, monkeypatch, change):
+    """A module that was built before a rule was added, after one was, or with another text."""
+    from fusedopt import _cpu
+    from fusedopt.backends import modules
+
+    rules = {**_cpu.RULES, "other": _cpu.RULES["sgd"]}
+    if change == "less":
+        rules = {name: _cpu.RULES[name] for name in ("adamw", "sgd")}
+    elif change == "absent":
+        rules = {**_cpu.RULES, "adamw": {**_cpu.RULES["adamw"], "absent": [0.0]}}
+    monkeypatch.setattr(_cpu, "RULES", rules)
+    name = {"less": "lion", "more": "other", "absent": "rule adamw"}[change]
+    with pytest.raises(ImportError, match=f"built from other sources.*{name}"):
+        modules.check_mirrors(_cpu)
+
+
+@pytest.mark.parametrize(
     "numels", [[1], [8192], [8193], [0], [5, 0, 8191, 20000], [3] * 50, [16384, 1]], ids=str
 )
 def test_chunk_table(cpu_backend, numels):
