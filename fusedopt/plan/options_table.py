@@ -61,7 +61,7 @@ def pack(
     for group in groups:
         try:
             values = line.values(group)
-            types = tuple(map(type, values))
+            types = (*map(type, values),)  # tuple(map()) would fill the free list of tuples
             if types not in line.plain:
                 there = _device_numbers(line, values, stays)
                 values = tuple(
