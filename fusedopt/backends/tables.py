@@ -65,9 +65,19 @@ class TablePlan(Plan):
             flags += NORM_IS_TWO
         if step.skip_nonfinite:
             flags += SKIP_NONFINITE
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        thresholds = (step.clip_threshold, step.value_threshold)
-        STEP.pack_into(inputs, 0, *thresholds, *addresses, len(numbers), flags)
+        grad_scale, found_inf, inf_flag, scalars = tensors
+        STEP.pack_into(
+            inputs,
+            0,
+            -1.0 if step.max_grad_norm is None else step.max_grad_norm,
+            math.inf if step.max_grad_value is None else step.max_grad_value,
+            0 if grad_scale is None else grad_scale.data_ptr(),
+            0 if found_inf is None else found_inf.data_ptr(),
+            0 if inf_flag is None else inf_flag.data_ptr(),
+            scalars.data_ptr(),
+            len(numbers),
+            flags,
+        )
         inputs[self.options_at : self.options_at + len(step.options)] = step.options
         at = self.numbers_at
         for field, number in numbers:

@@ -7,7 +7,6 @@ handed to kernels is each backend's own business (``fusedopt/backends``).
 
 from __future__ import annotations
 
-import math
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -148,16 +147,6 @@ class StepInputs:
         assert self.held is not None
         grad: Tensor | None = self.held[row]
         return grad
-
-    @property
-    def clip_threshold(self) -> float:
-        """``max_grad_norm`` as StepRecord has it: negative for none (csrc/records.h)."""
-        return -1.0 if self.max_grad_norm is None else self.max_grad_norm
-
-    @property
-    def value_threshold(self) -> float:
-        """``max_grad_value`` as StepRecord has it: inf for none."""
-        return math.inf if self.max_grad_value is None else self.max_grad_value
 
 
 # Rows whose gradient needs care, rows that have none, and what the step has to hold.
