@@ -69,12 +69,10 @@ void for_chunk_ranges(const PlanView& plan, int num_threads, const Body& body) {
 
 void reduce(const PlanView& plan, const StepRecord& step, uint64_t* words, int num_threads) {
   const float inv_scale = inverse_scale(step.grad_scale);
-  const bool norm_is_two = step.has(StepRecord::kNormIsTwo);
+  const auto reduce_range = step.has(StepRecord::kNormIsTwo) ? reduce_squares : reduce_largest;
   for_chunk_ranges(plan, num_threads, [&](int64_t first, int64_t last) {
     uint64_t own[kWords] = {};
-    for (int64_t c = first; c < last; ++c) {
-      reduce_chunk(plan, plan.chunks[c], norm_is_two, inv_scale, own);
-    }
+    reduce_range(plan, first, last, inv_scale, own);
 #pragma omp critical(fusedopt_words)
     for (int w = 0; w < kWords; ++w) words[w] = combined(w, words[w], own[w]);
   });

@@ -94,30 +94,59 @@ float max_magnitude(const Grad& grad, int64_t begin, int64_t n, float mult) {
   return float_of(static_cast<uint32_t>(largest));
 }
 
-__attribute__((noinline)) Partial sum_squares_rescaled(const Grad& grad, int64_t begin, int64_t n,
-                                                       float inv_scale) {
-  const float largest = max_magnitude(grad, begin, n, inv_scale);
+struct GradChunk {
+  const Grad& grad;
+  int64_t begin, n;
+
+  GradChunk(const PlanView& plan, const Chunk& chunk)
+      : grad(plan.grads[chunk.row]),
+        begin(chunk.index * kChunk),
+        n(min(kChunk, plan.rows[chunk.row].numel - begin)) {}
+};
+
+// Of a chunk whose sum has left the range.
+__attribute__((noinline)) Partial rescued(const GradChunk& c, float inv_scale) {
+  if (!c.grad.present) return {0.0f, 0};
+  const float largest = max_magnitude(c.grad, c.begin, c.n, inv_scale);
   if (largest == 0.0f || largest - largest != 0.0f) return {largest, 0};
   const Rescale rescale = rescale_for(largest);
-  return {sum_squares(grad, begin, n, inv_scale, rescale.scale), rescale.exponent};
+  return {sum_squares(c.grad, c.begin, c.n, inv_scale, rescale.scale), rescale.exponent};
 }
 
-void reduce_chunk(const PlanView& plan, const Chunk& chunk, bool norm_is_two, float inv_scale,
-                  uint64_t* words) {
-  const Grad& grad = plan.grads[chunk.row];
-  if (!grad.present) return;
-  const int64_t begin = chunk.index * kChunk;
-  const int64_t n = min(kChunk, plan.rows[chunk.row].numel - begin);
-  if (!norm_is_two) {
-    const uint64_t largest = bits_of(max_magnitude(grad, begin, n, inv_scale));
-    words[kLargest] = combined(kLargest, words[kLargest], largest);
-    return;
-  }
-  const float sum = sum_squares(grad, begin, n, inv_scale, 1.0f);
-  const Addend addend = in_range(sum) ? addend_of_normal({sum, 0})
-                                      : addend_of(sum_squares_rescaled(grad, begin, n, inv_scale));
+void add(const Addend& addend, uint64_t* words) {
   words[addend.at] += addend.low;
   words[addend.at + 1] += addend.high;
+}
+
+void add_partial(const PlanView& plan, int64_t c, float sum, float inv_scale, uint64_t* words) {
+  add(in_range(sum) ? addend_of_normal({sum, 0})
+                    : addend_of(rescued(GradChunk(plan, plan.chunks[c]), inv_scale)),
+      words);
+}
+
+// Each partial is added a chunk later: the loads of a chunk would wait for the sum of the one
+// before, which decides where that is stored.
+void reduce_squares(const PlanView& plan, int64_t first, int64_t last, float inv_scale,
+                    uint64_t* words) {
+  float before = 0.0f;
+  for (int64_t c = first; c < last; ++c) {
+    const GradChunk chunk(plan, plan.chunks[c]);
+    float sum = 0.0f;
+    if (chunk.grad.present) sum = sum_squares(chunk.grad, chunk.begin, chunk.n, inv_scale, 1.0f);
+    if (c > first) add_partial(plan, c - 1, before, inv_scale, words);
+    before = sum;
+  }
+  if (last > first) add_partial(plan, last - 1, before, inv_scale, words);
+}
+
+void reduce_largest(const PlanView& plan, int64_t first, int64_t last, float inv_scale,
+                    uint64_t* words) {
+  for (int64_t c = first; c < last; ++c) {
+    const GradChunk chunk(plan, plan.chunks[c]);
+    if (!chunk.grad.present) continue;
+    const uint64_t largest = bits_of(max_magnitude(chunk.grad, chunk.begin, chunk.n, inv_scale));
+    words[kLargest] = combined(kLargest, words[kLargest], largest);
+  }
 }
 
 }  // namespace
