@@ -1,8 +1,7 @@
 """FusedOptimizer: everything that does not depend on the update rule.
 
 ``step()`` is unscale + inf/NaN check + global-norm clip + weight decay + update + low-precision
-copy, as the verbs of a cached plan. All that can be refused is refused before
-anything moves.
+copy, as the verbs of a cached plan. All that can be refused is refused before anything moves.
 """
 
 from __future__ import annotations

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-
-CSRC = Path(__file__).parents[2] / "csrc"
+from cpp_library import compiled
 
 HARNESS = """
 #include <cstring>
@@ -88,29 +81,14 @@ void update(int64_t n, const char* rule, int states, const float* h, int decay, 
 }
 }
 """
-NUMERIC_FLAGS = ["-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-
-
-@functools.cache
-def compiled() -> ctypes.CDLL:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "rules.cpp"), Path(folder, "rules.so")
-        source.write_text(HARNESS)
-        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-I", str(CSRC), *NUMERIC_FLAGS]
-        subprocess.run(
-            [*compiler.split(), *flags, str(source), "-o", str(library), "-lm"], check=True
-        )
-        return ctypes.CDLL(str(library))
+library = functools.cache(lambda: compiled(HARNESS))
 
 
 def in_cpp(function: str, n: int, *arguments: Any) -> None:
     converted = {np.float32: ctypes.c_float, int: ctypes.c_int, str: lambda a: a.encode()}
     arrays = {np.ndarray: lambda a: ctypes.c_void_p(a.ctypes.data), list: _addresses}
     made = [{**converted, **arrays}[type(a)](a) for a in arguments]
-    getattr(compiled(), function)(ctypes.c_int64(n), *made)
+    getattr(library(), function)(ctypes.c_int64(n), *made)
 
 
 def _addresses(arrays: list[Any]) -> Any:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import triton_interpreter
-from cpp_rules import CSRC, in_cpp
+from cpp_library import CSRC
+from cpp_rules import in_cpp
 from numpy.typing import NDArray
 
 from fusedopt.rules.declaration import Rule, declared
