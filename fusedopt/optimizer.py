@@ -163,19 +163,17 @@ class FusedOptimizer(AmpAttributes, Optimizer):
             check_containers(self.param_groups, self.state)
             raise
         grad_scale, found_inf, inf_flag, in_charge = self._amp_inputs(device)
-        return StepInputs(
-            groups=groups,
-            options=table,
-            scalars=shared.scalars,
-            norm_type=options.norm_type,
-            max_grad_norm=options.max_grad_norm,
-            max_grad_value=options.max_grad_value,
-            measured=clips or options.skip_nonfinite or inf_flag is not None,
-            skip_nonfinite=options.skip_nonfinite or in_charge,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            inf_flag=inf_flag,
-            device_numbers=device_numbers,
+        return StepInputs(  # by their places: names would cost as much as the rest of it
+            groups,
+            table,
+            options,
+            shared.scalars,
+            clips or options.skip_nonfinite or inf_flag is not None,  # measured
+            options.skip_nonfinite or in_charge,
+            grad_scale,
+            found_inf,
+            inf_flag,
+            device_numbers,
         )
 
     def _check_options(self, index: int, group: Group) -> None:

@@ -87,7 +87,7 @@ class ReferencePlan(Plan):
         norms, finite = [], []
         for row, grad in self.active(step):
             x = grad.to(opmath(row.param.dtype)) * inv_scale.to(grad.device)
-            norms.append(vector_norm(x, step.norm_type).to(device))
+            norms.append(vector_norm(x, step.options.norm_type).to(device))
             finite.append(x.isfinite().all().to(device))
         none = torch.zeros(0, dtype=torch.float64, device=device)
         self.norms = torch.stack(norms) if norms else none
@@ -103,10 +103,10 @@ class ReferencePlan(Plan):
         bad = bad_scale
         norm = clip_coef * math.nan
         if step.measured:
-            norm = vector_norm(self.norms, step.norm_type)
+            norm = vector_norm(self.norms, step.options.norm_type)
             bad = bad | ~self.finite.all()
-            if step.max_grad_norm is not None:
-                clip_coef = (step.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+            if step.options.max_grad_norm is not None:
+                clip_coef = (step.options.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
         if step.found_inf is not None:
             bad = bad | (step.found_inf.reshape(()) != 0)
         self.grad_mult = clip_coef * inv_scale
@@ -136,8 +136,9 @@ class ReferencePlan(Plan):
         group = step.groups[row.group]
         dtype = opmath(row.param.dtype)
         grad = grad.to(dtype) * self.grad_mult.to(grad.device, dtype)
-        if step.max_grad_value is not None:
-            grad = grad.clamp(-step.max_grad_value, step.max_grad_value)
+        most = step.options.max_grad_value
+        if most is not None:
+            grad = grad.clamp(-most, most)
         if group["maximize"]:
             grad = -grad
         p = row.dense.to(dtype)

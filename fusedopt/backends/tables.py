@@ -60,8 +60,9 @@ class TablePlan(Plan):
             tensors: ``grad_scale``, ``found_inf``, ``inf_flag`` and ``scalars`` of the device.
             numbers: ``step.device_numbers`` on the device.
         """
+        options = step.options
         flags = MEASURED if step.measured else 0
-        if step.norm_type != math.inf:
+        if options.norm_type != math.inf:
             flags += NORM_IS_TWO
         if step.skip_nonfinite:
             flags += SKIP_NONFINITE
@@ -69,8 +70,8 @@ class TablePlan(Plan):
         STEP.pack_into(
             inputs,
             0,
-            -1.0 if step.max_grad_norm is None else step.max_grad_norm,
-            math.inf if step.max_grad_value is None else step.max_grad_value,
+            -1.0 if options.max_grad_norm is None else options.max_grad_norm,
+            math.inf if options.max_grad_value is None else options.max_grad_value,
             0 if grad_scale is None else grad_scale.data_ptr(),
             0 if found_inf is None else found_inf.data_ptr(),
             0 if inf_flag is None else inf_flag.data_ptr(),
@@ -78,7 +79,7 @@ class TablePlan(Plan):
             len(numbers),
             flags,
         )
-        inputs[self.options_at : self.options_at + len(step.options)] = step.options
+        inputs[self.options_at : self.options_at + len(step.table)] = step.table
         at = self.numbers_at
         for field, number in numbers:
             is_double = number.dtype == torch.float64

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
-_WORTH_ASKING = 1 << 16  # bytes; glibc's allocations of less lie among others
 _MADV_HUGEPAGE = 14
 _MADV_COLLAPSE = 25  # Linux 6.1; an older one refuses
 
@@ -44,7 +43,7 @@ def unfilled_state(likes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     tensors = [torch.empty(0, dtype=state_dtype(like), device=like.device) for like in likes]
     for tensor, like in zip(tensors, likes, strict=True):
         tensor.resize_(like.numel()).as_strided_(like.size(), like.stride())
-    runs = _runs([t for t in tensors if t.device.type == "cpu" and t.nbytes >= _WORTH_ASKING])
+    runs = _runs([t for t in tensors if t.device.type == "cpu"])
     for start, end in runs:
         _advise(start, end, _MADV_HUGEPAGE)
     yield tensors
@@ -60,7 +59,10 @@ def _advise(start: int, end: int, advice: int) -> None:
 
 
 def _runs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Where the memory of ``tensors`` begins and ends, in whole pages; neighbours are one."""
+    """Where the memory of ``tensors`` begins and ends, in whole pages; neighbours are one.
+
+    Runs of less than a huge page are left out.
+    """
     page = mmap.PAGESIZE
     runs: list[tuple[int, int]] = []
     for tensor in sorted(tensors, key=Tensor.data_ptr):
@@ -70,7 +72,7 @@ def _runs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
             runs[-1] = (runs[-1][0], end)
         else:
             runs.append((start, end))
-    return runs
+    return [(start, end) for start, end in runs if end - start >= _HUGE_PAGE]
 
 
 @cache

@@ -19,7 +19,6 @@ ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))
 _DEVICE_DTYPES = (torch.float32, torch.float64)
 
 _NUMBER = struct.Struct("=d")
-_NONE: dict[int, Tensor] = {}
 
 # Options that the user keeps on the device: which double of the table, and one element.
 DeviceNumbers = list[tuple[int, Tensor]]
@@ -37,8 +36,27 @@ class Line:
         # Types of values that can be packed as they are: floats, ints and bools in their places.
         self.plain: set[tuple[type, ...]] = set()
 
-    def is_plain(self, types: tuple[type, ...]) -> bool:
-        return all(t is bool if i in self.flags else t in (float, int) for i, t in enumerate(types))
+    def convert(
+        self, values: tuple[Any, ...], stays: Callable[[Tensor], bool]
+    ) -> tuple[tuple[float, ...], dict[int, Tensor]]:
+        """Values of any types as numbers; zero for those that stay on the device, which come too.
+
+        Raises:
+            TypeError, ValueError, OverflowError, RuntimeError: one is no number, or no flag.
+        """
+        types = (*map(type, values),)
+        there = {i: v for i in self.on_device if isinstance(v := values[i], Tensor) and stays(v)}
+        for i, value in there.items():
+            if value.numel() != 1:
+                raise TypeError(value.shape)
+            there[i] = value if value.dtype in _DEVICE_DTYPES else value.double()
+        if all(t is bool if i in self.flags else t in (float, int) for i, t in enumerate(types)):
+            self.plain.add(types)
+        numbers = tuple(
+            flag(v) if i in self.flags else 0.0 if i in there else number(v)
+            for i, v in enumerate(values)
+        )
+        return numbers, there
 
 
 def pack(
@@ -59,40 +77,21 @@ def pack(
     device_numbers: DeviceNumbers = []
     offset = 0
     for group in groups:
+        there = None
         try:
             values = line.values(group)
-            types = (*map(type, values),)  # tuple(map()) would fill the free list of tuples
-            if types not in line.plain:
-                there = _device_numbers(line, values, stays)
-                values = tuple(
-                    flag(v) if i in line.flags else 0.0 if i in there else number(v)
-                    for i, v in enumerate(values)
-                )
-                if line.is_plain(types):
-                    line.plain.add(types)
-            else:
-                there = _NONE
+            # tuple(map()) would fill the free list of tuples
+            if (*map(type, values),) not in line.plain:
+                values, there = line.convert(values, stays)
             line.pack_into(table, offset, *values)
-            for i, value in there.items():
-                _NUMBER.pack_into(table, offset + 8 * i, ON_DEVICE)
-                device_numbers.append((offset // 8 + i, value))
         except Exception:
             check(offset // OPTIONS_BYTES, group)
             raise
+        if there:
+            for i, value in there.items():
+                _NUMBER.pack_into(table, offset + 8 * i, ON_DEVICE)
+                device_numbers.append((offset // 8 + i, value))
         if isnan(sum(values)) or group.get("differentiable") or not OPTION_NAMES.isdisjoint(group):
             check(offset // OPTIONS_BYTES, group)
         offset += OPTIONS_BYTES
     return table, device_numbers
-
-
-def _device_numbers(
-    line: Line, values: Sequence[Any], stays: Callable[[Tensor], bool]
-) -> dict[int, Tensor]:
-    found = {}
-    for i in line.on_device:
-        value = values[i]
-        if isinstance(value, Tensor) and stays(value):
-            if value.numel() != 1:
-                raise TypeError(value.shape)  # refused by name in a moment
-            found[i] = value if value.dtype in _DEVICE_DTYPES else value.double()
-    return found

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..options import Options
 from ..rules.declaration import Group, Rule
 
 # Fields of StepScalars (csrc/records.h), eight fp32 values on the device.
@@ -128,11 +129,9 @@ class StepInputs:
     """Everything one step needs besides the plan; the options are re-read from the groups."""
 
     groups: list[Group]
-    options: bytearray  # the rule's Options table, 64 bytes a group
+    table: bytearray  # the rule's Options table, 64 bytes a group
+    options: Options  # of the whole optimizer
     scalars: Tensor  # StepScalars
-    norm_type: float
-    max_grad_norm: float | None
-    max_grad_value: float | None
     measured: bool
     skip_nonfinite: bool
     grad_scale: Tensor | None  # fp32, one element; gradients are divided by it

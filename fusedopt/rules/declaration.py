@@ -150,7 +150,7 @@ class Rule:
                 pair = values[i]
                 if type(pair) is not tuple and type(pair) is not list and not is_pair(pair):
                     raise TypeError(pair)  # would be unpacked: the keys of a dict, a set's members
-                values = values[:i] + tuple(pair) + values[i + 1 :]
+                values = (*values[:i], *pair, *values[i + 1 :])
             return values
 
         return read

@@ -410,4 +410,4 @@ def test_options_table_fits_the_rules(cpu_backend):
         opt = build(kind, [{"params": [p]} for p in params], backend="cpu")
         give_grads(params, 0)
         opt.step()
-        assert len(opt._step_inputs().options) == 3 * 64
+        assert len(opt._step_inputs().table) == 3 * 64

@@ -17,6 +17,7 @@ from harness import FUSED, assert_same_bits, randn
 from torch import Tensor
 
 from fusedopt.backends.cpu import CpuBackend
+from fusedopt.options import Options
 from fusedopt.plan.options_table import Line, pack
 from fusedopt.plan.plan import GRAD_MULT, N_STEP_SCALARS, Plan, Row, StepInputs
 from fusedopt.rules.declaration import Rule
@@ -47,9 +48,8 @@ class Streams:
         plan: Plan = CpuBackend().plan(self.rule, [row], layout)
         scalars = torch.zeros(N_STEP_SCALARS)
         table, numbers = pack([group], Line(self.rule), lambda t: False, lambda i, g: None)
-        inputs = StepInputs(
-            [group], table, scalars, 2.0, 1.0, 0.5, True, True, None, None, None, numbers
-        )
+        whole = Options(max_grad_norm=1.0, max_grad_value=0.5)
+        inputs = StepInputs([group], table, whole, scalars, True, True, None, None, None, numbers)
         plan._use_grad(0, grad)
         plan.begin(inputs)
         plan.reduce()

@@ -21,6 +21,7 @@ from triton_twins import shifted
 from fusedopt.backends.cpu import CpuBackend
 from fusedopt.backends.records import CODECS, GRAD
 from fusedopt.backends.triton import TritonBackend
+from fusedopt.options import Options
 from fusedopt.plan.plan import Row, StepInputs
 from fusedopt.rules.declaration import Rule, declared
 
@@ -66,11 +67,9 @@ class Kept:
     def step(self, grads: Sequence[Tensor]) -> None:
         inputs = StepInputs(
             groups=[],
-            options=self.options,
+            table=self.options,
+            options=Options(max_grad_norm=1.0),
             scalars=self.scalars,
-            norm_type=2.0,
-            max_grad_norm=1.0,
-            max_grad_value=None,
             measured=True,
             skip_nonfinite=True,
             grad_scale=None,
