@@ -18,7 +18,7 @@ from . import records
 
 _CONSTANTS = (
     *("CHUNK_ELEMENTS", "WORDS", "DIGITS", "LOWEST", "STREAMS", "CODEC_BITS"),
-    *("FLOAT32", "FLOAT16", "BFLOAT16", "NORM_IS_TWO", "MEASURED", "SKIP_NONFINITE"),
+    *("NORM_IS_TWO", "MEASURED", "SKIP_NONFINITE"),
 )
 _ROW_KINDS = ("READY", "AWAITS_STATE", "STAGED", "FROZEN")  # of the CPU's module alone
 SIMD_VARIABLE = "FUSEDOPT_SIMD"
@@ -59,6 +59,8 @@ def check_mirrors(module: Any) -> None:
     """
     names = (*_CONSTANTS, *(_ROW_KINDS if hasattr(module, "Watch") else ()))
     constants = {name: getattr(records, name) for name in names} | {"OPTIONS_BYTES": OPTIONS_BYTES}
+    for dtype, code in records.CODECS.items():  # torch.float16 is the module's FLOAT16
+        constants[str(dtype).removeprefix("torch.").upper()] = code
     found = {name: getattr(module, name, None) for name in constants}
     compare(module, "a constant", found.items(), constants.items())
     their_records = getattr(module, "RECORDS", {})

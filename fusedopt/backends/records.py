@@ -16,8 +16,7 @@ STREAMS = 5  # param, master, states
 MAX_STATES = STREAMS - 2
 WORDS = 24  # the norm as integers, 8 bytes each (csrc/words.h)
 DIGITS, LOWEST = 20, -352  # of the words; digit d counts 2^(32 d + LOWEST)
-CODECS = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}
-FLOAT32, FLOAT16, BFLOAT16 = range(3)  # enum class Codec
+CODECS = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}  # enum class Codec
 CODEC_BITS = 4  # of a stream in Row.codecs
 
 NORM_IS_TWO, MEASURED, SKIP_NONFINITE = 1, 2, 4  # StepRecord::Flag

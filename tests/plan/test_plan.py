@@ -341,6 +341,15 @@ def test_a_constant_that_differs_is_named(cpu_backend, monkeypatch, name, value)
         modules.check_mirrors(_cpu)
 
 
+def test_a_dtype_that_the_module_lacks_is_named(cpu_backend, monkeypatch):
+    from fusedopt import _cpu
+    from fusedopt.backends import modules, records
+
+    monkeypatch.setitem(records.CODECS, torch.float8_e5m2, 3)
+    with pytest.raises(ImportError, match="the module has FLOAT8_E5M2 None, fusedopt has FLOAT8"):
+        modules.check_mirrors(_cpu)
+
+
 @pytest.mark.parametrize("change", ["less", "more", "absent"])
 def test_a_rule_that_differs_is_named(cpu_backend, monkeypatch, change):
     """A module that was built before a rule was added, after one was, or with another text."""
