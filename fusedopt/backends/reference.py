@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.memory import state_dtype
 from ..plan.plan import (
     CLIP_COEF,
     FOUND_INF,
@@ -34,7 +35,7 @@ from ..plan.plan import (
     copy_all,
 )
 from ..rules.declaration import Group, Rule
-from .watch import Snapshot
+from .watch import PythonWatch, row_kind
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 
@@ -44,63 +45,49 @@ class ReferencePlan(Plan):
 
     def __init__(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         super().__init__(rule, rows, layout)
-        # What reduce leaves for finalize: a norm (fp64) and a flag a row.
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
-        self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
-        self.grad_mult = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def _write_rows(self) -> None:
         """There are no tables."""
 
     def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
-        self._snapshot = Snapshot(groups, state, [row.served for row in self.rows])
+        self._watch = PythonWatch(groups, state, list(map(row_kind, self.rows)))
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
-        items = self._snapshot.current_items(groups, state)
-        if items is None:
-            return None
-        grads = [row.param.grad for row in self.rows]
-        present = [i for i, grad in enumerate(grads) if grad is not None]
-        if any(self.rows[i].awaits_state or not self.rows[i].served for i in present):
-            return None
-        absent = [i for i, grad in enumerate(grads) if grad is None]
-        return present, absent, grads + items
+        return self._watch.refresh(groups, state, address=0)
 
     def _use_grad(self, index: int, grad: Tensor) -> None:
         """torch's operations take any layout."""
 
-    def active(self, step: StepInputs) -> list[tuple[Row, Tensor]]:
-        grads = [step.grad(i) for i in range(len(self.rows))]
-        return [(r, g.detach()) for r, g in zip(self.rows, grads, strict=True) if g is not None]
+    def active(self) -> list[tuple[Row, Tensor]]:
+        pairs = [(row, self._step.grad(i)) for i, row in enumerate(self.rows)]
+        return [(row, grad.detach()) for row, grad in pairs if grad is not None]
 
     def nbytes(self) -> int:
-        return self.norms.numel() * self.norms.element_size() + self.staging_nbytes()
+        return self.norms.nbytes + self.staging_nbytes()
 
     def begin(self, step: StepInputs) -> None:
         self._step = step
+        one = torch.ones((), dtype=torch.float32, device=step.scalars.device)
+        scale = one if step.grad_scale is None else step.grad_scale.detach().reshape(())
+        self._inv_scale = scale.double().reciprocal().float()  # as GradScaler does
 
     @torch.no_grad()
     def reduce(self) -> None:
-        step = self._step
-        device = step.scalars.device
-        inv_scale = _inverse_scale(step)
-        norms, finite = [], []
-        for row, grad in self.active(step):
-            x = grad.to(opmath(row.param.dtype)) * inv_scale.to(grad.device)
-            norms.append(vector_norm(x, step.options.norm_type).to(device))
-            finite.append(x.isfinite().all().to(device))
-        none = torch.zeros(0, dtype=torch.float64, device=device)
-        self.norms = torch.stack(norms) if norms else none
-        self.finite = torch.stack(finite) if finite else none.bool()
+        step, active = self._step, self.active()
+        self.norms = torch.zeros(len(active), dtype=torch.float64, device=step.scalars.device)
+        self.finite = torch.zeros_like(self.norms, dtype=torch.bool)
+        for i, (row, grad) in enumerate(active):
+            x = grad.to(state_dtype(row.param)) * self._inv_scale.to(grad.device)
+            self.norms[i] = vector_norm(x, step.options.norm_type)
+            self.finite[i] = x.isfinite().all()
 
     @torch.no_grad()
     def finalize(self) -> None:
         step = self._step
         scalars = step.scalars
         clip_coef = torch.ones((), dtype=torch.float64, device=scalars.device)
-        inv_scale = _inverse_scale(step)
-        bad_scale = ~inv_scale.isfinite()
-        bad = bad_scale
+        bad = bad_scale = ~self._inv_scale.isfinite()
         norm = clip_coef * math.nan
         if step.measured:
             norm = vector_norm(self.norms, step.options.norm_type)
@@ -109,11 +96,11 @@ class ReferencePlan(Plan):
                 clip_coef = (step.options.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
         if step.found_inf is not None:
             bad = bad | (step.found_inf.reshape(()) != 0)
-        self.grad_mult = clip_coef * inv_scale
+        self.grad_mult = clip_coef * self._inv_scale
         scalars[GRAD_NORM] = norm
         scalars[CLIP_COEF] = clip_coef
         scalars[GRAD_MULT] = self.grad_mult
-        scalars[INV_SCALE] = inv_scale
+        scalars[INV_SCALE] = self._inv_scale
         scalars[FOUND_INF] = bad
         scalars[SKIP] = bad_scale | (bad & step.skip_nonfinite)
         if step.inf_flag is not None:
@@ -126,7 +113,7 @@ class ReferencePlan(Plan):
             step.scalars[SKIPPED_STEPS].add_(1)
             return
         new: list[tuple[Tensor, Tensor]] = []
-        for row, grad in self.active(step):
+        for row, grad in self.active():
             new += self._updated(row, grad)
         copy_all([target for target, _ in new], [value for _, value in new])
 
@@ -134,7 +121,7 @@ class ReferencePlan(Plan):
         """Every tensor of the row that changes, and its new value."""
         step = self._step
         group = step.groups[row.group]
-        dtype = opmath(row.param.dtype)
+        dtype = state_dtype(row.param)
         grad = grad.to(dtype) * self.grad_mult.to(grad.device, dtype)
         most = step.options.max_grad_value
         if most is not None:
@@ -146,19 +133,14 @@ class ReferencePlan(Plan):
             unwritten = row.dense == row.master.to(row.dense.dtype)
             p = torch.where(unwritten, row.master, p)
         states = [state.clone() for state in row.states]
-        counted = None if row.step is None else row.step + 1
-        number = 0 if counted is None else int(counted.item())
-        p = self.rule.reference(p, grad, states, group, number)
+        count = 0 if row.step is None else int((row.step + 1).item())
+        p = self.rule.reference(p, grad, states, group, count)
         new = [(row.dense, p.to(row.dense.dtype)), *zip(row.states, states, strict=True)]
         if row.master is not None:
             new.append((row.master, p))
-        if row.step is not None and counted is not None:
-            new.append((row.step, counted))
+        if row.step is not None:
+            new.append((row.step, row.step + 1))
         return new
-
-
-def opmath(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def vector_norm(x: Tensor, norm_type: float) -> Tensor:
@@ -178,13 +160,4 @@ class ReferenceBackend:
     """Plain torch operations, for any device and floating-point dtype."""
 
     name = "reference"
-
-    def plan(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> Plan:
-        return ReferencePlan(rule, rows, layout)
-
-
-def _inverse_scale(step: StepInputs) -> Tensor:
-    """1 / grad_scale as fp32, the reciprocal taken in fp64 as GradScaler does."""
-    if step.grad_scale is None:
-        return torch.ones((), dtype=torch.float32, device=step.scalars.device)
-    return step.grad_scale.reshape(()).double().reciprocal().float()
+    plan = ReferencePlan

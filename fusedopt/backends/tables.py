@@ -14,20 +14,16 @@ from ..plan.plan import Layout, Look, Plan, Row, StepInputs
 from ..rules.declaration import DEVICE_NUMBERS, OPTIONS_BYTES, Group, Rule
 from . import modules
 from .records import (
-    AWAITS_STATE,
     CODECS,
     DEVICE_NUMBER,
-    FROZEN,
     GRAD,
     MEASURED,
     NORM_IS_TWO,
-    READY,
     SKIP_NONFINITE,
-    STAGED,
     STEP,
     address,
 )
-from .watch import PythonWatch
+from .watch import PythonWatch, row_kind
 
 
 class TablePlan(Plan):
@@ -89,16 +85,8 @@ class TablePlan(Plan):
     def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         native, _ = modules.load("_cpu")
         watch: Any = PythonWatch if native is None else native.Watch
-        self._watch = watch(groups, state, [self._kind(row) for row in self.rows])
+        self._watch = watch(groups, state, [row_kind(row) for row in self.rows])
         self._params = [row.param for row in self.rows]
-
-    @staticmethod
-    def _kind(row: Row) -> int:
-        if not row.served:
-            return FROZEN
-        if row.awaits_state:
-            return AWAITS_STATE
-        return STAGED if row.staged else READY
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
         look: Look | None = self._watch.refresh(groups, state, self._grads_address)

@@ -1,7 +1,7 @@
 """What a plan was built for, compared before every step with what is there now.
 
-``PythonWatch`` serves an installation without the native module. It gives the answers and the bytes
-of ``Watch`` in csrc/watch/watch.h, only slower.
+``PythonWatch`` serves the reference backend and installations without the native module. It gives
+the answers and the bytes of ``Watch`` in csrc/watch/watch.h, only slower.
 """
 
 from __future__ import annotations
@@ -9,21 +9,29 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterator, Sequence
-from itertools import chain, compress
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..plan.memory import strides
-from ..plan.plan import Look
+from ..plan.plan import Look, Row
 from ..rules.declaration import Group
-from .records import AWAITS_STATE, CODECS, FROZEN, GRAD, STAGED
+from .records import AWAITS_STATE, CODECS, FROZEN, GRAD, READY, STAGED
 
 # Address, dtype, device, shape and strides.
 Place = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may keep its values elsewhere
+
+
+def row_kind(row: Row) -> int:
+    if not row.served:
+        return FROZEN
+    if row.awaits_state:
+        return AWAITS_STATE
+    return STAGED if row.staged else READY
 
 
 def _place(value: object) -> Place | None:
@@ -49,53 +57,42 @@ def _param_lists(groups: object) -> Iterator[Sequence[Any]]:
         yield params
 
 
-class Snapshot:
+class PythonWatch:
     """The optimizer's lists and dicts by identity, in order; tensors by their place as well, since
     ``t.data = other`` keeps the object and changes the memory. Keeps no state alive.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        state: ``optimizer.state``.
+        kinds: one RowKind a row, rows being the params of all groups in order.
 
     Raises:
         RuntimeError: these are no optimizer's groups and state, or a param has no address.
     """
 
-    def __init__(
-        self, groups: list[Group], state: dict[Tensor, Any], served: Sequence[bool]
-    ) -> None:
+    def __init__(self, groups: list[Group], state: dict[Tensor, Any], kinds: Sequence[int]) -> None:
         if not isinstance(state, dict):
             raise RuntimeError("state must be a dict")
-        self.params: list[Tensor] = list(chain(*_param_lists(groups)))
-        if len(self.params) != len(served):
-            count = "fewer" if len(served) < len(self.params) else "more"
+        self._kinds = kinds
+        self._params, self._places, self._contents, items = self._walk(groups, state)
+        if len(self._params) != len(kinds):
+            count = "fewer" if len(kinds) < len(self._params) else "more"
             raise RuntimeError(f"{count} row kinds than params")
-        self._served = served
-        self.places = [
-            _place(param) if own else None for param, own in zip(self.params, served, strict=True)
-        ]
-        for row, place in enumerate(self.places):
-            if served[row] and place is None:
+        for row, kind in enumerate(kinds):
+            if kind != FROZEN and self._places[row] is None:
                 raise RuntimeError(f"param {row} in all is not a strided tensor")
-        self._contents, items = self._look(groups, state)
         # A tensor may be made where another one was freed, and then has the id of that one.
         self._items = [weakref.ref(item) for item in items]
 
-    def current_items(self, groups: list[Group], state: dict[Tensor, Any]) -> list[Tensor] | None:
-        """The tensors in the dicts of state; ``None`` unless all is as it was."""
-        try:
-            contents, items = self._look(groups, state)
-        except Exception:  # of any kind: these are no groups any more
-            return None
-        if contents != self._contents:
-            return None
-        same = all(ref() is item for ref, item in zip(self._items, items, strict=True))
-        return items if same else None
-
-    def _look(
+    def _walk(
         self, groups: list[Group], state: dict[Tensor, Any]
-    ) -> tuple[list[Any], list[Tensor]]:
-        """All that is compared, and the tensors in the dicts of state."""
+    ) -> tuple[list[Tensor], list[Place | None], list[Any], list[Tensor]]:
+        """Params, their places, all else that is compared, and the tensors in dicts of state."""
         lists = list(_param_lists(groups))
-        params = list(chain(*lists))
+        params: list[Tensor] = list(chain(*lists))
+        rows = zip(params, self._kinds, strict=False)
+        places = [None if kind == FROZEN else _place(param) for param, kind in rows]
         contents: list[Any] = [id(state), list(map(len, lists)), *map(id, params)]
-        contents += map(_place, compress(params, self._served))
         items: list[Tensor] = []
         for key, own in state.items():
             entries = own if isinstance(own, dict) else {}
@@ -105,38 +102,29 @@ class Snapshot:
                 contents += [id(name), id(value), place]
                 if place is not None:
                     items.append(value)
-        return contents, items
-
-
-class PythonWatch(Snapshot):
-    """See ``Watch`` in csrc/watch/watch.h.
-
-    Args:
-        groups: ``optimizer.param_groups``.
-        state: ``optimizer.state``.
-        kinds: one RowKind a row, rows being the params of all groups in order.
-    """
-
-    def __init__(self, groups: list[Group], state: dict[Tensor, Any], kinds: Sequence[int]) -> None:
-        super().__init__(groups, state, [kind != FROZEN for kind in kinds])
-        self._kinds = kinds
+        return params, places, contents, items
 
     def refresh(self, groups: list[Group], state: dict[Tensor, Any], address: int) -> Look | None:
-        """Fill in the Grad records at ``address``, those of odd rows as absent.
+        """Fill in the Grad records at ``address``, if it is not 0; those of odd rows as absent.
 
         Returns:
             Rows whose gradient the kernels cannot read as it lies, rows that have none, and what
             the step has to hold; ``None`` when the plan no longer describes the optimizer.
         """
-        items = self.current_items(groups, state)
-        if items is None:
+        try:
+            _, places, contents, items = self._walk(groups, state)
+        except Exception:  # of any kind: these are no groups any more
+            return None
+        if contents != self._contents or places != self._places:
+            return None
+        if any(ref() is not item for ref, item in zip(self._items, items, strict=True)):
             return None
         grads: list[Any] = []
         odd: list[int] = []
         absent: list[int] = []
         records = bytearray()
-        for row, (param, kind) in enumerate(zip(self.params, self._kinds, strict=True)):
-            if kind != STAGED and _is_negated(param, self.places[row]):
+        for row, (param, kind) in enumerate(zip(self._params, self._kinds, strict=True)):
+            if kind != STAGED and _is_negated(param, places[row]):
                 return None
             try:
                 grad = param.grad
@@ -149,14 +137,15 @@ class PythonWatch(Snapshot):
                 (absent if grad is None else odd).append(row)
             grads.append(grad)
             records += GRAD.pack(*(record or (0, 0, 0)))
-        ctypes.memmove(address, bytes(records), len(records))
+        if address != 0:
+            ctypes.memmove(address, bytes(records), len(records))
         return odd, absent, grads + items
 
     def _read(self, row: int, grad: Any) -> tuple[int, int, int] | None:
         """The fields of the row's record; ``None`` if the kernels cannot read the gradient."""
         if type(grad) not in _PLAIN or self._kinds[row] == STAGED:
             return None
-        place, like = _place(grad), self.places[row]
+        place, like = _place(grad), self._places[row]
         if place is None or like is None or place[2:] != like[2:] or place[1] not in CODECS:
             return None
         zeros_without_memory = place[0] == 0 and like[0] != 0
