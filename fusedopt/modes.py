@@ -20,16 +20,9 @@ from torch._C import (
     _get_tracing_state,
     _len_torch_dispatch_stack,
 )
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-)
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import (
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-)
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 _PRE_DISPATCH = DispatchKey.PreDispatch  # an enumeration's look-up takes as long as the question
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,9 +43,8 @@ def marked_untraced(function: F) -> F:
     marked: Any = function
     marked._torchdynamo_disable = True
     marked._torchdynamo_disable_msg = NOT_TRACED
-    set_code_exec_strategy(
-        marked.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    )
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)  # it, and what it calls
+    set_code_exec_strategy(marked.__code__, skip)
     return function
 
 

@@ -40,15 +40,11 @@ def load(name: str) -> tuple[Any, str | None]:
     except ImportError as error:
         module, reason = None, str(error)
     if reason is not None:
-        return None, not_built(name) or reason
+        # First what setup.py wrote down, then what the folder shows.
+        return None, installation.recorded_reason(name) or installation.obstacle(name) or reason
     if name == "_cuda":
         check_mirrors(module)
     return module, None
-
-
-def not_built(name: str) -> str | None:
-    """Why there is no such module: what setup.py wrote down, or what the folder shows."""
-    return installation.recorded_reason(name) or installation.obstacle(name)
 
 
 def check_mirrors(module: Any) -> None:

@@ -59,10 +59,8 @@ def prepare(argument: str | None, params: Sequence[Tensor]) -> None:
         ValueError: ``FUSEDOPT_BACKEND`` names no backend.
     """
     name = requested_backend(argument)
-    on_gpu = any(p.device.type == "cuda" for p in params)
-    candidates = _by_speed(on_gpu) if name == "auto" else [name]
-    usable = (each for each in candidates if each == REFERENCE or _missing(each) is None)
-    for module in ("watch", REFERENCE, next(usable, REFERENCE)):
+    candidates = _by_speed(params) if name == "auto" else [name, REFERENCE]
+    for module in (REFERENCE, next(each for each in candidates if _missing(each) is None)):
         _module(module)
 
 
@@ -90,9 +88,8 @@ def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
 
 def _best(params: Sequence[Tensor]) -> str:
     """The fastest that can serve; announces one that is slower than was to be expected."""
-    on_gpu = any(p.device.type == "cuda" for p in params)  # ROCm's devices have this name, too
-    names = _by_speed(on_gpu)
-    obstacle = _unfit(names[0], "cuda" if on_gpu else "cpu", params)
+    names = _by_speed(params)
+    obstacle = _unfit(names[0], "cpu" if names[0] == "cpu" else "cuda", params)
     if obstacle is not None:
         _announce(obstacle, REFERENCE)
         return REFERENCE
@@ -100,29 +97,30 @@ def _best(params: Sequence[Tensor]) -> str:
     for name in names:
         obstacle = _missing(name)
         if obstacle is None:
-            if obstacles:
-                _announce(obstacles[0], name, _remedy(names[0]))
-            return name
+            break
         obstacles.append(obstacle)
-    problem = _module("cuda").driver_problem() if "cuda" in names else None
-    if problem is not None:
-        raise RuntimeError(
-            f"the CUDA backend is installed and cannot use this GPU: {problem}; {UPDATE_DRIVER}, "
-            f"or use `backend='reference'` (plain torch operations); {obstacles[-1]}"
-        )
-    _announce(" and ".join(obstacles), REFERENCE, _remedy(names[0]))
-    return REFERENCE
+    if name == REFERENCE and "cuda" in names:
+        problem = _module("cuda").driver_problem()
+        if problem is not None:
+            raise RuntimeError(
+                f"the CUDA backend is installed and cannot use this GPU: {problem}; "
+                f"{UPDATE_DRIVER}, or use `backend='reference'` (plain torch operations); "
+                f"{obstacles[-1]}"
+            )
+    if obstacles:
+        _announce(" and ".join(obstacles), name, _remedy(names[0]))
+    return name
 
 
-def _by_speed(on_gpu: bool) -> list[str]:
-    if not on_gpu:
-        return ["cpu"]
-    return ["cuda", "triton"] if torch.version.hip is None else ["triton"]
+def _by_speed(params: Sequence[Tensor]) -> list[str]:
+    if not any(p.device.type == "cuda" for p in params):  # ROCm's devices have this name, too
+        return ["cpu", REFERENCE]
+    return ["cuda", "triton", REFERENCE] if torch.version.hip is None else ["triton", REFERENCE]
 
 
 def _missing(name: str) -> str | None:
     """Why the backend can serve no parameters here, whatever they are."""
-    reason: str | None = _module(name).unavailable_reason()
+    reason: str | None = None if name == REFERENCE else _module(name).unavailable_reason()
     return None if reason is None else f"the {TITLES[name]} backend is not available ({reason})"
 
 
@@ -131,15 +129,16 @@ def _remedy(name: str) -> str:
     reason: str = _module(name).unavailable_reason()
     if name == "triton" or any(words in reason for words in ("reinstall", "; use ", "Windows")):
         return ""
-    compiler = "a C++ compiler" if name == "cpu" else "nvcc"
-    remedy = f"reinstall fusedopt with {compiler} on PATH"
     if installation.obstacle(f"_{name}") is not None:
         remedy = installation.remedy()
     elif name == "cuda" and _module("cuda").driver_problem() is not None:
         remedy = UPDATE_DRIVER
     elif "=0 was set" in reason:
         remedy = f"reinstall fusedopt without {reason.split()[0]}"
-    elif "no C" not in reason:  # there was a compiler
+    elif "no C" in reason:
+        compiler = "a C++ compiler" if name == "cpu" else "nvcc"
+        remedy = f"reinstall fusedopt with {compiler} on PATH"
+    else:
         remedy = "put that right and reinstall fusedopt"
     return f" For the {TITLES[name]} backend {remedy}."
 
@@ -184,8 +183,8 @@ def report() -> dict[str, dict[str, Any]]:
     told = {}
     for name in TITLES:
         reason = _module(name).unavailable_reason()
-        available = {"available": reason is None, "reason": reason or ""}
-        told[name] = {**available, **_module(name).details()}
+        facts = {"available": reason is None, "reason": reason or ""}
+        told[name] = facts | _module(name).details()
         if name == "cpu" and reason is not None:
             told[name]["remedy"] = _remedy(name).strip()
     told[REFERENCE] = {"available": True, "reason": "", "note": "plain torch operations; slow"}

@@ -139,8 +139,8 @@ class Rule:
 
         The function that it returns raises ``TypeError`` where a pair is none, and ``KeyError``.
         """
-        common = ("lr", "weight_decay", "decoupled_weight_decay", "maximize")
-        values_of = itemgetter(*(*common, *self.number_keys[2:], *self.flags))
+        numbers, flags = self.number_keys, self.flag_keys  # the common ones of both come first
+        values_of = itemgetter(*numbers[:2], *flags[:2], *numbers[2:], *flags[2:])
         pairs = [4 + i for i, each in enumerate(self.numbers) if not isinstance(each, str)]
         pairs.reverse()  # so that the places of those that are left stay as they are
 
