@@ -62,10 +62,8 @@ def hidden() -> Path | None:
     """The folder of another fusedopt, which Python would find if it did not find this one."""
     others = [entry for entry in sys.path if Path(entry).resolve() != PACKAGE.parent.resolve()]
     for finder in sys.meta_path:
-        if finder is PathFinder:
-            spec = PathFinder.find_spec(__package__, others)
-        else:  # say, the finder of an editable installation
-            spec = getattr(finder, "find_spec", lambda *_: None)(__package__, None)
+        path = others if finder is PathFinder else None  # an editable installation's needs none
+        spec = getattr(finder, "find_spec", lambda *_: None)(__package__, path)
         if spec is not None and spec.origin:
             folder = Path(spec.origin).parent
             if folder.resolve() != PACKAGE.resolve():

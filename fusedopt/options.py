@@ -48,8 +48,6 @@ _ALLOWED: dict[str, Callable[[float], bool]] = {
     "norm_type": lambda value: value in (2.0, math.inf),
     "max_grad_value": lambda value: value > 0.0,
 }
-# What a value raises that cannot be converted; a RuntimeError is torch's.
-_NOT_CONVERTED = (TypeError, ValueError, OverflowError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _converted(name: str, value: Any, remedy: str) -> float | bool | str:
         raise invalid(name, value, remedy)
     try:
         converted = number(value) if name in _ALLOWED else flag(value)
-    except _NOT_CONVERTED as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last is torch's
         raise invalid(name, value, remedy) from error
     if name in _ALLOWED and not _ALLOWED[name](converted):
         raise invalid(name, converted, remedy)

@@ -38,7 +38,7 @@ def load(name: str) -> tuple[Any, str | None]:
             check_mirrors(module)
             reason = _set_up(module)
     except ImportError as error:
-        module, reason = None, str(error)
+        reason = str(error)
     if reason is not None:
         # First what setup.py wrote down, then what the folder shows.
         return None, installation.recorded_reason(name) or installation.obstacle(name) or reason

@@ -149,9 +149,8 @@ class PythonWatch:
         if place is None or like is None or place[2:] != like[2:] or place[1] not in CODECS:
             return None
         zeros_without_memory = place[0] == 0 and like[0] != 0
-        if zeros_without_memory or _is_negated(grad, place):
-            return None
-        return place[0], CODECS[place[1]], 1
+        unreadable = zeros_without_memory or _is_negated(grad, place)
+        return None if unreadable else (place[0], CODECS[place[1]], 1)
 
 
 def _is_negated(tensor: Tensor, place: Place | None) -> bool:
