@@ -90,31 +90,27 @@ def collect() -> dict[str, Any]:
     }
 
 
-def warnings_in(report: dict[str, Any]) -> list[str]:
-    found = []
+def problems(report: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """What to warn of, and whether something is broken.
+
+    A module that the build left out, and says why, is not.
+    """
     cpu = report["backends"]["cpu"]
     if not cpu["available"]:
-        found.append(f"the CPU backend is not available ({cpu['reason']}). {cpu['remedy']}".strip())
+        text = f"the CPU backend is not available ({cpu['reason']}). {cpu['remedy']}"
+        yield text.strip(), installation.recorded_reason("_cpu") is None
     for name in installation.stale():
-        found.append(f"{name} is older than the sources in csrc/; {installation.remedy()}")
+        yield f"{name} is older than the sources in csrc/; {installation.remedy()}", False
     if len(report["openmp_libraries"] or []) > 1:
-        found.append(
+        text = (
             "several OpenMP runtimes are loaded; where the threads of two are at work, both are "
             "several times slower: leave out what brings another than torch's, or give it one "
             "thread (scikit-learn: threadpoolctl)"
         )
+        yield text, False
     for device, facts in report["devices"].items():
         if facts["self_test"] != "ok":
-            found.append(f"the self-test failed on {device}: {facts['self_test']}")
-    return found
-
-
-def failed(report: dict[str, Any]) -> bool:
-    """Whether something is broken. A module that the build left out, and says why, is not."""
-    missing = not report["backends"]["cpu"]["available"]
-    cpu_is_broken = missing and installation.recorded_reason("_cpu") is None
-    wrong = any(facts["self_test"] != "ok" for facts in report["devices"].values())
-    return cpu_is_broken or wrong
+            yield f"the self-test failed on {device}: {facts['self_test']}", True
 
 
 def _rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -148,7 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
     report = collect()
-    report["warnings"] = warnings_in(report)
+    found = list(problems(report))
+    report["warnings"] = [text for text, _ in found]
     if options.json:
         print(json.dumps(report, indent=2))
     else:
@@ -158,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name:<{width}}  {text}")
         for warning in report["warnings"]:
             print(f"warning: {warning}", file=sys.stderr)
-    return 1 if failed(report) else 0
+    return 1 if any(is_broken for _, is_broken in found) else 0
 
 
 if __name__ == "__main__":

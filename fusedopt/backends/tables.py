@@ -85,7 +85,7 @@ class TablePlan(Plan):
     def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         native, _ = modules.load("_cpu")
         watch: Any = PythonWatch if native is None else native.Watch
-        self._watch = watch(groups, state, [row_kind(row) for row in self.rows])
+        self._watch = watch(groups, state, list(map(row_kind, self.rows)))
         self._params = [row.param for row in self.rows]
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:

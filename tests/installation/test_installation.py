@@ -138,8 +138,9 @@ def test_a_module_older_than_its_sources(tree: Path, monkeypatch: pytest.MonkeyP
     os.utime(source, (3000, 3000))
     assert installation.stale() == [module.name]
     report = {"backends": {"cpu": {"available": True}}, "openmp_libraries": [], "devices": {}}
-    (warning,) = __main__.warnings_in(report)
+    ((warning, is_broken),) = __main__.problems(report)
     assert f"{module.name} is older than the sources in csrc/; `pip install -e " in warning
+    assert not is_broken
 
 
 def test_nothing_is_hidden_by_an_installed_package() -> None:
