@@ -45,7 +45,9 @@ class ReferencePlan(Plan):
 
     def __init__(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         super().__init__(rule, rows, layout)
+        # Of the rows that have a gradient; reduce leaves them for finalize.
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
 
     def _write_rows(self) -> None:
         """There are no tables."""
@@ -70,7 +72,7 @@ class ReferencePlan(Plan):
         self._step = step
         one = torch.ones((), dtype=torch.float32, device=step.scalars.device)
         scale = one if step.grad_scale is None else step.grad_scale.detach().reshape(())
-        self._inv_scale = scale.double().reciprocal().float()  # as GradScaler does
+        self._inv_scale = scale.double().reciprocal().float()  # fp64, as GradScaler does
 
     @torch.no_grad()
     def reduce(self) -> None:
