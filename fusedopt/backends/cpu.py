@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..plan.plan import Layout, Row, StepInputs
+from ..plan.plan import Layout, Plan, Row, StepInputs
 from ..rules.declaration import Rule
 from . import modules
 from .records import ROW, WORDS, address, chunk_table, pack_rows
@@ -86,4 +86,6 @@ class CpuBackend:
     """Kernels of ``csrc/cpu``."""
 
     name = "cpu"
-    plan = CpuPlan
+
+    def plan(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> Plan:
+        return CpuPlan(rule, rows, layout)

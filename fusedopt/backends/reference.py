@@ -162,4 +162,6 @@ class ReferenceBackend:
     """Plain torch operations, for any device and floating-point dtype."""
 
     name = "reference"
-    plan = ReferencePlan
+
+    def plan(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> Plan:
+        return ReferencePlan(rule, rows, layout)
