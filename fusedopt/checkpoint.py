@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .options import literal
+from .plan.checks import check_param, is_served
 from .plan.memory import unfilled_state
-from .plan.plan import copy_all, is_served
-from .plan.rows import check_param, label_of
+from .plan.plan import copy_all
+from .plan.rows import label_of
 from .plan.state import (
     MASTER,
     STEP,

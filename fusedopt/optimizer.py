@@ -19,6 +19,7 @@ from . import checkpoint
 from .backends.registry import choose, prepare
 from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options
+from .plan.checks import check_param, is_served, served_params
 from .plan.groups import (
     check_containers,
     check_group,
@@ -36,10 +37,8 @@ from .plan.plan import (
     SKIPPED_STEPS,
     Plan,
     StepInputs,
-    is_served,
-    served_params,
 )
-from .plan.rows import check_param, checked_rows, complete_rows, label_of
+from .plan.rows import checked_rows, complete_rows, label_of
 from .rules.declaration import Group, Rule
 from .scaler.attributes import AmpAttributes, ours
 from .shared import Shared

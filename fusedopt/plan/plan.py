@@ -10,36 +10,25 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..options import Options
 from ..rules.declaration import Group, Rule
+from .checks import DTYPES, check_grad, is_fsdp1_shard, is_of_inference, is_served
 
 # Fields of StepScalars (csrc/records.h), eight fp32 values on the device.
 GRAD_NORM, CLIP_COEF, GRAD_MULT, INV_SCALE, FOUND_INF, SKIP, SKIPPED_STEPS = range(7)
 N_STEP_SCALARS = 8
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of their codecs
+KERNEL_DTYPES = tuple(dtype for dtype in DTYPES if dtype.itemsize <= 4)  # in order of their codecs
 HALF_DTYPES = tuple(dtype for dtype in KERNEL_DTYPES if dtype.itemsize == 2)
-GRAD_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 Layout = list[tuple[str, ...]]  # names of the states that a parameter of each group has
-
-
-def is_served(param: Tensor) -> bool:
-    """Whether a step may have to do with ``param``: frozen parameters without gradient are left
-    alone, whatever they are."""
-    return param.requires_grad or param.grad is not None
-
-
-def served_params(groups: list[Group]) -> Iterator[Tensor]:
-    return (param for group in groups for param in group["params"] if is_served(param))
 
 
 class Row:
@@ -320,52 +309,3 @@ class Plan(ABC):
 def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """All or none: the loop is C's, in which no signal's handler runs."""
     deque(map(Tensor.copy_, targets, values), maxlen=0)
-
-
-def is_of_inference(tensor: Tensor) -> bool:
-    """Whether it may be written to in inference mode alone.
-
-    ``is_inference()`` says something else once ``tensor.data`` has been assigned.
-    """
-    try:
-        return tensor._version < 0
-    except RuntimeError:
-        return True
-
-
-def is_fsdp1_shard(param: Tensor) -> bool:
-    return bool(getattr(param, "_fsdp_flattened", False))
-
-
-def check_grad(label: str, param: Tensor, grad: Tensor) -> None:
-    """Raise ``RuntimeError`` unless ``grad`` is a gradient that a step on ``param`` can use."""
-    wrapper: object = grad  # mypy takes the guard below for impossible
-    if is_traceable_wrapper_subclass(wrapper):
-        raise RuntimeError(
-            f"{label}: gradients of type {type(wrapper).__name__} are not supported, their memory "
-            "is not their values; assign a plain tensor, or none: `param.grad = None`"
-        )
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"{label}: fusedopt does not support sparse gradients (layout {grad.layout}); "
-            "create the module with sparse=False, or `param.grad = param.grad.to_dense()`"
-        )
-    freed = grad.untyped_storage().nbytes() == 0 and not grad._is_zerotensor()
-    if grad.numel() > 0 and freed and grad.device.type != "meta":
-        raise RuntimeError(
-            f"{label}: the gradient's storage was resized to nothing; set `param.grad = None`, or "
-            "run backward() again"
-        )
-    if grad.dtype not in GRAD_DTYPES or (
-        grad.dtype == torch.float64 and param.dtype != torch.float64
-    ):
-        raise RuntimeError(
-            f"{label}: gradient dtype {grad.dtype} does not go with parameter dtype {param.dtype}; "
-            "convert it: `param.grad = param.grad.to(param.dtype)`"
-        )
-    if grad.shape != param.shape or grad.device != param.device:
-        raise RuntimeError(
-            f"{label}: gradient has shape {tuple(grad.shape)} on {grad.device}, parameter has "
-            f"{tuple(param.shape)} on {param.device}; clear it after replacing the parameter's "
-            "data: `param.grad = None`"
-        )

@@ -1,4 +1,4 @@
-"""From parameters to plan rows: what is refused, and in which words."""
+"""From parameters to plan rows: which are refused, and whose state is missing."""
 
 from __future__ import annotations
 
@@ -9,58 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..rules.declaration import Group
+from .checks import check_grad, check_memory, check_param, is_of_inference
 from .groups import is_plain_dict
-from .memory import extent, is_dense, overlaps_itself
-from .plan import GRAD_DTYPES, Row, check_grad, is_of_inference
-from .state import (
-    MASTER,
-    STEP,
-    ParamState,
-    check_state,
-    complete_all,
-    dense_like,
-    is_complete,
-    is_readable,
-)
-
-PARAM_DTYPES = GRAD_DTYPES
-
-
-def check_param(label: str, param: Tensor) -> None:
-    """Raise ``TypeError`` for a parameter no backend can update."""
-    wrapper: object = param  # mypy takes the guard below for impossible
-    if param.is_nested:
-        raise TypeError(
-            f"{label}: nested parameters are not supported; pad it: `param = torch.nn.Parameter("
-            "torch.nested.to_padded_tensor(param.detach(), 0.0))`"
-        )
-    if is_traceable_wrapper_subclass(wrapper):
-        raise TypeError(
-            f"{label}: {type(wrapper).__name__} is not supported, its memory is not its values; "
-            "freeze it (`param.requires_grad_(False).grad = None`), or give it to another "
-            "optimizer (`optimizer = torch.optim.AdamW([param])`)"
-        )
-    if param.layout != torch.strided:
-        raise TypeError(
-            f"{label}: sparse parameters (layout {param.layout}) are not supported; "
-            "use a dense one: `param = torch.nn.Parameter(param.detach().to_dense())`"
-        )
-    if param.is_complex():
-        raise TypeError(
-            f"{label}: complex parameters ({param.dtype}) are not supported; "
-            "keep it as real numbers, `param = torch.nn.Parameter(torch.view_as_real("
-            "param.detach()))`, and use torch.view_as_complex(param) in forward()"
-        )
-    if param.dtype not in PARAM_DTYPES:
-        raise TypeError(
-            f"{label}: parameter dtype {param.dtype} is not supported; use float32, float16, "
-            "bfloat16 or float64: `param.data = param.data.float()`"
-        )
+from .memory import extent, is_dense
+from .plan import Row
+from .state import MASTER, STEP, ParamState, check_state, complete_all, dense_like, is_complete
 
 
 def label_of(
@@ -101,7 +56,6 @@ def checked_rows(
     inference = torch.is_inference_mode_enabled()
     for row in served:
         own = state.get(row.param, {})
-        _check_dict(row.label, own)
         _check_row(row, own, names[row.group])
         if row.param.grad is not None and not inference:
             _check_writable(row, own, names[row.group])
@@ -132,69 +86,40 @@ def complete_rows(
     served = [row for row in rows if row.served]
     due = []
     for row in served:
-        wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
+        row.dense = dense_like(row.param)
         own = state.get(row.param, {})
-        if wanted and not is_complete(row.param, own, names[row.group], master_weights):
-            due.append((row.param, own, names[row.group]))
-    new = complete_all(due, master_weights)
+        if not is_complete(row, own, names[row.group], master_weights):
+            wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
+            row.awaits_state = not wanted
+            if wanted:
+                due.append(row)
+    new = complete_all(due, state, names, master_weights)
     state.update(new)
     for row in served:
-        if not is_readable(row.param):
-            row.dense = dense_like(row.param)
-        own = state.get(row.param, {})
-        if is_complete(row.param, own, names[row.group], master_weights):
+        if not row.awaits_state:
+            own = state.get(row.param, {})
             states = [own[name] for name in names[row.group]]
             row.set_state(states, own.get(MASTER), own[STEP] if states else None)
-        else:
-            row.awaits_state = True
     return new
 
 
-def _check_dict(label: str, own: ParamState) -> None:
+def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
+    param, anew = row.param, "del optimizer.state[param]"
     if not is_plain_dict(own):
-        anew = "del optimizer.state[param]"
         convert = "optimizer.state[param] = dict(optimizer.state[param])"
         raise RuntimeError(
-            f"{label}: its state is a {type(own).__name__}, not a dict with a dict's own access; "
-            f"use `{convert if isinstance(own, Mapping) else anew}`"
+            f"{row.label}: its state is a {type(own).__name__}, not a dict with a dict's own "
+            f"access; use `{convert if isinstance(own, Mapping) else anew}`"
         )
-
-
-def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
-    param = row.param
     try:
         check_param(row.label, param)
     except TypeError as error:  # p.data was replaced after construction
         raise RuntimeError(str(error)) from error
-    if is_lazy(param):
-        raise RuntimeError(
-            f"{row.label} is not initialized; run a forward pass through the lazy module first: "
-            "`model(inputs)`"
-        )
-    if isinstance(param, FakeTensor):
-        raise RuntimeError(
-            f"{row.label} is a FakeTensor, which has no memory; make model and optimizer outside "
-            "of the FakeTensorMode"
-        )
-    if param.device.type == "meta":
-        raise RuntimeError(
-            f"{row.label} is on the meta device; materialize the model before you make the "
-            "optimizer: `model.to_empty(device='cpu')`, and load its weights"
-        )
-    if param.numel() > 0 and param.data_ptr() == 0:
-        raise RuntimeError(
-            f"{row.label} has no memory (a zero tensor without storage, or a storage that was "
-            "resized to nothing); give it values before step(): `param.data = values`"
-        )
-    if overlaps_itself(param):
-        raise RuntimeError(
-            f"{row.label}: elements share memory (shape {tuple(param.shape)}, strides "
-            f"{param.stride()}); give it memory of its own: `param.data = param.detach().clone()`"
-        )
+    check_memory(row.label, param)
     if param.grad is not None:
         check_grad(row.label, param, param.grad)
     try:
-        check_state(row.label, param, own, names, "del optimizer.state[param]")
+        check_state(row.label, param, own, names, anew)
     except (KeyError, TypeError, ValueError) as error:  # optimizer.state was edited
         raise RuntimeError(error.args[0]) from error
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 from ..options import number
 from ..rules.declaration import NOT_BESIDE, OF_SOME_RULE, STARTS_LATER, UNCOUNTED
 from .memory import is_dense, state_dtype, strides, unfilled_state
-from .plan import HALF_DTYPES
+from .plan import HALF_DTYPES, Row
 
 MASTER = "master_param"
 STEP = "step"
@@ -27,17 +27,14 @@ STEP = "step"
 ParamState = dict[str, Any]
 
 
-def is_readable(param: Tensor) -> bool:
-    """Whether the kernels can take ``param`` as it lies: no gaps, and not a lazily negated view."""
-    return is_dense(param) and not param.is_neg()
-
-
 def dense_like(param: Tensor) -> Tensor:
-    """``param`` itself when the kernels can read it, else a dense tensor of its shape."""
-    flat = param.detach()
-    if is_readable(flat):
-        return flat
-    return torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
+    """``param`` itself when the kernels can take it as it lies, else a dense tensor of its shape.
+
+    They cannot where there are gaps, nor where it is a lazily negated view.
+    """
+    if is_dense(param) and not param.is_neg():
+        return param
+    return torch.empty(param.shape, dtype=param.dtype, device=param.device)
 
 
 def wanted_names(
@@ -49,16 +46,15 @@ def wanted_names(
 
 
 def is_complete(
-    param: Tensor, state: ParamState, names: Sequence[str], master_weights: bool | None
+    row: Row, state: ParamState, names: Sequence[str], master_weights: bool | None
 ) -> bool:
     """Whether ``state`` can be used by the kernels as it is."""
-    wanted = wanted_names(param, names, master_weights)
+    wanted = wanted_names(row.param, names, master_weights)
     if MASTER in state and MASTER not in wanted:
         return False
-    if names and not is_step(state.get(STEP), param):
+    if names and not is_step(state.get(STEP), row.param):
         return False
-    like = dense_like(param)
-    return all(fits(state.get(name), like) for name in wanted)
+    return all(fits(state.get(name), row.dense) for name in wanted)
 
 
 def fits(value: object, like: Tensor) -> bool:
@@ -92,9 +88,9 @@ def as_ours(state: ParamState, names: Sequence[str]) -> ParamState:
 
     torch's SGD keeps no count: its buffer says that the first step is past.
     """
-    known = {*names, MASTER, STEP, UNCOUNTED}
+    known = {*names, MASTER, STEP, *UNCOUNTED}
     own = {name: value for name, value in state.items() if value is not None or name not in known}
-    if UNCOUNTED in own:
+    if not UNCOUNTED.isdisjoint(own):
         own.setdefault(STEP, 1)
     return own
 
@@ -157,7 +153,9 @@ def _tells(name: str, value: object, names: Sequence[str]) -> bool:
     """Whether it is a state, of this rule or of another, and no note of somebody's."""
     if name in (*names, STEP) or name in OF_SOME_RULE:
         return True
-    notes = UNCOUNTED in names or name == MASTER  # torch makes that one beside anything
+    notes = (
+        not UNCOUNTED.isdisjoint(names) or name == MASTER
+    )  # torch makes that one beside anything
     return not notes and any(isinstance(leaf, Tensor) for leaf in tree_iter(value))
 
 
@@ -196,39 +194,37 @@ def _is_count(value: Any) -> bool:
 
 
 def complete_all(
-    incomplete: Sequence[tuple[Tensor, ParamState, Sequence[str]]], master_weights: bool | None
+    rows: Sequence[Row],
+    state: dict[Tensor, ParamState],
+    names: Sequence[tuple[str, ...]],
+    master_weights: bool | None,
 ) -> dict[Tensor, ParamState]:
-    """Copies of states with what is missing, and with what does not fit converted.
+    """Copies of the rows' states with what is missing, and with what does not fit converted.
 
     A new master starts as its parameter, a new moment as zero. An existing value keeps its numbers
     in the right dtype, device and layout. All memory is allocated before any of it is filled.
 
     Args:
-        incomplete: parameters with their state and the names of the states that the rule wants.
+        names: of the states that the rule wants, for each group.
         master_weights: as given by the user.
     """
-    complete = {param: as_ours(state, names) for param, state, names in incomplete}
-    missing: list[tuple[ParamState, str, Tensor]] = []
-    likes: list[Tensor] = []
-    for param, _, names in incomplete:
-        own, like = complete[param], dense_like(param)
-        wanted = wanted_names(param, names, master_weights)
+    complete = {row.param: as_ours(state.get(row.param, {}), names[row.group]) for row in rows}
+    missing: list[tuple[ParamState, str, Row]] = []
+    for row in rows:
+        own, wanted = complete[row.param], wanted_names(row.param, names[row.group], master_weights)
         if MASTER not in wanted:
             own.pop(MASTER, None)  # of a time when the parameter was half: stale by now
-        for name in wanted:
-            if not fits(own.get(name), like):
-                missing.append((own, name, param))
-                likes.append(like)
-    with unfilled_state(likes) as tensors:
-        for (own, name, param), new in zip(missing, tensors, strict=True):
-            old = own.get(name, param.detach() if name == MASTER else None)
-            if isinstance(old, Tensor):
-                new.copy_(old)
-            else:
+        missing += [(own, name, row) for name in wanted if not fits(own.get(name), row.dense)]
+    with unfilled_state([row.dense for _, _, row in missing]) as tensors:
+        for (own, name, row), new in zip(missing, tensors, strict=True):
+            old = own.get(name, row.param.detach() if name == MASTER else None)
+            if old is None:
                 new.zero_()
+            else:
+                new.copy_(old)
             own[name] = new
-    for param, _, names in incomplete:
-        own = complete[param]
-        if (names or STEP in own) and not is_step(own.get(STEP), param):
-            own[STEP] = step_tensor(own.get(STEP, 0), param)
+    for row in rows:
+        own = complete[row.param]
+        if (names[row.group] or STEP in own) and not is_step(own.get(STEP), row.param):
+            own[STEP] = step_tensor(own.get(STEP, 0), row.param)
     return complete

@@ -23,10 +23,8 @@ OF_SOME_RULE = frozenset(
     ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg")
     + ("grad_avg", "acc_delta", "sum", "prev", "ax", "state1", "state2")
 )
-# A state of torch's beside which it keeps no count: it is there, so the first step is past.
-UNCOUNTED = "momentum_buffer"
-
-
+# States beside which torch keeps no count: one is there, so the first step is past.
+UNCOUNTED: set[str] = set()
 # States of which a parameter may lack one beside others: it then starts as zero.
 STARTS_LATER: set[str] = set()
 # By the states of a rule: see Rule.not_beside.
@@ -42,16 +40,20 @@ class State:
         when: an option of the group; without it, or where it is zero, there is no such state.
         absent: what a kernel reads in place of one that is not there.
         starts_later: a parameter may lack it beside its other states, and then gets zeros.
+        uncounted: torch keeps no count beside it.
     """
 
     name: str
     when: str | None = None
     absent: float = 0.0
     starts_later: bool = False
+    uncounted: bool = False
 
     def __post_init__(self) -> None:
         if self.starts_later:
             STARTS_LATER.add(self.name)
+        if self.uncounted:
+            UNCOUNTED.add(self.name)
 
 
 # Of a rule in plain torch: parameter, gradient, states (changed in place), group, number of the

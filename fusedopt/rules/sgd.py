@@ -27,7 +27,7 @@ RULE = Rule(
     name="sgd",
     numbers=("momentum", "dampening"),
     flags=("nesterov",),
-    states=(State("momentum_buffer", when="momentum"),),
+    states=(State("momentum_buffer", when="momentum", uncounted=True),),
     hyper=("minus_lr", "buffer_momentum", "grad_weight", "momentum", "decay"),
     reference=sgd,
 )

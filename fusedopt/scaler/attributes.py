@@ -20,7 +20,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ..modes import durable, is_recorded, untraced
 from ..options import is_number
-from ..plan.plan import FOUND_INF, is_fsdp1_shard, served_params
+from ..plan.checks import is_fsdp1_shard, served_params
+from ..plan.plan import FOUND_INF
 from ..shared import Shared
 
 F = TypeVar("F", bound=Callable[..., Any])
