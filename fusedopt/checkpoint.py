@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .options import literal
+from .modes import durable
+from .options import OPTION_NAMES, literal
 from .plan.checks import check_param, is_served
+from .plan.groups import check_group, refuse_differentiable
 from .plan.memory import unfilled_state
 from .plan.plan import copy_all
 from .plan.rows import label_of
@@ -32,35 +34,43 @@ from .plan.state import (
     wanted_names,
 )
 from .rules.declaration import Group
-from .shared import Shared
+from .shared import SharingOptimizer
 
 Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: parameter and states
 Write = tuple[Tensor, Tensor]  # a tensor of the optimizer, and the one that is copied to it
 Fill = tuple[ParamState, str, Tensor]  # a checkpoint's tensor, to be copied in the form of another
 
-# A group of torch's that has `foreach` and not these is one of NAdam, RAdam or Adamax. Groups of
-# Apex's Adam have neither.
-_OLDER_THAN_FOREACH = {"amsgrad", "nesterov"}
 
-
-class Loadable(Protocol):
-    """What loading needs of a ``FusedOptimizer``, which is a ``torch.optim.Optimizer``."""
-
-    defaults: dict[str, Any]
-    param_groups: list[dict[str, Any]]
-    state: defaultdict[Tensor, Any]
-    _shared: Shared
+def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
+    """What ``load_state_dict`` does. All is checked before anything is changed."""
+    state_dict = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = pre_hook(optimizer, state_dict)
+        if replaced is not None:
+            state_dict = dict(replaced)
+    # Options of the whole optimizer, which a wrapper may have put there, stay as constructed.
+    groups = [
+        {name: value for name, value in group.items() if name not in OPTION_NAMES}
+        for group in state_dict["param_groups"]
+    ]
+    state_dict["param_groups"] = groups
+    wanted = _check(optimizer, groups, state_dict)
+    optimizer._check_loaded_groups(groups)
+    with optimizer._shared.turn, durable(), torch.no_grad():  # not beside a step
+        optimizer._shared.drop_plans()
+        _copy_in(optimizer, state_dict, wanted)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
 
 
 # ---- what a checkpoint must hold -----------------------------------------------------------------
 
 
-def check(optimizer: Loadable, state_dict: dict[str, Any]) -> Wanted:
+def _check(optimizer: SharingOptimizer, groups: list[Group], state_dict: dict[str, Any]) -> Wanted:
     """Raise unless the checkpoint is one for this optimizer; say whose state each entry is."""
     wanted: Wanted = {}
-    groups = state_dict["param_groups"]
     for g, saved in enumerate(groups):
-        _check_group(g, saved, optimizer.defaults)
+        _check_group(g, saved, optimizer)
     sizes = [[len(group["params"]) for group in each] for each in (groups, optimizer.param_groups)]
     if sizes[0] != sizes[1]:
         return wanted  # torch refuses it in a moment
@@ -97,18 +107,26 @@ def _check_keys(state_dict: dict[str, Any]) -> None:
         )
 
 
-def _check_group(index: int, group: Group, defaults: dict[str, Any]) -> None:
-    """Each checkpoint of a rule has its numbers. Of the flags, older ones lack some."""
+def _check_group(index: int, group: Group, optimizer: SharingOptimizer) -> None:
+    """Each checkpoint of a rule has its numbers. Of the flags, older ones lack some.
+
+    A group of torch's that has ``foreach`` and not the rule's own flags is one of NAdam, RAdam or
+    Adamax. Groups of Apex's Adam have neither.
+    """
+    where, rule = f"param group {index} of the state_dict", optimizer.rule
+    refuse_differentiable(group, where)
+    check_group(group, rule, f" in {where}")
+    defaults = optimizer.defaults
     wanted = {n: v for n, v in defaults.items() if not (v is None or isinstance(v, bool))}
     if "foreach" in group:
-        wanted.update({n: v for n, v in defaults.items() if n in _OLDER_THAN_FOREACH})
+        wanted.update({n: v for n, v in defaults.items() if n in rule.flags})
     missing = {name: value for name, value in wanted.items() if name not in group}
     if missing:
         values = ", ".join(f"{name}={literal(value)}" for name, value in missing.items())
         raise ValueError(
-            f"param group {index} of the state_dict has no {', '.join(map(repr, missing))}: it is "
-            "the checkpoint of another optimizer; to load it none the less, say what to go on "
-            f"with: `state_dict['param_groups'][{index}].update({values})`"
+            f"{where} has no {', '.join(map(repr, missing))}: it is the checkpoint of another "
+            "optimizer; to load it none the less, say what to go on with: "
+            f"`state_dict['param_groups'][{index}].update({values})`"
         )
 
 
@@ -136,7 +154,7 @@ def _check_saved(
 # ---- how its values get in -----------------------------------------------------------------------
 
 
-def load(optimizer: Loadable, state_dict: dict[str, Any], wanted: Wanted) -> None:
+def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wanted) -> None:
     """Copy a checkpoint that was checked; until all memory is there nothing is changed."""
     state: dict[Any, Any] = {}
     writes: list[Write] = []
@@ -159,7 +177,7 @@ def load(optimizer: Loadable, state_dict: dict[str, Any], wanted: Wanted) -> Non
 
 
 def _receive(
-    optimizer: Loadable,
+    optimizer: SharingOptimizer,
     param: Tensor,
     names: Sequence[str],
     saved: ParamState,
@@ -206,7 +224,7 @@ def _can_be_updated(param: Tensor) -> bool:
     return True
 
 
-def _is_reusable(optimizer: Loadable, param: Tensor, name: str, like: Tensor) -> bool:
+def _is_reusable(optimizer: SharingOptimizer, param: Tensor, name: str, like: Tensor) -> bool:
     """Whether the optimizer has such a tensor, in memory that torch allocated for it alone."""
     own = optimizer.state.get(param)
     tensor = own.get(name) if type(own) is dict else None
@@ -248,7 +266,7 @@ def _load_without_hooks(optimizer: Any, state_dict: dict[str, Any]) -> None:
         optimizer.__dict__.update(hooks)
 
 
-def _names_given(optimizer: Loadable) -> WeakTensorKeyDictionary:
+def _names_given(optimizer: SharingOptimizer) -> WeakTensorKeyDictionary:
     """By parameter. torch replaces a group's names by a checkpoint's, which may be in any order."""
     names, known = WeakTensorKeyDictionary(), optimizer._shared.names
     for group in optimizer.param_groups:

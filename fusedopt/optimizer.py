@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import checkpoint
@@ -30,16 +29,9 @@ from .plan.groups import (
     torch_defaults,
 )
 from .plan.options_table import Line, pack
-from .plan.plan import (
-    CLIP_COEF,
-    GRAD_NORM,
-    N_STEP_SCALARS,
-    SKIPPED_STEPS,
-    Plan,
-    StepInputs,
-)
+from .plan.plan import N_STEP_SCALARS, Plan, StepInputs
 from .plan.rows import checked_rows, complete_rows, label_of
-from .rules.declaration import Group, Rule
+from .rules.declaration import Group
 from .scaler.attributes import AmpAttributes, ours
 from .shared import Shared
 
@@ -47,14 +39,13 @@ from .shared import Shared
 BUILDS = 8
 
 
-class FusedOptimizer(AmpAttributes, Optimizer):
+class FusedOptimizer(AmpAttributes):
     """Base class of the optimizers, ``FusedAdamW`` for one.
 
     A subclass names its rule and torch's class of the same arguments; it has a signature and a
     docstring.
     """
 
-    rule: Rule
     twin: type[Optimizer]  # torch's, which checks the arguments that it knows
 
     @untraced
@@ -71,9 +62,6 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         self._shared = Shared(options, scalars, Line(self.rule))
         super().__init__(params, defaults)
         prepare(options.backend, list(served_params(self.param_groups)))
-
-    def _check_loaded_groups(self, groups: list[Group]) -> None:
-        """Warn of what the groups of a checkpoint, which will be loaded, change."""
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -193,23 +181,16 @@ class FusedOptimizer(AmpAttributes, Optimizer):
 
     # ---- the plan -------------------------------------------------------------------------------
 
-    def _drop_plan(self) -> None:
-        self._shared.drop_plans()
-
     def _current_plan(self, inputs: StepInputs) -> Plan:
         shared = self._shared
         layout = list(map(shared.line.state_names, inputs.groups))
-        former = shared.plan
-        if former is not None and former.layout == layout:
-            inputs.held = former.refresh(inputs.groups, self.state)
-            if inputs.held is not None:
-                return former
-        for plan in shared.aside:
-            if plan.layout == layout:
+        for plan in (shared.plan, *shared.aside):
+            if plan is not None and plan.layout == layout:
                 inputs.held = plan.refresh(inputs.groups, self.state)
                 if inputs.held is not None:
-                    shared.set_aside(self.state)
-                    shared.take_up(plan)
+                    if plan is not shared.plan:
+                        shared.set_aside(self.state)
+                        shared.take_up(plan)
                     return plan
         for _ in range(BUILDS):
             groups, state = copies(inputs.groups, self.state)
@@ -228,17 +209,15 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         layout = list(map(shared.line.state_names, groups))
         rows = checked_rows(groups, state, layout, shared.names)
         with durable(), torch.no_grad():
-            former = shared.plan
+            plan = shared.plan
             shared.set_aside(self.state)
             backend = choose(options.backend, [row.param for row in rows if row.served])
             # Here and not in the step, which may be the first and captured.
             shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
             new = complete_rows(rows, state, layout, options.master_weights, every_param)
             self.state.update({param: dict(own) for param, own in new.items()})
-            known = former is not None and former.backend == backend.name
-            if former is not None and known and former.layout == layout and former.rebind(rows):
-                plan = former
-            else:
+            wanted = (backend.name, layout)
+            if plan is None or (plan.backend, plan.layout) != wanted or not plan.rebind(rows):
                 plan = backend.plan(self.rule, rows, layout)
                 plan.backend = backend.name
         try:
@@ -261,81 +240,6 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         with self._shared.turn:
             groups = self._step_inputs().groups  # refuses what the step would refuse
             self._build_plan(*copies(groups, self.state), every_param=True)
-
-    # ---- what the last step found ---------------------------------------------------------------
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """Norm of all unscaled gradients of the last step, before clipping: 0-dim fp32, a copy.
-
-        None before the first step, and when the last step had no reason to measure it (no
-        ``max_grad_norm``, no ``skip_nonfinite``, no ``fusedopt.GradScaler``);
-        ``max_grad_norm=float("inf")`` measures without clipping. No host sync.
-        """
-        shared = self._shared
-        return shared.scalars[GRAD_NORM].clone() if shared.measured else None
-
-    @property
-    def clip_coef(self) -> Tensor:
-        """What the last step multiplied the unscaled gradients by: 0-dim fp32, a copy."""
-        shared = self._shared
-        if not shared.measured:
-            return torch.ones((), dtype=torch.float32, device=shared.scalars.device)
-        return shared.scalars[CLIP_COEF].clone()
-
-    @property
-    def skipped_steps(self) -> Tensor:
-        """Steps skipped because of non-finite gradients: 0-dim int64, a copy. Not checkpointed."""
-        return self._shared.scalars[SKIPPED_STEPS].to(torch.int64)
-
-    @property
-    def backend(self) -> dict[str, str]:
-        """Name of the backend that serves each device; empty before the first step."""
-        plan = self._shared.plan
-        if plan is None:
-            return {}
-        devices = {str(p.device) for p in served_params(self.param_groups)}
-        return dict.fromkeys(sorted(devices), plan.backend)
-
-    @untraced
-    def memory_footprint(self) -> dict[str, int]:
-        """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``.
-
-        Counts the tensors that are there now: before the first step, or ``init_state()``, there is
-        no state yet. An entry of ``state`` that belongs to no parameter counts by its key.
-        """
-        params = [p for group in self.param_groups for p in group["params"]]
-        sizes = {"param": sum(map(_nbytes, params)), "grad": sum(_nbytes(p.grad) for p in params)}
-        for key, own in self.state.copy().items():
-            for name, value in own.copy().items() if isinstance(own, dict) else [(str(key), own)]:
-                if isinstance(value, Tensor):
-                    sizes[name] = sizes.get(name, 0) + _nbytes(value)
-        sizes["plan"] = 0 if self._shared.plan is None else self._shared.plan.nbytes()
-        sizes["total"] = sum(sizes.values())
-        return sizes
-
-    # ---- options of the whole optimizer ---------------------------------------------------------
-
-    def _option(name: str) -> property:  # type: ignore[misc]
-        def read(self: FusedOptimizer) -> Any:
-            return getattr(self._shared.options, name)
-
-        @untraced  # which would lose what is written
-        def write(self: FusedOptimizer, value: Any) -> None:
-            options = self._shared.options.changed(**{name: value})
-            if options.master_weights != self._shared.options.master_weights:
-                self._drop_plan()
-            self._shared.options = options
-
-        return property(read, write, doc=f"The option ``{name}``; assignment validates.")
-
-    max_grad_norm = _option("max_grad_norm")
-    norm_type = _option("norm_type")
-    max_grad_value = _option("max_grad_value")
-    master_weights = _option("master_weights")
-    skip_nonfinite = _option("skip_nonfinite")
-    amp_scaling = _option("amp_scaling")
-    del _option
 
     # ---- torch's Optimizer protocol -------------------------------------------------------------
 
@@ -376,35 +280,6 @@ class FusedOptimizer(AmpAttributes, Optimizer):
         text = super().__repr__()
         return text if not options else text[:-1] + "\nAll Groups\n" + options + ")"
 
-    def __getstate__(self) -> dict[str, Any]:
-        shared = self._shared
-        names = shared.names
-        kept = {
-            "_options": shared.options,
-            "_scalars": shared.scalars,
-            "_measured": shared.measured,
-            "_names": [
-                (p, names[p]) for group in self.param_groups for p in group["params"] if p in names
-            ],
-        }
-        return {**super().__getstate__(), **kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        if "_options" in state:  # unpickled; load_state_dict comes here, too
-            self._shared = Shared(
-                state.pop("_options"),
-                state.pop("_scalars"),
-                Line(self.rule),
-                measured=state.pop("_measured"),
-            )
-            self._shared.names.update(state.pop("_names", ()))
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-        self._drop_plan()
-
     @untraced
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch's SGD, Adam or AdamW. Everything is copied.
@@ -423,29 +298,4 @@ class FusedOptimizer(AmpAttributes, Optimizer):
                 memory, or another shape than its parameter; there is not enough memory. Whatever is
                 raised, nothing has been changed.
         """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            if replaced is not None:
-                state_dict = dict(replaced)
-        # Options of the whole optimizer, which a wrapper may have put there, stay as constructed.
-        groups = [
-            {name: value for name, value in group.items() if name not in OPTION_NAMES}
-            for group in state_dict["param_groups"]
-        ]
-        state_dict["param_groups"] = groups
-        for i, group in enumerate(groups):
-            where = f"param group {i} of the state_dict"
-            refuse_differentiable(group, where)
-            check_group(group, self.rule, f" in {where}")
-        wanted = checkpoint.check(self, state_dict)
-        self._check_loaded_groups(groups)
-        with self._shared.turn, durable(), torch.no_grad():  # not beside a step
-            self._drop_plan()
-            checkpoint.load(self, state_dict, wanted)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-
-def _nbytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or is_lazy(tensor) else tensor.numel() * tensor.element_size()
+        checkpoint.load(self, state_dict)

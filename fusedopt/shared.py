@@ -11,12 +11,18 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .modes import untraced
 from .options import Options
+from .plan.checks import served_params
 from .plan.options_table import Line
-from .plan.plan import Plan
+from .plan.plan import CLIP_COEF, GRAD_NORM, SKIPPED_STEPS, Plan
+from .rules.declaration import Group, Rule
 from .scaler.exchange import ScalerExchange
 
 PLANS_ASIDE = 8
@@ -48,10 +54,130 @@ class Shared:
         for as long as a call takes, and each has its plan.
         """
         plans = [plan for plan in (self.plan, *self.aside) if plan is not None]
-        self.captured_plans += [plan for plan in plans if plan.captured]
+        self.drop_plans()
         kept = [plan for plan in plans if not plan.captured and plan.holds_only(state)]
-        self.plan, self.aside = None, kept[:PLANS_ASIDE]
+        self.aside = kept[:PLANS_ASIDE]
 
     def take_up(self, plan: Plan) -> None:
         self.plan = plan
         self.aside = [each for each in self.aside if each is not plan]
+
+
+def _option(name: str) -> property:
+    def read(self: SharingOptimizer) -> Any:
+        return getattr(self._shared.options, name)
+
+    @untraced  # which would lose what is written
+    def write(self: SharingOptimizer, value: Any) -> None:
+        options = self._shared.options.changed(**{name: value})
+        if options.master_weights != self._shared.options.master_weights:
+            self._shared.drop_plans()
+        self._shared.options = options
+
+    return property(read, write, doc=f"The option ``{name}``; assignment validates.")
+
+
+class SharingOptimizer(Optimizer):
+    """An optimizer between two steps: what users read and set, and how it is pickled."""
+
+    rule: Rule
+    _shared: Shared
+
+    def _check_loaded_groups(self, groups: list[Group]) -> None:
+        """Warn of what the groups of a checkpoint, which will be loaded, change."""
+
+    # ---- what the last step found ---------------------------------------------------------------
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all unscaled gradients of the last step, before clipping: 0-dim fp32, a copy.
+
+        None before the first step, and when the last step had no reason to measure it (no
+        ``max_grad_norm``, no ``skip_nonfinite``, no ``fusedopt.GradScaler``);
+        ``max_grad_norm=float("inf")`` measures without clipping. No host sync.
+        """
+        shared = self._shared
+        return shared.scalars[GRAD_NORM].clone() if shared.measured else None
+
+    @property
+    def clip_coef(self) -> Tensor:
+        """What the last step multiplied the unscaled gradients by: 0-dim fp32, a copy."""
+        shared = self._shared
+        if not shared.measured:
+            return torch.ones((), dtype=torch.float32, device=shared.scalars.device)
+        return shared.scalars[CLIP_COEF].clone()
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Steps skipped because of non-finite gradients: 0-dim int64, a copy. Not checkpointed."""
+        return self._shared.scalars[SKIPPED_STEPS].to(torch.int64)
+
+    @property
+    def backend(self) -> dict[str, str]:
+        """Name of the backend that serves each device; empty before the first step."""
+        plan = self._shared.plan
+        if plan is None:
+            return {}
+        devices = {str(p.device) for p in served_params(self.param_groups)}
+        return dict.fromkeys(sorted(devices), plan.backend)
+
+    @untraced
+    def memory_footprint(self) -> dict[str, int]:
+        """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``.
+
+        Counts the tensors that are there now: before the first step, or ``init_state()``, there is
+        no state yet. An entry of ``state`` that belongs to no parameter counts by its key.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        sizes = {"param": sum(map(_nbytes, params)), "grad": sum(_nbytes(p.grad) for p in params)}
+        for key, own in self.state.copy().items():
+            for name, value in own.copy().items() if isinstance(own, dict) else [(str(key), own)]:
+                if isinstance(value, Tensor):
+                    sizes[name] = sizes.get(name, 0) + _nbytes(value)
+        sizes["plan"] = 0 if self._shared.plan is None else self._shared.plan.nbytes()
+        sizes["total"] = sum(sizes.values())
+        return sizes
+
+    # ---- options of the whole optimizer ---------------------------------------------------------
+
+    max_grad_norm = _option("max_grad_norm")
+    norm_type = _option("norm_type")
+    max_grad_value = _option("max_grad_value")
+    master_weights = _option("master_weights")
+    skip_nonfinite = _option("skip_nonfinite")
+    amp_scaling = _option("amp_scaling")
+
+    # ---- pickles and copies ----------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        shared = self._shared
+        names = shared.names
+        kept = {
+            "_options": shared.options,
+            "_scalars": shared.scalars,
+            "_measured": shared.measured,
+            "_names": [
+                (p, names[p]) for group in self.param_groups for p in group["params"] if p in names
+            ],
+        }
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "_options" in state:  # unpickled; load_state_dict comes here, too
+            self._shared = Shared(
+                state.pop("_options"),
+                state.pop("_scalars"),
+                Line(self.rule),
+                measured=state.pop("_measured"),
+            )
+            self._shared.names.update(state.pop("_names", ()))
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        self._shared.drop_plans()
+
+
+def _nbytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or is_lazy(tensor) else tensor.numel() * tensor.element_size()

@@ -246,7 +246,9 @@ class Plan(ABC):
             return None
         try:
             for index in odd:
-                self._accept(index, held[index])
+                row, grad = self.rows[index], held[index]
+                check_grad(row.label, row.param, grad)
+                self._use_grad(index, grad)
         except BaseException:
             held.clear()  # which the error's frames keep alive
             raise
@@ -285,12 +287,6 @@ class Plan(ABC):
         if rows := self._staged_params:
             copy_all([row.param.detach() for row in rows], [row.dense for row in rows])
 
-    def _accept(self, index: int, grad: Tensor | None) -> None:
-        row = self.rows[index]
-        assert grad is not None
-        check_grad(row.label, row.param, grad)
-        self._use_grad(index, grad)
-
     def _dense_grad(self, index: int, grad: Tensor) -> Tensor:
         """``grad`` laid out like the row's ``dense`` tensor, in a buffer kept for the next step."""
         dense = self.rows[index].dense
@@ -302,8 +298,8 @@ class Plan(ABC):
         return staged.copy_(grad.detach())
 
     def staging_nbytes(self) -> int:
-        staged = list(self._staged_grads.values()) + [row.dense for row in self._staged_params]
-        return sum(t.numel() * t.element_size() for t in staged)
+        staged = [*self._staged_grads.values(), *(row.dense for row in self._staged_params)]
+        return sum(tensor.nbytes for tensor in staged)
 
 
 def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -22,17 +22,13 @@ from ..modes import durable, is_recorded, untraced
 from ..options import is_number
 from ..plan.checks import is_fsdp1_shard, served_params
 from ..plan.plan import FOUND_INF
-from ..shared import Shared
+from ..shared import SharingOptimizer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class AmpAttributes:
+class AmpAttributes(SharingOptimizer):
     """``grad_scale``, ``found_inf`` and ``_step_supports_amp_scaling`` of an optimizer."""
-
-    _shared: Shared
-    param_groups: list[dict[str, Any]]
-    _optimizer_step_pre_hooks: Any
 
     @property
     def grad_scale(self) -> Any:

@@ -18,18 +18,20 @@ from ..modes import untraced
 from ..optimizer import FusedOptimizer
 
 
-class _AsksTheOptimizer:
-    """Mixin over ``torch.amp.GradScaler``."""
+class GradScaler(TorchGradScaler):
+    """:class:`torch.amp.GradScaler` without the extra sweep over the gradients.
 
-    _enabled: bool
-    _scale: torch.Tensor | None
-    _per_optimizer_states: dict[int, dict[str, Any]]
+    Same arguments, same scale after every step, same ``state_dict``. For the optimizers of this
+    package ``step()`` reads and writes no gradient: the optimizer checks them in the pass that
+    computes the norm and writes the flag that ``update()`` reads. All other optimizers, and calls
+    of ``unscale_``, are treated as torch treats them.
+    """
 
     @untraced  # a trace would lose what is noted in the optimizer
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch's, which for our optimizers comes down to handing over scale and flag."""
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
-            return super().step(optimizer, *args, **kwargs)  # type: ignore[misc]
+            return super().step(optimizer, *args, **kwargs)
         own, amp = self._per_optimizer_states[id(optimizer)], optimizer._shared.amp
         preset = amp.values.get("grad_scale")
         if own["stage"] is OptState.READY:
@@ -72,29 +74,18 @@ class _AsksTheOptimizer:
         )
 
     @untraced
-    def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, torch.Tensor]:
+    def _check_inf_per_device(self, optimizer: Optimizer) -> dict[Any, Any]:
         if not isinstance(optimizer, FusedOptimizer):
-            found: dict[torch.device, torch.Tensor] = super()._check_inf_per_device(optimizer)  # type: ignore[misc]
-            return found
+            return super()._check_inf_per_device(optimizer)
         flag = self._record_flag(optimizer, clear=True)  # torch adds it up at once
         return {flag.device: flag}
 
     def _record_flag(self, optimizer: FusedOptimizer, clear: bool) -> torch.Tensor:
-        scale, _ = self._check_scale_growth_tracker("step")  # type: ignore[attr-defined]
+        scale, _ = self._check_scale_growth_tracker("step")
         flag = optimizer._expect_inf_flag(optimizer._flag_device(scale.device), clear, self)
         own = self._per_optimizer_states[id(optimizer)]
         own["found_inf_per_device"] = {flag.device: flag}
         return flag
-
-
-class GradScaler(_AsksTheOptimizer, TorchGradScaler):  # type: ignore[misc]
-    """:class:`torch.amp.GradScaler` without the extra sweep over the gradients.
-
-    Same arguments, same scale after every step, same ``state_dict``. For the optimizers of this
-    package ``step()`` reads and writes no gradient: the optimizer checks them in the pass that
-    computes the norm and writes the flag that ``update()`` reads. All other optimizers, and calls
-    of ``unscale_``, are treated as torch treats them.
-    """
 
 
 _PLAIN_SCALERS = (
@@ -120,7 +111,7 @@ def fuse_scaler(scaler: Any) -> Any:
         TypeError: not a GradScaler, or one that brings its own check (FSDP's ShardedGradScaler
             reduces the flag over ranks, which an optimizer's own flag would bypass).
     """
-    if isinstance(scaler, _AsksTheOptimizer):
+    if isinstance(scaler, GradScaler):
         return scaler
     cls = type(scaler)
     if not isinstance(scaler, TorchGradScaler):
@@ -137,7 +128,7 @@ def fuse_scaler(scaler: Any) -> Any:
     if cls in _PLAIN_SCALERS:
         scaler.__class__ = GradScaler
     else:
-        bases = (_AsksTheOptimizer, cls)
+        bases = (GradScaler, cls)
         scaler.__class__ = type(f"Fused{cls.__name__}", bases, {"__reduce_ex__": _reduce})
     return scaler
 

@@ -112,7 +112,7 @@ def test_every_call_of_a_step(
         twins.check()
 
     sites = []
-    for prepare in (twins.opt._drop_plan, move, lambda: None):
+    for prepare in (twins.opt._shared.drop_plans, move, lambda: None):
         twins.give(grads_like(twins.params, len(sites)))
         if len(sites) == 2:
             twins.opt.step()

@@ -122,7 +122,7 @@ def test_a_graph_outlives_the_plan_it_was_captured_with() -> None:
     replay = captured(graphed.iteration, WARMUP)
     for _ in range(WARMUP):
         eager.iteration()
-    graphed.opt._drop_plan()
+    graphed.opt._shared.drop_plans()
     # zeros: a table of them has no tensors in it rather than wild pointers
     others = [torch.zeros(n, dtype=torch.uint8, device=DEVICE) for n in 200 * [512, 4096, 16384]]
     for step in range(4):

@@ -226,7 +226,7 @@ def test_tables_outlive_the_steps_that_read_them() -> None:
     synchronize()
     keep_busy()
     twins.opt.step()  # on the default stream, not begun yet
-    twins.opt._drop_plan()
+    twins.opt._shared.drop_plans()
     with on_stream(side):  # zeros: a table read too late has no tensors rather than wild pointers
         others = [
             torch.zeros(n, dtype=torch.uint8, device=DEVICE) for n in 200 * [512, 4096, 16384]

@@ -180,7 +180,7 @@ def test_plan_is_kept_where_only_addresses_move(change, backend, monkeypatch):
     for step in range(3):
         change(params, opt)
         change(twins, twin)
-        twin._drop_plan()
+        twin._shared.drop_plans()
         give_grads(params, step)
         give_grads(twins, step)
         opt.step()

@@ -65,7 +65,7 @@ def make(kind: str, backend: str, options: str) -> Scene:
     if options == "skipped":
         scene.params[0].grad[1, 1] = torch.inf
     if options == "rebuilt":
-        scene.opt._drop_plan()
+        scene.opt._shared.drop_plans()
     return scene
 
 
