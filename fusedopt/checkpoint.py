@@ -124,9 +124,9 @@ def _check_group(index: int, group: Group, optimizer: SharingOptimizer) -> None:
     if missing:
         values = ", ".join(f"{name}={literal(value)}" for name, value in missing.items())
         raise ValueError(
-            f"{where} has no {', '.join(map(repr, missing))}: it is the checkpoint of another "
-            "optimizer; to load it none the less, say what to go on with: "
-            f"`state_dict['param_groups'][{index}].update({values})`"
+            f"param group {index} of the state_dict has no {', '.join(map(repr, missing))}: it is "
+            "the checkpoint of another optimizer; to load it none the less, say what to go on "
+            f"with: `state_dict['param_groups'][{index}].update({values})`"
         )
 
 

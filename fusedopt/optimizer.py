@@ -56,7 +56,6 @@ class FusedOptimizer(AmpAttributes):
         defaults = torch_defaults(self.twin, self.rule, own)
         options = Options(**given)
         refuse_differentiable(defaults, type(self).__name__)
-        check_group(defaults, self.rule)
         with durable():
             scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
         self._shared = Shared(options, scalars, Line(self.rule))
@@ -143,9 +142,8 @@ class FusedOptimizer(AmpAttributes):
             groups = [group.copy() for group in self.param_groups]
             if not isinstance(self.param_groups, list):
                 raise TypeError
-            table, device_numbers = pack(
-                groups, shared.line, self._stays_on_device, self._check_options
-            )
+            stay = not shared.scalars.is_cpu
+            table, numbers = pack(groups, shared.line, stay, self._check_options)
         except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
             check_containers(self.param_groups, self.state)
             raise
@@ -160,7 +158,7 @@ class FusedOptimizer(AmpAttributes):
             grad_scale,
             found_inf,
             inf_flag,
-            device_numbers,
+            numbers,
         )
 
     def _check_options(self, index: int, group: Group) -> None:
@@ -175,9 +173,6 @@ class FusedOptimizer(AmpAttributes):
         check_group(group, self.rule, f" in {where}", RuntimeError)
         refuse_differentiable(group, where)
         self._take_out(self.param_groups[index], where, RuntimeError)
-
-    def _stays_on_device(self, value: Tensor) -> bool:
-        return not value.is_cpu and not self._shared.scalars.is_cpu
 
     # ---- the plan -------------------------------------------------------------------------------
 
@@ -266,7 +261,7 @@ class FusedOptimizer(AmpAttributes):
         try:
             for i, p in enumerate(self.param_groups[index]["params"]):
                 if is_served(p):
-                    check_param(label_of(self.param_groups[index], index, i), p)
+                    check_param(label_of(self.param_groups[index], index, i, {}), p)
         except TypeError:
             del self.param_groups[index]
             raise

@@ -102,10 +102,8 @@ class SharingOptimizer(Optimizer):
     @property
     def clip_coef(self) -> Tensor:
         """What the last step multiplied the unscaled gradients by: 0-dim fp32, a copy."""
-        shared = self._shared
-        if not shared.measured:
-            return torch.ones((), dtype=torch.float32, device=shared.scalars.device)
-        return shared.scalars[CLIP_COEF].clone()
+        coef = self._shared.scalars[CLIP_COEF]
+        return coef.clone() if self._shared.measured else torch.ones_like(coef)
 
     @property
     def skipped_steps(self) -> Tensor:

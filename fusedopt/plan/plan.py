@@ -97,8 +97,7 @@ class Row:
         return (*which, *self._dtypes, dense.numel(), dense.dtype, dense.device)
 
     def _refs(self) -> list[weakref.ref[Tensor]]:
-        refs = (*self._states, self._master, self._step)
-        return [ref for ref in refs if ref is not None]
+        return [ref for ref in (*self._states, self._master, self._step) if ref is not None]
 
 
 def _alive(ref: weakref.ref[Tensor]) -> Tensor:
@@ -169,11 +168,8 @@ class Plan(ABC):
         self._staged_params = [row for row in self.rows if row.staged]
         self._absent: Sequence[int] = ()  # rows without a gradient in this step
         self._confirmed = False
-        self._of_inference = [
-            i
-            for i, row in enumerate(self.rows)
-            if any(map(is_of_inference, (row.param, *row.own())))
-        ]
+        tensors = enumerate((row.param, *row.own()) for row in self.rows)
+        self._of_inference = [i for i, each in tensors if any(map(is_of_inference, each))]
 
     @property
     def captured(self) -> bool:
@@ -236,9 +232,7 @@ class Plan(ABC):
         """
         # Another thread may have replaced states between the making of the rows and of the look.
         self._confirmed = self._confirmed or all(row.is_in(state) for row in self.rows)
-        if not self._confirmed:
-            return None
-        look = self._look(groups, state)
+        look = self._look(groups, state) if self._confirmed else None
         if look is None:
             return None
         odd, self._absent, held = look
@@ -256,9 +250,8 @@ class Plan(ABC):
 
     def _forbids(self, held: Held) -> bool:
         """Whether the step is not allowed to write; a new plan then refuses by name."""
-        if torch.is_inference_mode_enabled():
-            return False
-        return any(held[index] is not None for index in self._of_inference)
+        grads = (held[index] for index in self._of_inference)
+        return not torch.is_inference_mode_enabled() and any(grad is not None for grad in grads)
 
     @abstractmethod
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,28 +13,22 @@ from ..rules.declaration import Group
 from .checks import check_grad, check_memory, check_param, is_of_inference
 from .groups import is_plain_dict
 from .memory import extent, is_dense
-from .plan import Row
+from .plan import Layout, Row
 from .state import MASTER, STEP, ParamState, check_state, complete_all, dense_like, is_complete
 
 
-def label_of(
-    group: Group,
-    group_index: int,
-    param_index: int,
-    names_given: Mapping[Tensor, str | None] = MappingProxyType({}),
-) -> str:
-    """What messages call a parameter; ``names_given`` go before the names in its group."""
+def label_of(group: Group, g: int, i: int, names_given: Mapping[Tensor, str | None]) -> str:
+    """What messages call parameter i of group g; ``names_given`` go before the group's own."""
     names = group.get("param_names") or ()
-    in_group = names[param_index] if param_index < len(names) else None
-    name = names_given.get(group["params"][param_index], in_group)
-    text = f"param {param_index} of group {group_index}"
+    name = names_given.get(group["params"][i], names[i] if i < len(names) else None)
+    text = f"param {i} of group {g}"
     return text if name is None else f"{text} ({name!r})"
 
 
 def checked_rows(
     groups: Sequence[Group],
     state: dict[Tensor, ParamState],
-    names: Sequence[tuple[str, ...]],
+    names: Layout,
     names_given: Mapping[Tensor, str | None],
 ) -> list[Row]:
     """Rows of all params in order, as far as they can be used; nothing is created yet.
@@ -66,7 +59,7 @@ def checked_rows(
 def complete_rows(
     rows: Sequence[Row],
     state: dict[Tensor, ParamState],
-    names: Sequence[tuple[str, ...]],
+    names: Layout,
     master_weights: bool | None,
     every_param: bool,
 ) -> dict[Tensor, ParamState]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 from ..options import number
 from ..rules.declaration import NOT_BESIDE, OF_SOME_RULE, STARTS_LATER, UNCOUNTED
 from .memory import is_dense, state_dtype, strides, unfilled_state
-from .plan import HALF_DTYPES, Row
+from .plan import HALF_DTYPES, Layout, Row
 
 MASTER = "master_param"
 STEP = "step"
@@ -164,13 +164,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _check_tensor(label: str, name: str, value: object, anew: str) -> None:
-    plain = isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
-    if isinstance(value, Tensor) and plain and value.layout == torch.strided:
+    kind, wrapped = f"a {type(value).__name__}", is_traceable_wrapper_subclass(value)
+    if isinstance(value, Tensor) and not wrapped and value.layout == torch.strided:
         if value.is_floating_point():
             return
         kind = f"of dtype {value.dtype}"
-    else:
-        kind = f"a {type(value).__name__}"
     raise TypeError(
         f"{label}: state {name!r} is {kind}, not a plain tensor of floating-point numbers; "
         f"convert it, or start it anew: `{anew}`"
@@ -194,10 +192,7 @@ def _is_count(value: Any) -> bool:
 
 
 def complete_all(
-    rows: Sequence[Row],
-    state: dict[Tensor, ParamState],
-    names: Sequence[tuple[str, ...]],
-    master_weights: bool | None,
+    rows: Sequence[Row], state: dict[Tensor, ParamState], names: Layout, master_weights: bool | None
 ) -> dict[Tensor, ParamState]:
     """Copies of the rows' states with what is missing, and with what does not fit converted.
 
