@@ -142,8 +142,7 @@ class FusedOptimizer(AmpAttributes):
             groups = [group.copy() for group in self.param_groups]
             if not isinstance(self.param_groups, list):
                 raise TypeError
-            stay = not shared.scalars.is_cpu
-            table, numbers = pack(groups, shared.line, stay, self._check_options)
+            table, numbers = pack(groups, shared.line, device, self._check_options)
         except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
             check_containers(self.param_groups, self.state)
             raise
@@ -179,7 +178,7 @@ class FusedOptimizer(AmpAttributes):
     def _current_plan(self, inputs: StepInputs) -> Plan:
         shared = self._shared
         layout = list(map(shared.line.state_names, inputs.groups))
-        for plan in (shared.plan, *shared.aside):
+        for plan in [shared.plan, *shared.aside]:
             if plan is not None and plan.layout == layout:
                 inputs.held = plan.refresh(inputs.groups, self.state)
                 if inputs.held is not None:

@@ -37,7 +37,7 @@ class Line:
         self.plain: set[tuple[type, ...]] = set()
 
     def convert(
-        self, values: tuple[Any, ...], stay: bool
+        self, values: tuple[Any, ...], device: torch.device
     ) -> tuple[tuple[float, ...], dict[int, Tensor]]:
         """Values of any types as numbers; zero for those that stay on the device, which come too.
 
@@ -45,7 +45,7 @@ class Line:
             TypeError, ValueError, OverflowError, RuntimeError: one is no number, or no flag.
         """
         types = (*map(type, values),)
-        places = self.on_device if stay else ()
+        places = () if device.type == "cpu" else self.on_device
         there = {i: v for i in places if isinstance(v := values[i], Tensor) and not v.is_cpu}
         for i, value in there.items():
             if value.numel() != 1:
@@ -61,14 +61,17 @@ class Line:
 
 
 def pack(
-    groups: Sequence[Group], line: Line, stay: bool, check: Callable[[int, Group], None]
+    groups: Sequence[Group],
+    line: Line,
+    device: torch.device,
+    check: Callable[[int, Group], None],
 ) -> tuple[bytearray, DeviceNumbers]:
     """The table of one step.
 
     Args:
         groups: copies of ``optimizer.param_groups``.
         line: of the rule.
-        stay: whether the kernels read numbers on a device there, so that nobody waits for them.
+        device: of the step. Kernels on a GPU read numbers that are on one, and nobody waits.
         check: refuses the group of an index by name, where something is wrong with it.
     """
     table = bytearray(OPTIONS_BYTES * len(groups))
@@ -80,7 +83,7 @@ def pack(
             values = line.values(group)
             # tuple(map()) would fill the free list of tuples
             if (*map(type, values),) not in line.plain:
-                values, there = line.convert(values, stay)
+                values, there = line.convert(values, device)
             line.pack_into(table, offset, *values)
         except Exception:
             check(offset // OPTIONS_BYTES, group)

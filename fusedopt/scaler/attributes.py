@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ..modes import durable, is_recorded, untraced
+from ..modes import is_recorded, untraced
 from ..options import is_number
 from ..plan.checks import is_fsdp1_shard, served_params
 from ..plan.plan import FOUND_INF
@@ -127,24 +127,6 @@ class AmpAttributes(SharingOptimizer):
         if plan is not None and plan.first is not None:
             return plan.first.param.device
         return next((p.device for p in served_params(self.param_groups)), otherwise)
-
-    def _expect_inf_flag(self, device: torch.device, clear: bool, scaler: object) -> Tensor:
-        """An fp32 flag that the next step fills in for ``scaler``; see ``fusedopt.GradScaler``.
-
-        The scaler accumulates into it in place, so it is never the value ``found_inf`` reports, and
-        another scaler gets another one. Until the step it holds the last answer, unless ``clear``,
-        or a hook that could look: on a GPU clearing is a launch of its own.
-        """
-        amp = self._shared.amp
-        # A scaler that is gone may have had the same id. Then nobody else uses its flag.
-        flag = amp.flags.get(id(scaler))
-        if flag is None or flag.device != device:
-            with durable():
-                flag = amp.flags[id(scaler)] = torch.zeros((), dtype=torch.float32, device=device)
-        elif clear or self._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
-            flag.zero_()
-        amp.due = flag
-        return flag
 
     def _amp_inputs(
         self, device: torch.device

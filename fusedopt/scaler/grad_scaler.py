@@ -14,7 +14,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler as TorchGradScaler, OptState
 from torch.optim import Optimizer
 
-from ..modes import untraced
+from ..modes import durable, untraced
 from ..optimizer import FusedOptimizer
 
 
@@ -81,10 +81,23 @@ class GradScaler(TorchGradScaler):
         return {flag.device: flag}
 
     def _record_flag(self, optimizer: FusedOptimizer, clear: bool) -> torch.Tensor:
+        """An fp32 flag that the optimizer's next step fills in, noted in the books of both.
+
+        ``update()`` accumulates into it in place, so it is never the value ``found_inf`` reports,
+        and another scaler gets another one. Until the step it holds the last answer, unless
+        ``clear``: on a GPU clearing is a launch of its own.
+        """
         scale, _ = self._check_scale_growth_tracker("step")
-        flag = optimizer._expect_inf_flag(optimizer._flag_device(scale.device), clear, self)
-        own = self._per_optimizer_states[id(optimizer)]
-        own["found_inf_per_device"] = {flag.device: flag}
+        device, amp = optimizer._flag_device(scale.device), optimizer._shared.amp
+        # A scaler that is gone may have had the same id. Then nobody else uses its flag.
+        flag = amp.flags.get(id(self))
+        if flag is None or flag.device != device:
+            with durable():
+                flag = amp.flags[id(self)] = torch.zeros((), dtype=torch.float32, device=device)
+        elif clear:
+            flag.zero_()
+        amp.due = flag
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {device: flag}
         return flag
 
 
