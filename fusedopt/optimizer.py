@@ -178,13 +178,17 @@ class FusedOptimizer(AmpAttributes):
     def _current_plan(self, inputs: StepInputs) -> Plan:
         shared = self._shared
         layout = list(map(shared.line.state_names, inputs.groups))
-        for plan in [shared.plan, *shared.aside]:
-            if plan is not None and plan.layout == layout:
+        former = shared.plan
+        if former is not None and former.layout == layout:
+            inputs.held = former.refresh(inputs.groups, self.state)
+            if inputs.held is not None:
+                return former
+        for plan in shared.aside:
+            if plan.layout == layout:
                 inputs.held = plan.refresh(inputs.groups, self.state)
                 if inputs.held is not None:
-                    if plan is not shared.plan:
-                        shared.set_aside(self.state)
-                        shared.take_up(plan)
+                    shared.set_aside(self.state)
+                    shared.take_up(plan)
                     return plan
         for _ in range(BUILDS):
             groups, state = copies(inputs.groups, self.state)
