@@ -148,17 +148,15 @@ class SharingOptimizer(Optimizer):
     # ---- pickles and copies ----------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        shared = self._shared
-        names = shared.names
-        kept = {
+        shared, names = self._shared, self._shared.names
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {
+            **super().__getstate__(),
             "_options": shared.options,
             "_scalars": shared.scalars,
             "_measured": shared.measured,
-            "_names": [
-                (p, names[p]) for group in self.param_groups for p in group["params"] if p in names
-            ],
+            "_names": [(p, names[p]) for p in params if p in names],
         }
-        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)

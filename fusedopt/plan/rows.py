@@ -106,14 +106,11 @@ def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
         )
     try:
         check_param(row.label, param)
-    except TypeError as error:  # p.data was replaced after construction
-        raise RuntimeError(str(error)) from error
-    check_memory(row.label, param)
-    if param.grad is not None:
-        check_grad(row.label, param, param.grad)
-    try:
+        check_memory(row.label, param)
+        if param.grad is not None:
+            check_grad(row.label, param, param.grad)
         check_state(row.label, param, own, names, anew)
-    except (KeyError, TypeError, ValueError) as error:  # optimizer.state was edited
+    except (KeyError, TypeError, ValueError) as error:  # p.data was replaced, or state edited
         raise RuntimeError(error.args[0]) from error
 
 
