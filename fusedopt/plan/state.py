@@ -153,9 +153,8 @@ def _tells(name: str, value: object, names: Sequence[str]) -> bool:
     """Whether it is a state, of this rule or of another, and no note of somebody's."""
     if name in (*names, STEP) or name in OF_SOME_RULE:
         return True
-    notes = (
-        not UNCOUNTED.isdisjoint(names) or name == MASTER
-    )  # torch makes that one beside anything
+    # Of torch's SGD any may be a note, and torch makes a master beside anything.
+    notes = name == MASTER or not UNCOUNTED.isdisjoint(names)
     return not notes and any(isinstance(leaf, Tensor) for leaf in tree_iter(value))
 
 
