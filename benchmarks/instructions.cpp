@@ -51,7 +51,7 @@ struct Values {
   std::vector<float> wide;
   std::vector<uint16_t> half;
 
-  Values(int64_t n, float value) : wide(n, value), half(n, float_to_bfloat16(value)) {}
+  Values(int64_t n, float value) : wide(n, value), half(n, BFloat16::narrowed(value)) {}
 
   void* in(Codec codec, int64_t at) {
     return codec == Codec::kFloat32 ? static_cast<void*>(&wide[at]) : &half[at];

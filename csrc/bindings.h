@@ -124,8 +124,7 @@ inline void describe(py::module_& m) {
   m.attr("CODEC_BITS") = kCodecBits;
   m.attr("OPTIONS_BYTES") = kOptionsBytes;
   m.attr("FLOAT32") = static_cast<int>(Codec::kFloat32);
-  m.attr("FLOAT16") = static_cast<int>(Codec::kFloat16);
-  m.attr("BFLOAT16") = static_cast<int>(Codec::kBFloat16);
+  HalfCodecs::for_each([&](auto half) { m.attr(half.kName) = static_cast<int>(half.kCodec); });
   m.attr("NORM_IS_TWO") = static_cast<uint64_t>(StepRecord::kNormIsTwo);
   m.attr("MEASURED") = static_cast<uint64_t>(StepRecord::kMeasured);
   m.attr("SKIP_NONFINITE") = static_cast<uint64_t>(StepRecord::kSkipNonfinite);

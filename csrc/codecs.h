@@ -1,8 +1,17 @@
 // How the elements of a stream lie in memory: every codec's way to fp32 registers and back.
-// fp16 and bf16 are bit patterns: exact widening, round-to-nearest-even narrowing. On a CPU integer
-// arithmetic only, so that the result does not depend on the instruction set or on the process's
-// denormal flags; branch-free, so that loops over it vectorise. CUDA's conversions give the same
-// values, and other payloads to NaNs.
+//
+// A codec of 16 bits is declared here, and nowhere else in C++. It is a struct, an element as it
+// lies in memory, with
+//   kCodec      its number in rows and gradients
+//   kName       what Python calls that number
+//   kTypeCode   DLPack's code of such a dtype
+//   kInPlace    whether CPU loops that only read widen it where it lies: compilers vectorise the
+//               shift of bf16, and find no instruction for the conversion of fp16
+//   widened()   exact
+//   narrowed()  rounded to nearest even
+// On a CPU it uses integer arithmetic only, so that the result does not depend on the instruction
+// set or on the process's denormal flags, and does not branch, so that loops over it vectorise.
+// CUDA's conversions give the same values, and other payloads to NaNs.
 #pragma once
 
 #include "platform.h"
@@ -13,60 +22,100 @@ enum class Codec : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 FUSEDOPT_FN int64_t bytes_of(Codec codec) { return codec == Codec::kFloat32 ? 4 : 2; }
 
-FUSEDOPT_FN float bfloat16_to_float(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
+struct Float16 {
+  uint16_t bits;
 
-FUSEDOPT_FN uint16_t float_to_bfloat16(float x) {
-  const uint32_t f = bits_of(x);
-  const uint32_t rounded = (f + 0x7fffu + ((f >> 16) & 1u)) >> 16;
-  const uint32_t quiet_nan = (f >> 16) | 0x40u;
-  return static_cast<uint16_t>((f & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
-}
+  static constexpr Codec kCodec = Codec::kFloat16;
+  static constexpr const char* kName = "FLOAT16";
+  static constexpr int kTypeCode = 2;
+  static constexpr bool kInPlace = false;
 
-FUSEDOPT_FN float float16_to_float(uint16_t h) {
+  FUSEDOPT_FN float widened(uint16_t h) {
 #if defined(__CUDA_ARCH__)
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
-  return x;
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+    return x;
 #else
-  const uint32_t magnitude = h & 0x7fffu;
-  const uint32_t shifted = magnitude << 13;
-  const uint32_t normal = shifted + (112u << 23);  // exponent bias 15 -> 127
-  const uint32_t subnormal =
-      bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  const uint32_t special = shifted | 0x7f800000u | (magnitude > 0x7c00u ? 0x400000u : 0u);
-  uint32_t bits = magnitude < 0x400u ? subnormal : normal;
-  bits = magnitude >= 0x7c00u ? special : bits;
-  return float_of(bits | (static_cast<uint32_t>(h & 0x8000u) << 16));
+    const uint32_t magnitude = h & 0x7fffu;
+    const uint32_t shifted = magnitude << 13;
+    const uint32_t normal = shifted + (112u << 23);  // exponent bias 15 -> 127
+    const uint32_t subnormal =
+        bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+    const uint32_t special = shifted | 0x7f800000u | (magnitude > 0x7c00u ? 0x400000u : 0u);
+    uint32_t bits = magnitude < 0x400u ? subnormal : normal;
+    bits = magnitude >= 0x7c00u ? special : bits;
+    return float_of(bits | (static_cast<uint32_t>(h & 0x8000u) << 16));
 #endif
-}
+  }
 
-FUSEDOPT_FN uint16_t float_to_float16(float x) {
+  FUSEDOPT_FN uint16_t narrowed(float x) {
 #if defined(__CUDA_ARCH__)
-  uint16_t half;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
-  return half;
+    uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    return half;
 #else
-  const uint32_t f = bits_of(x);
-  const uint32_t a = f & 0x7fffffffu;
-  // Normal range: drop 13 bits, ties to even; what rounds past 65504 carries into infinity.
-  uint32_t normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;
-  normal = a >= 0x47800000u ? 0x7c00u : normal;
-  // Below 2^-14 the spacing is 2^-24, which is the spacing of fp32 in [0.5, 1): adding 0.5 rounds.
-  const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
-  const uint32_t quiet_nan = 0x7e00u | ((a >> 13) & 0x3ffu);
-  uint32_t h = a < 0x38800000u ? subnormal : normal;
-  h = a > 0x7f800000u ? quiet_nan : h;
-  return static_cast<uint16_t>(h | ((f >> 16) & 0x8000u));
+    const uint32_t f = bits_of(x);
+    const uint32_t a = f & 0x7fffffffu;
+    // Normal range: drop 13 bits, ties to even; what rounds past 65504 carries into infinity.
+    uint32_t normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;
+    normal = a >= 0x47800000u ? 0x7c00u : normal;
+    // Below 2^-14 the spacing is 2^-24, as that of fp32 is in [0.5, 1): adding 0.5 rounds.
+    const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
+    const uint32_t quiet_nan = 0x7e00u | ((a >> 13) & 0x3ffu);
+    uint32_t h = a < 0x38800000u ? subnormal : normal;
+    h = a > 0x7f800000u ? quiet_nan : h;
+    return static_cast<uint16_t>(h | ((f >> 16) & 0x8000u));
 #endif
-}
+  }
+};
 
-// Of the codecs that are 16 bits wide.
+struct BFloat16 {
+  uint16_t bits;
+
+  static constexpr Codec kCodec = Codec::kBFloat16;
+  static constexpr const char* kName = "BFLOAT16";
+  static constexpr int kTypeCode = 4;
+  static constexpr bool kInPlace = true;
+
+  FUSEDOPT_FN float widened(uint16_t h) { return float_of(static_cast<uint32_t>(h) << 16); }
+
+  FUSEDOPT_FN uint16_t narrowed(float x) {
+    const uint32_t f = bits_of(x);
+    const uint32_t rounded = (f + 0x7fffu + ((f >> 16) & 1u)) >> 16;
+    const uint32_t quiet_nan = (f >> 16) | 0x40u;
+    return static_cast<uint16_t>((f & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
+  }
+};
+
+template <class C, class... Others>
+struct CodecList {
+  // visit(C()) of the codec with this number, which is in the list: the last is not asked.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+  template <class Visit>
+  FUSEDOPT_FN auto with(Codec codec, const Visit& visit) {
+    if constexpr (sizeof...(Others) == 0) {
+      return visit(C());
+    } else {
+      return codec == C::kCodec ? visit(C()) : CodecList<Others...>::with(codec, visit);
+    }
+  }
+
+  template <class Visit>
+  FUSEDOPT_FN void for_each(const Visit& visit) {
+    visit(C()), (visit(Others()), ...);
+  }
+};
+
+using HalfCodecs = CodecList<Float16, BFloat16>;
+
 FUSEDOPT_FN float widened(uint16_t bits, Codec codec) {
-  return codec == Codec::kFloat16 ? float16_to_float(bits) : bfloat16_to_float(bits);
+  return HalfCodecs::with(codec, [=](auto half) { return decltype(half)::widened(bits); });
 }
 
 FUSEDOPT_FN uint16_t narrowed(float x, Codec codec) {
-  return codec == Codec::kFloat16 ? float_to_float16(x) : float_to_bfloat16(x);
+  return HalfCodecs::with(codec, [=](auto half) { return decltype(half)::narrowed(x); });
 }
 
 }  // namespace fusedopt

@@ -39,65 +39,64 @@ void prefetch(const T* at, int64_t n) {
   for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(ahead + i, 0, kFar ? 2 : 3);
 }
 
-// Widened by a shift, which loops get from the compiler where they read; the instruction that
-// widens fp16 they do not.
-struct BFloat16 {
-  uint16_t bits;
-};
-
 FUSEDOPT_FN float widened(float x) { return x; }
-FUSEDOPT_FN float widened(BFloat16 x) { return bfloat16_to_float(x.bits); }
 
-void widen_float16(const uint16_t* in, int64_t n, float* out) {
-  int64_t i = 0;
+template <class C>
+FUSEDOPT_FN float widened(C x) {
+  return C::widened(x.bits);
+}
+
+// Eight elements at a time, where there are instructions for a codec. Return where they stop.
+template <class C>
+int64_t widen_eights(const uint16_t*, int64_t, float*) {
+  return 0;
+}
+
+template <class C>
+int64_t narrow_eights(const float*, int64_t, uint16_t*) {
+  return 0;
+}
+
 #if defined(__F16C__)
+template <>
+int64_t widen_eights<Float16>(const uint16_t* in, int64_t n, float* out) {
+  int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
   }
-#endif
-#pragma omp simd
-  for (int64_t j = i; j < n; ++j) out[j] = float16_to_float(in[j]);
+  return i;
 }
 
-void narrow_float16(const float* in, int64_t n, uint16_t* out) {
+template <>
+int64_t narrow_eights<Float16>(const float* in, int64_t n, uint16_t* out) {
   int64_t i = 0;
-#if defined(__F16C__)
   for (; i + 8 <= n; i += 8) {
     const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
   }
+  return i;
+}
 #endif
-#pragma omp simd
-  for (int64_t j = i; j < n; ++j) out[j] = float_to_float16(in[j]);
-}
-
-void widen_bfloat16(const uint16_t* in, int64_t n, float* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = bfloat16_to_float(in[i]);
-}
-
-void narrow_bfloat16(const float* in, int64_t n, uint16_t* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = float_to_bfloat16(in[i]);
-}
 
 template <Fetch kFetch>
 void widen(const uint16_t* in, Codec codec, int64_t n, float* out) {
   prefetch<kFetch>(in, n);
-  if (codec == Codec::kFloat16) {
-    widen_float16(in, n, out);
-  } else {
-    widen_bfloat16(in, n, out);
-  }
+  HalfCodecs::with(codec, [=](auto half) {
+    using C = decltype(half);
+    const int64_t first = widen_eights<C>(in, n, out);
+#pragma omp simd
+    for (int64_t i = first; i < n; ++i) out[i] = C::widened(in[i]);
+  });
 }
 
 void narrow(const float* in, Codec codec, int64_t n, uint16_t* out) {
-  if (codec == Codec::kFloat16) {
-    narrow_float16(in, n, out);
-  } else {
-    narrow_bfloat16(in, n, out);
-  }
+  HalfCodecs::with(codec, [=](auto half) {
+    using C = decltype(half);
+    const int64_t first = narrow_eights<C>(in, n, out);
+#pragma omp simd
+    for (int64_t i = first; i < n; ++i) out[i] = C::narrowed(in[i]);
+  });
 }
 
 // fp32 data is used where it lies; anything else is widened into buffer.

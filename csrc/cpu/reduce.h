@@ -46,21 +46,23 @@ void add_squares(const T* grad, int64_t n, float mult1, float mult2, float* lane
 template <Fetch kFetch>
 void add_squares_of(const Grad& grad, int64_t begin, int64_t n, float mult1, float mult2,
                     float* lanes) {
-  switch (grad.codec) {
-    case Codec::kFloat32:
-      return add_squares<kFetch>(static_cast<const float*>(grad.data) + begin, n, mult1, mult2,
-                                 lanes);
-    case Codec::kBFloat16:
-      return add_squares<kFetch>(static_cast<const BFloat16*>(grad.data) + begin, n, mult1, mult2,
-                                 lanes);
-    case Codec::kFloat16:
-      alignas(64) float buffer[kBlock];
-      for (int64_t i = 0; i < n; i += kBlock) {
-        const int64_t m = min(kBlock, n - i);
-        const float* in = as_float<kFetch>(grad.data, grad.codec, begin + i, m, buffer);
-        add_squares<Fetch::kNone>(in, m, mult1, mult2, lanes);
-      }
+  if (grad.codec == Codec::kFloat32) {
+    const auto* data = static_cast<const float*>(grad.data) + begin;
+    return add_squares<kFetch>(data, n, mult1, mult2, lanes);
   }
+  HalfCodecs::with(grad.codec, [&](auto half) {
+    using C = decltype(half);
+    if (C::kInPlace) {
+      const auto* data = static_cast<const C*>(grad.data) + begin;
+      return add_squares<kFetch>(data, n, mult1, mult2, lanes);
+    }
+    alignas(64) float buffer[kBlock];
+    for (int64_t i = 0; i < n; i += kBlock) {
+      const int64_t m = min(kBlock, n - i);
+      const float* in = as_float<kFetch>(grad.data, C::kCodec, begin + i, m, buffer);
+      add_squares<Fetch::kNone>(in, m, mult1, mult2, lanes);
+    }
+  });
 }
 
 // Sum over the chunk of (grad * mult1 * mult2)^2. Lanes past the last element hold zero, and adding

@@ -39,7 +39,6 @@ struct ExchangeApi {
   void* current_work_stream;
 };
 
-constexpr uint8_t kFloat = 2;
-constexpr uint8_t kBfloat = 4;
+constexpr uint8_t kFloat = 2;  // a type code; those of 16-bit dtypes are in ../codecs.h
 
 }  // namespace fusedopt::dlpack

@@ -64,17 +64,19 @@ const void* address(const dlpack::Tensor& t) {
   return static_cast<const char*>(t.data) + t.byte_offset;
 }
 
+// False for a dtype that no kernel reads.
 bool kernel_codec(const dlpack::Tensor& t, Codec& codec) {
-  if (t.dtype_code == dlpack::kFloat && t.dtype_bits == 32) {
+  if (t.dtype_bits == 32 && t.dtype_code == dlpack::kFloat) {
     codec = Codec::kFloat32;
-  } else if (t.dtype_code == dlpack::kFloat && t.dtype_bits == 16) {
-    codec = Codec::kFloat16;
-  } else if (t.dtype_code == dlpack::kBfloat && t.dtype_bits == 16) {
-    codec = Codec::kBFloat16;
-  } else {
-    return false;
+    return true;
   }
-  return true;
+  bool found = false;
+  HalfCodecs::for_each([&](auto half) {
+    if (t.dtype_bits != 16 || t.dtype_code != half.kTypeCode) return;
+    codec = half.kCodec;
+    found = true;
+  });
+  return found;
 }
 
 // A thousand tensors are more than a cache holds, and a look at each is a chain of dependent
