@@ -4,7 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <sstream>
 #include <string>
+#include <type_traits>
 
 #include "check.h"
 #include "records.h"
@@ -23,10 +25,10 @@ T* required(const py::dict& tables, const char* name) {
   return reinterpret_cast<T*>(address);
 }
 
-inline int64_t count_of(const py::dict& tables, const char* name) {
+inline int count_of(const py::dict& tables, const char* name) {
   const auto count = tables[name].cast<int64_t>();
   FUSEDOPT_CHECK(count >= 0 && count < INT32_MAX, name, " is ", count);
-  return count;
+  return static_cast<int>(count);
 }
 
 inline PlanView plan_view(const py::dict& tables) {
@@ -50,44 +52,35 @@ inline int rule_named(const std::string& name) {
   return found;
 }
 
-// Name, offset and size of each field, and what it is in the words of Python's struct.
-template <size_t n>
-py::list described(const Field (&fields)[n]) {
+// Name, offset and size of each field, and what it is in the words of Python's struct: d double,
+// f float; q for anything else.
+template <class Record>
+py::list described() {
+  const Record record = {};
   py::list list;
-  for (const Field& f : fields) {
-    list.append(py::make_tuple(f.name, f.offset, f.bytes, std::string(1, f.kind)));
-  }
+  record.with_fields([&](const char* text, const auto&... fields) {
+    std::istringstream names(text);
+    const auto describe_field = [&](const auto& field) {
+      using T = std::decay_t<decltype(field)>;
+      const char* kind = std::is_same_v<T, double> ? "d" : std::is_same_v<T, float> ? "f" : "q";
+      const auto at = reinterpret_cast<uintptr_t>(&field) - reinterpret_cast<uintptr_t>(&record);
+      std::string name;
+      std::getline(names >> std::ws, name, ',');
+      list.append(py::make_tuple(name, at, sizeof field, kind));
+    };
+    (describe_field(fields), ...);
+  });
   return list;
 }
 
 inline py::dict described_records() {
-  const Field row[] = {FUSEDOPT_FIELD(Row, data),    FUSEDOPT_FIELD(Row, step),
-                       FUSEDOPT_FIELD(Row, numel),   FUSEDOPT_FIELD(Row, group),
-                       FUSEDOPT_FIELD(Row, codecs),  FUSEDOPT_FIELD(Row, scales),
-                       FUSEDOPT_FIELD(Row, reserved)};
-  const Field grad[] = {FUSEDOPT_FIELD(Grad, data), FUSEDOPT_FIELD(Grad, codec),
-                        FUSEDOPT_FIELD(Grad, present)};
-  const Field chunk[] = {FUSEDOPT_FIELD(Chunk, row), FUSEDOPT_FIELD(Chunk, index),
-                         FUSEDOPT_FIELD(Chunk, position)};
-  const Field number[] = {FUSEDOPT_FIELD(DeviceNumber, data), FUSEDOPT_FIELD(DeviceNumber, field),
-                          FUSEDOPT_FIELD(DeviceNumber, is_double)};
-  const Field step[] = {
-      FUSEDOPT_FIELD(StepRecord, max_grad_norm),    FUSEDOPT_FIELD(StepRecord, max_grad_value),
-      FUSEDOPT_FIELD(StepRecord, grad_scale),       FUSEDOPT_FIELD(StepRecord, found_inf),
-      FUSEDOPT_FIELD(StepRecord, inf_flag),         FUSEDOPT_FIELD(StepRecord, scalars),
-      FUSEDOPT_FIELD(StepRecord, n_device_numbers), FUSEDOPT_FIELD(StepRecord, flags)};
-  const Field scalars[] = {
-      FUSEDOPT_FIELD(StepScalars, grad_norm),     FUSEDOPT_FIELD(StepScalars, clip_coef),
-      FUSEDOPT_FIELD(StepScalars, grad_mult),     FUSEDOPT_FIELD(StepScalars, inv_scale),
-      FUSEDOPT_FIELD(StepScalars, found_inf),     FUSEDOPT_FIELD(StepScalars, skip),
-      FUSEDOPT_FIELD(StepScalars, skipped_steps), FUSEDOPT_FIELD(StepScalars, reserved)};
   py::dict records;
-  records["Row"] = described(row);
-  records["Grad"] = described(grad);
-  records["Chunk"] = described(chunk);
-  records["DeviceNumber"] = described(number);
-  records["StepRecord"] = described(step);
-  records["StepScalars"] = described(scalars);
+  records["Row"] = described<Row>();
+  records["Grad"] = described<Grad>();
+  records["Chunk"] = described<Chunk>();
+  records["DeviceNumber"] = described<DeviceNumber>();
+  records["StepRecord"] = described<StepRecord>();
+  records["StepScalars"] = described<StepScalars>();
   return records;
 }
 
@@ -99,8 +92,8 @@ inline py::dict described_rules() {
       static_assert(sizeof(typename R::Options) == kOptionsBytes);
       static_assert(R::kStates <= kMaxStates);
       py::dict described_rule;
-      described_rule["options"] = described(R::kOptions);
-      described_rule["hyper"] = described(R::kHyper);
+      described_rule["options"] = described<typename R::Options>();
+      described_rule["hyper"] = described<typename R::Hyper>();
       described_rule["n_states"] = R::kStates;
       described_rule["n_always"] = R::kAlways;
       described_rule["row_step_bytes"] = sizeof(RowStep<R>);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "codecs.h"
+#include "fields.h"
 
 namespace fusedopt {
 
@@ -31,6 +32,8 @@ struct Row {
   const float* scales[kStreams];  // of codecs that have them
   int64_t reserved[3];
 
+  FUSEDOPT_FIELDS(data, step, numel, group, codecs, scales, reserved)
+
   FUSEDOPT_MEMBER float* as_float(int stream) const { return static_cast<float*>(data[stream]); }
   FUSEDOPT_MEMBER Codec codec(int stream) const {
     return static_cast<Codec>(codecs >> (kCodecBits * stream) & ((1u << kCodecBits) - 1));
@@ -43,6 +46,8 @@ struct Grad {
   const void* data;
   Codec codec;
   int32_t present;  // 0: .grad is None, this tensor takes no part in the step
+
+  FUSEDOPT_FIELDS(data, codec, present)
 };
 static_assert(sizeof(Grad) == 16, "a table of them is uploaded in pieces of 16 bytes");
 
@@ -50,6 +55,8 @@ struct Chunk {
   int32_t row;
   int32_t index;     // elements [index * kChunk, (index + 1) * kChunk) of the row
   int64_t position;  // elements before this chunk in the whole plan; balances threads
+
+  FUSEDOPT_FIELDS(row, index, position)
 };
 
 // A field of the options table that the user keeps in a tensor on the device (a learning rate under
@@ -58,6 +65,8 @@ struct DeviceNumber {
   const void* data;  // fp32 or fp64, one element
   int32_t field;     // which double of the options table
   int32_t is_double;
+
+  FUSEDOPT_FIELDS(data, field, is_double)
 };
 
 // Lives on the device as eight floats; Python reads the fields by index.
@@ -70,6 +79,9 @@ struct StepScalars {
   float skip;           // 1: this step moves nothing
   float skipped_steps;  // running count
   float reserved;
+
+  FUSEDOPT_FIELDS(grad_norm, clip_coef, grad_mult, inv_scale, found_inf, skip, skipped_steps,
+                  reserved)
 };
 
 // Everything else that a step needs from the host; packed by the verb `begin`.
@@ -82,6 +94,9 @@ struct StepRecord {
   StepScalars* scalars;
   int64_t n_device_numbers;
   uint64_t flags;
+
+  FUSEDOPT_FIELDS(max_grad_norm, max_grad_value, grad_scale, found_inf, inf_flag, scalars,
+                  n_device_numbers, flags)
 
   enum Flag : uint64_t {
     kNormIsTwo = 1,      // else it is the largest magnitude

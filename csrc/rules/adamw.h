@@ -17,23 +17,15 @@ struct AdamW {
     int64_t decoupled, maximize;
     double beta1, beta2, eps;
     int64_t amsgrad;
+
+    FUSEDOPT_FIELDS(lr, weight_decay, decoupled, maximize, beta1, beta2, eps, amsgrad)
   };
-  static constexpr Field kOptions[] = {
-      FUSEDOPT_FIELD(Options, lr),        FUSEDOPT_FIELD(Options, weight_decay),
-      FUSEDOPT_FIELD(Options, decoupled), FUSEDOPT_FIELD(Options, maximize),
-      FUSEDOPT_FIELD(Options, beta1),     FUSEDOPT_FIELD(Options, beta2),
-      FUSEDOPT_FIELD(Options, eps),       FUSEDOPT_FIELD(Options, amsgrad)};
 
   struct Hyper {
     float lerp_weight, beta2, one_minus_beta2, step_size, eps, decay, lerp_from_grad;
+
+    FUSEDOPT_FIELDS(lerp_weight, beta2, one_minus_beta2, step_size, eps, decay, lerp_from_grad)
   };
-  static constexpr Field kHyper[] = {FUSEDOPT_FIELD(Hyper, lerp_weight),
-                                     FUSEDOPT_FIELD(Hyper, beta2),
-                                     FUSEDOPT_FIELD(Hyper, one_minus_beta2),
-                                     FUSEDOPT_FIELD(Hyper, step_size),
-                                     FUSEDOPT_FIELD(Hyper, eps),
-                                     FUSEDOPT_FIELD(Hyper, decay),
-                                     FUSEDOPT_FIELD(Hyper, lerp_from_grad)};
 
   FUSEDOPT_FN int variant(const Options& o) { return o.amsgrad ? 1 : 0; }
   FUSEDOPT_FN constexpr int states(int variant) { return 2 + variant; }

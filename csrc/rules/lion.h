@@ -16,19 +16,15 @@ struct Lion {
     int64_t decoupled, maximize;
     double beta1, beta2;
     int64_t reserved[2];
+
+    FUSEDOPT_FIELDS(lr, weight_decay, decoupled, maximize, beta1, beta2)
   };
-  static constexpr Field kOptions[] = {
-      FUSEDOPT_FIELD(Options, lr),        FUSEDOPT_FIELD(Options, weight_decay),
-      FUSEDOPT_FIELD(Options, decoupled), FUSEDOPT_FIELD(Options, maximize),
-      FUSEDOPT_FIELD(Options, beta1),     FUSEDOPT_FIELD(Options, beta2)};
 
   struct Hyper {
     float minus_lr, beta1, one_minus_beta1, beta2, one_minus_beta2, decay;
+
+    FUSEDOPT_FIELDS(minus_lr, beta1, one_minus_beta1, beta2, one_minus_beta2, decay)
   };
-  static constexpr Field kHyper[] = {
-      FUSEDOPT_FIELD(Hyper, minus_lr),        FUSEDOPT_FIELD(Hyper, beta1),
-      FUSEDOPT_FIELD(Hyper, one_minus_beta1), FUSEDOPT_FIELD(Hyper, beta2),
-      FUSEDOPT_FIELD(Hyper, one_minus_beta2), FUSEDOPT_FIELD(Hyper, decay)};
 
   FUSEDOPT_FN int variant(const Options&) { return 0; }
   FUSEDOPT_FN constexpr int states(int) { return 1; }

@@ -17,20 +17,15 @@ struct SGD {
     int64_t decoupled, maximize;
     double momentum, dampening;
     int64_t nesterov, reserved;
+
+    FUSEDOPT_FIELDS(lr, weight_decay, decoupled, maximize, momentum, dampening, nesterov)
   };
-  static constexpr Field kOptions[] = {
-      FUSEDOPT_FIELD(Options, lr),        FUSEDOPT_FIELD(Options, weight_decay),
-      FUSEDOPT_FIELD(Options, decoupled), FUSEDOPT_FIELD(Options, maximize),
-      FUSEDOPT_FIELD(Options, momentum),  FUSEDOPT_FIELD(Options, dampening),
-      FUSEDOPT_FIELD(Options, nesterov)};
 
   struct Hyper {
     float minus_lr, buffer_momentum, grad_weight, momentum, decay;
+
+    FUSEDOPT_FIELDS(minus_lr, buffer_momentum, grad_weight, momentum, decay)
   };
-  static constexpr Field kHyper[] = {FUSEDOPT_FIELD(Hyper, minus_lr),
-                                     FUSEDOPT_FIELD(Hyper, buffer_momentum),
-                                     FUSEDOPT_FIELD(Hyper, grad_weight),
-                                     FUSEDOPT_FIELD(Hyper, momentum), FUSEDOPT_FIELD(Hyper, decay)};
 
   FUSEDOPT_FN int variant(const Options& o) {
     if (o.momentum == 0.0) return kPlain;
