@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
-#include <memory>
 
 #include "../watch/watch.h"
 #include "dispatch.h"
@@ -56,16 +55,6 @@ class Plan {
   uint64_t* const words_;
 };
 
-py::object refresh(const Watch& watch, const py::object& groups, const py::object& state,
-                   uintptr_t grads) {
-  FUSEDOPT_CHECK(grads != 0, "grads must not be null");
-  Watch::Look look;
-  const bool current =
-      watch.refresh(groups.ptr(), state.ptr(), reinterpret_cast<Grad*>(grads), look);
-  if (!current) return py::none();
-  return py::make_tuple(look.odd, look.absent, py::reinterpret_borrow<py::list>(look.held.get()));
-}
-
 std::vector<std::string> simd_levels() {
   std::vector<std::string> names;
   for (const Kernels* const* k = available_kernels(); *k; ++k) names.emplace_back((*k)->name);
@@ -87,19 +76,11 @@ PYBIND11_MODULE(_cpu, m) {
       .def("finalize", &Plan::finalize)
       .def("update", &Plan::update, py::arg("num_threads"));
   py::class_<Watch>(m, "Watch")
-      .def(py::init(
-               [](const py::list& groups, const py::dict& state, const std::vector<int>& kinds) {
-                 return std::make_unique<Watch>(groups.ptr(), state.ptr(), kinds);
-               }),
-           py::arg("groups"), py::arg("state"), py::arg("kinds"))
-      .def("refresh", &refresh, py::arg("groups"), py::arg("state"), py::arg("grads"));
-  m.def(
-      "use_torch",
-      [](const py::object& tensor_type, const py::object& parameter_type, const py::object& is_neg,
-         const py::object& exchange) {
-        use_torch(tensor_type.ptr(), parameter_type.ptr(), is_neg.ptr(), exchange.ptr());
-      },
-      py::arg("tensor_type"), py::arg("parameter_type"), py::arg("is_neg"), py::arg("exchange"));
+      .def(py::init<const py::list&, const py::dict&, const std::vector<int>&>(), py::arg("groups"),
+           py::arg("state"), py::arg("kinds"))
+      .def("refresh", &Watch::refresh, py::arg("groups"), py::arg("state"), py::arg("grads"));
+  m.def("use_torch", &use_torch, py::arg("tensor_type"), py::arg("parameter_type"),
+        py::arg("is_neg"), py::arg("exchange"));
   m.def("simd_levels", &simd_levels, "Levels in this build that this CPU runs, best first.");
   m.def("simd", [] { return std::string(current_kernels().name); });
   m.def("set_simd", &set_simd);

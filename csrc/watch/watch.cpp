@@ -21,11 +21,10 @@ PyObject* interned(const char* text) {
 }
 
 // Null unless the type answers for the attribute with a C function.
-const PyGetSetDef* getset_named(PyObject* type, const char* name) {
-  const PyRef attribute(PyObject_GetAttrString(type, name));
-  if (!attribute.get()) PyErr_Clear();
-  if (!attribute.get() || Py_TYPE(attribute.get()) != &PyGetSetDescr_Type) return nullptr;
-  return reinterpret_cast<PyGetSetDescrObject*>(attribute.get())->d_getset;  // static in torch
+const PyGetSetDef* getset_named(py::handle type, const char* name) {
+  const py::object attribute = py::getattr(type, name, py::none());
+  if (Py_TYPE(attribute.ptr()) != &PyGetSetDescr_Type) return nullptr;
+  return reinterpret_cast<PyGetSetDescrObject*>(attribute.ptr())->d_getset;  // static in torch
 }
 
 // False for anything that is not a strided tensor (sparse, a functional wrapper, not a tensor).
@@ -47,9 +46,10 @@ bool plain_tensor(PyObject* object) {
 // imaginary part of a conjugate and have a stride of two, so that only a single element can look
 // dense.
 bool negated(PyObject* tensor) {
-  const PyRef answer(PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr));
-  if (!answer.get()) PyErr_Clear();
-  return answer.get() != Py_False;
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr));
+  if (!answer) PyErr_Clear();
+  return answer.ptr() != Py_False;
 }
 
 // New reference, or null with an error set. For the two plain types the attribute's own function is
@@ -96,6 +96,8 @@ void fetch(const void* object, const void* record) {
   }
 }
 
+py::object borrowed(py::handle object) { return py::reinterpret_borrow<py::object>(object); }
+
 // Borrowed; null when the group has no sequence of params.
 PyObject* params_of(PyObject* group) {
   static PyObject* const kParams = interned("params");
@@ -104,12 +106,44 @@ PyObject* params_of(PyObject* group) {
   return params && (PyList_Check(params) || PyTuple_Check(params)) ? params : nullptr;
 }
 
+int64_t numel(const Placement& placement) {
+  int64_t n = 1;
+  for (int32_t d = 0; d < placement.ndim; ++d) n *= placement.shape[d];
+  return n;
+}
+
+// A dimension of one element may carry any stride.
+bool same_layout(const Placement& placement, const dlpack::Tensor& t) {
+  if (t.ndim != placement.ndim) return false;
+  const int64_t* shape = placement.shape;
+  const int64_t* strides = shape + t.ndim;
+  for (int32_t d = 0; d < t.ndim; ++d) {
+    if (t.shape[d] != shape[d] || (shape[d] > 1 && t.strides[d] != strides[d])) return false;
+  }
+  return true;
+}
+
+bool in_place(const Placement& placement, PyObject* object) {
+  dlpack::Tensor t;
+  return view(object, t) && address(t) == placement.data && t.dtype_code == placement.dtype_code &&
+         t.dtype_bits == placement.dtype_bits && t.device_type == placement.device_type &&
+         t.device_id == placement.device_id && same_layout(placement, t);
+}
+
+// Null for what is not exchangeable as a consumer: slower, not wrong.
+SecondOwner second_owner(PyObject* tensor) {
+  dlpack::ManagedTensor* managed = nullptr;
+  if (torch.exchange->managed_from_py_object(tensor, &managed) == 0) return SecondOwner(managed);
+  PyErr_Clear();
+  return nullptr;
+}
+
 }  // namespace
 
-void use_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* is_neg,
-               PyObject* exchange_capsule) {
+void use_torch(const py::object& tensor_type, const py::object& parameter_type,
+               const py::object& is_neg, const py::object& exchange) {
   auto* api = static_cast<dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(exchange_capsule, "dlpack_exchange_api"));
+      PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
   if (!api) {
     PyErr_Clear();
     fail("torch's __dlpack_c_exchange_api__ is not a dlpack_exchange_api capsule");
@@ -118,87 +152,35 @@ void use_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* is_neg
   FUSEDOPT_CHECK(api && api->dltensor_from_py_object,
                  "this torch offers no DLPack 1.x C exchange; use torch 2.11 or newer");
   // Never given back: the module keeps them as long as the process lives.
-  for (PyObject* object : {tensor_type, parameter_type, is_neg}) Py_INCREF(object);
-  torch = {api, tensor_type, parameter_type, is_neg, getset_named(tensor_type, "grad")};
+  torch = {api, tensor_type.inc_ref().ptr(), parameter_type.inc_ref().ptr(), is_neg.inc_ref().ptr(),
+           getset_named(tensor_type, "grad")};
 }
 
-SecondOwner::SecondOwner(PyObject* tensor) {
-  if (torch.exchange->managed_from_py_object(tensor, &managed_) != 0) {
-    PyErr_Clear();
-    managed_ = nullptr;  // not exchangeable as a consumer: slower, not wrong
-  }
-}
-
-SecondOwner::~SecondOwner() {
-  if (managed_ && managed_->deleter) managed_->deleter(managed_);
-}
-
-Watch::Placement Watch::place(PyObject* object,
-                              std::map<std::vector<int64_t>, size_t>& known_layouts) {
-  Placement placement;
+Placement Watch::place(py::handle object) {
   dlpack::Tensor t;
-  if (!view(object, t)) return placement;
+  if (!view(object.ptr(), t)) return {};
   std::vector<int64_t> layout(t.shape, t.shape + t.ndim);
   layout.insert(layout.end(), t.strides, t.strides + t.ndim);
-  const auto found = known_layouts.emplace(layout, layouts_.size());
-  if (found.second) layouts_.insert(layouts_.end(), layout.begin(), layout.end());
-  placement.fetch_ahead = t.shape;
-  placement.data = address(t);
-  placement.layout = found.first->second;
-  placement.device_type = t.device_type;
-  placement.device_id = t.device_id;
-  placement.ndim = t.ndim;
-  placement.dtype_code = t.dtype_code;
-  placement.dtype_bits = t.dtype_bits;
-  placement.is_tensor = true;
-  return placement;
+  const int64_t* shape = layouts_.insert(std::move(layout)).first->data();
+  return {t.shape, address(t),   shape,        t.device_type, t.device_id,
+          t.ndim,  t.dtype_code, t.dtype_bits, true};
 }
 
-// A dimension of one element may carry any stride.
-bool Watch::same_layout(const Placement& placement, const dlpack::Tensor& t) const {
-  if (t.ndim != placement.ndim) return false;
-  const int64_t* shape = layouts_.data() + placement.layout;
-  const int64_t* strides = shape + t.ndim;
-  for (int32_t d = 0; d < t.ndim; ++d) {
-    if (t.shape[d] != shape[d] || (shape[d] > 1 && t.strides[d] != strides[d])) return false;
-  }
-  return true;
-}
-
-int64_t Watch::nbytes(const Placement& placement) const {
-  return numel(placement) * placement.dtype_bits / 8;
-}
-
-int64_t Watch::numel(const Placement& placement) const {
-  const int64_t* shape = layouts_.data() + placement.layout;
-  int64_t n = 1;
-  for (int32_t d = 0; d < placement.ndim; ++d) n *= shape[d];
-  return n;
-}
-
-bool Watch::in_place(const Placement& placement, PyObject* object) const {
-  dlpack::Tensor t;
-  return view(object, t) && address(t) == placement.data && t.dtype_code == placement.dtype_code &&
-         t.dtype_bits == placement.dtype_bits && t.device_type == placement.device_type &&
-         t.device_id == placement.device_id && same_layout(placement, t);
-}
-
-Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds) : state_(state) {
+Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds)
+    : state_(state.ptr()) {
   FUSEDOPT_CHECK(torch.exchange, "use_torch() has not been called");
-  FUSEDOPT_CHECK(PyList_Check(groups) && PyDict_Check(state),
-                 "param_groups must be a list and state a dict");
-  std::map<std::vector<int64_t>, size_t> layouts;
-  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
-    PyObject* params = params_of(PyList_GET_ITEM(groups, g));
+  for (const py::handle group : groups) {
+    const size_t g = group_sizes_.size();
+    PyObject* params = params_of(group.ptr());
     FUSEDOPT_CHECK(params, "param group ", g, " has no list of params");
     group_sizes_.push_back(PySequence_Fast_GET_SIZE(params));
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params); ++i) {
+    for (Py_ssize_t i = 0; i < group_sizes_[g]; ++i) {
       FUSEDOPT_CHECK(rows_.size() < kinds.size(), "fewer row kinds than params");
       WatchedRow row;
-      row.param = PyRef::borrow(PySequence_Fast_GET_ITEM(params, i));
+      row.param = borrowed(PySequence_Fast_GET_ITEM(params, i));
       row.kind = static_cast<RowKind>(kinds[rows_.size()]);
       if (row.kind != RowKind::kFrozen) {
-        row.placement = place(row.param.get(), layouts);
+        row.placement = place(row.param);
         FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
                        " is not a strided tensor");
         row.single_element = numel(row.placement) == 1;
@@ -208,25 +190,22 @@ Watch::Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds) :
   }
   FUSEDOPT_CHECK(rows_.size() == kinds.size(), "more row kinds than params");
 
-  int64_t twice_owned = kSmallInAll;
-  PyObject *key, *value;
-  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
-    StateEntry entry;
-    entry.key = PyRef::borrow(key);
-    entry.value = value;
-    entry.first_item = items_.size();
-    PyObject *name, *item;
-    for (Py_ssize_t in = 0; PyDict_Check(value) && PyDict_Next(value, &in, &name, &item);) {
-      const Placement placement = place(item, layouts);
-      const int64_t n_bytes = placement.is_tensor ? nbytes(placement) : 0;
-      const bool owned = placement.is_tensor && n_bytes <= kSmall && twice_owned >= n_bytes;
-      if (owned) twice_owned -= n_bytes;
-      items_.push_back(
-          {PyRef::borrow(name), item, placement, owned ? SecondOwner(item) : SecondOwner()});
-      if (!items_.back().second_owner) ++n_held_;
+  int64_t bytes_left = kSmallInAll;
+  for (const auto& [key, value] : state) {
+    const size_t first_item = items_.size();
+    for (const auto& [name, item] :
+         PyDict_Check(value.ptr()) ? py::reinterpret_borrow<py::dict>(value) : py::dict()) {
+      const Placement placement = place(item);
+      const int64_t n_bytes = numel(placement) * placement.dtype_bits / 8;
+      SecondOwner owner;
+      if (placement.is_tensor && n_bytes <= kSmall && n_bytes <= bytes_left) {
+        bytes_left -= n_bytes;
+        owner = second_owner(item.ptr());
+      }
+      if (placement.is_tensor && !owner) ++n_held_;
+      items_.push_back({borrowed(name), item.ptr(), placement, std::move(owner)});
     }
-    entry.n_items = items_.size() - entry.first_item;
-    entries_.push_back(std::move(entry));
+    entries_.push_back({borrowed(key), value.ptr(), first_item, items_.size() - first_item});
   }
 }
 
@@ -238,7 +217,7 @@ bool Watch::same_groups(PyObject* groups) const {
     PyObject* params = params_of(PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(g)));
     if (!params || PySequence_Fast_GET_SIZE(params) != group_sizes_[g]) return false;
     for (Py_ssize_t i = 0; i < group_sizes_[g]; ++i, ++r) {
-      if (PySequence_Fast_GET_ITEM(params, i) != rows_[r].param.get()) return false;
+      if (PySequence_Fast_GET_ITEM(params, i) != rows_[r].param.ptr()) return false;
     }
   }
   return true;
@@ -253,7 +232,7 @@ bool Watch::same_state(PyObject* state, PyObject* held) const {
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value); ++e) {
     fetch_entry(e + kAhead);
     const StateEntry& entry = entries_[e];
-    if (key != entry.key.get() || value != entry.value) return false;
+    if (key != entry.key.ptr() || value != entry.value) return false;
     if (!PyDict_Check(value)) {
       if (entry.n_items > 0) return false;  // where a dict was, something else has come to lie
       continue;
@@ -263,7 +242,7 @@ bool Watch::same_state(PyObject* state, PyObject* held) const {
     size_t i = entry.first_item;
     for (Py_ssize_t in = 0; PyDict_Next(value, &in, &name, &item); ++i) {
       const Item& watched = items_[i];
-      if (name != watched.key.get() || item != watched.value) return false;
+      if (name != watched.key.ptr() || item != watched.value) return false;
       if (!watched.placement.is_tensor) continue;
       if (!in_place(watched.placement, item)) return false;
       if (watched.second_owner) continue;
@@ -277,7 +256,7 @@ bool Watch::same_state(PyObject* state, PyObject* held) const {
 void Watch::fetch_row(size_t r) const {
   if (r >= rows_.size()) return;
   const WatchedRow& row = rows_[r];
-  fetch(row.param.get(), row.placement.fetch_ahead);
+  fetch(row.param.ptr(), row.placement.fetch_ahead);
   fetch(row.grad_object, row.grad_record);
 }
 
@@ -305,32 +284,34 @@ bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
   return true;
 }
 
-bool Watch::refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) const {
-  look.held = PyRef(PyList_New(static_cast<Py_ssize_t>(rows_.size() + n_held_)));
-  FUSEDOPT_CHECK(look.held.get(), "out of memory");
-  if (!same_groups(groups) || !same_state(state, look.held.get())) return false;
+py::object Watch::refresh(const py::object& groups, const py::object& state,
+                          uintptr_t grads) const {
+  FUSEDOPT_CHECK(grads != 0, "grads must not be null");
+  py::list odd, absent, held(rows_.size() + n_held_);
+  if (!same_groups(groups.ptr()) || !same_state(state.ptr(), held.ptr())) return py::none();
   for (size_t r = 0; r < rows_.size(); ++r) {
     fetch_row(r + kAhead);
     const WatchedRow& row = rows_[r];
+    PyObject* const param = row.param.ptr();
     const bool frozen = row.kind == RowKind::kFrozen;
-    if (!frozen && !in_place(row.placement, row.param.get())) return false;
-    if (row.single_element && row.kind != RowKind::kStaged && negated(row.param.get()))
-      return false;
-    PyObject* const grad = grad_of(row.param.get());
+    if (!frozen && !in_place(row.placement, param)) return py::none();
+    if (row.single_element && row.kind != RowKind::kStaged && negated(param)) return py::none();
+    PyObject* const grad = grad_of(param);
     if (!grad) {
       PyErr_Clear();
-      return false;
+      return py::none();
     }
-    PyList_SET_ITEM(look.held.get(), static_cast<Py_ssize_t>(r), grad);
-    grads[r] = {nullptr, Codec::kFloat32, 0};
+    PyList_SET_ITEM(held.ptr(), static_cast<Py_ssize_t>(r), grad);
+    Grad* const out = reinterpret_cast<Grad*>(grads) + r;
+    *out = {nullptr, Codec::kFloat32, 0};
     if (grad == Py_None) {
-      look.absent.push_back(static_cast<int64_t>(r));
+      absent.append(r);
       continue;
     }
-    if (frozen || row.kind == RowKind::kAwaitsState) return false;
-    if (!read_grad(row, grad, &grads[r])) look.odd.push_back(static_cast<int64_t>(r));
+    if (frozen || row.kind == RowKind::kAwaitsState) return py::none();
+    if (!read_grad(row, grad, out)) odd.append(r);
   }
-  return true;
+  return py::make_tuple(odd, absent, held);
 }
 
 }  // namespace fusedopt

@@ -2,10 +2,10 @@
 // torch's DLPack exchange functions: no libtorch, and nothing interpreted for an ordinary tensor.
 #pragma once
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include <pybind11/pybind11.h>
 
-#include <map>
+#include <memory>
+#include <set>
 #include <vector>
 
 #include "../records.h"
@@ -13,45 +13,28 @@
 
 namespace fusedopt {
 
-// An owned reference; copies are not needed and not offered.
-class PyRef {
- public:
-  PyRef() = default;
-  explicit PyRef(PyObject* owned) : object_(owned) {}
-  PyRef(PyRef&& other) noexcept : object_(other.object_) { other.object_ = nullptr; }
-  PyRef& operator=(PyRef&& other) noexcept {
-    PyObject* spent = object_;
-    object_ = other.object_;
-    other.object_ = nullptr;
-    Py_XDECREF(spent);
-    return *this;
-  }
-  ~PyRef() { Py_XDECREF(object_); }
-  static PyRef borrow(PyObject* object) {
-    Py_XINCREF(object);
-    return PyRef(object);
-  }
-  PyObject* get() const { return object_; }
-
- private:
-  PyObject* object_ = nullptr;
-};
+namespace py = pybind11;
 
 // Owns a tensor beside Python, as a consumer of DLPack does. The exchange of a tensor that only
 // Python owns takes 100 ns. Of these, 45 ns pass its ownership to C++ and back; a second owner
 // makes that unnecessary. It also keeps the tensor's memory until the next plan, so only small
 // tensors get one, and few of them.
-class SecondOwner {
- public:
-  SecondOwner() = default;
-  explicit SecondOwner(PyObject* tensor);
-  SecondOwner(SecondOwner&& other) noexcept : managed_(other.managed_) { other.managed_ = nullptr; }
-  SecondOwner& operator=(SecondOwner&&) = delete;
-  explicit operator bool() const { return managed_ != nullptr; }
-  ~SecondOwner();
+struct Release {
+  void operator()(dlpack::ManagedTensor* tensor) const {
+    if (tensor->deleter) tensor->deleter(tensor);
+  }
+};
+using SecondOwner = std::unique_ptr<dlpack::ManagedTensor, Release>;
 
- private:
-  dlpack::ManagedTensor* managed_ = nullptr;
+// Where a tensor lies and how.
+struct Placement {
+  const void* fetch_ahead = nullptr;  // inside torch's own record of the tensor; a hint
+  const void* data = nullptr;
+  const int64_t* shape = nullptr;  // and behind it the strides
+  int32_t device_type = 0, device_id = 0;
+  int32_t ndim = 0;
+  uint8_t dtype_code = 0, dtype_bits = 0;
+  bool is_tensor = false;
 };
 
 // What a plan was built for, to be compared with what is there now. The optimizer's lists and dicts
@@ -64,63 +47,44 @@ class Watch {
 
   // groups: optimizer.param_groups; state: optimizer.state; kinds: one RowKind a row, rows being
   // the params of all groups in order. Throws std::runtime_error.
-  Watch(PyObject* groups, PyObject* state, const std::vector<int>& kinds);
+  Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds);
 
-  struct Look {
-    std::vector<int64_t> odd;     // rows whose gradient the kernels cannot read as it lies
-    std::vector<int64_t> absent;  // rows whose .grad is None
-    // A list that the step owns while it runs: the .grad of each row, then the tensors of the state
-    // that have no second owner in the watch. Another thread may drop any of them while the kernels
-    // run without the GIL.
-    PyRef held;
-  };
-
-  // Fills grads[row] for every row, odd ones as absent. Returns false when the plan no longer
-  // describes the optimizer.
-  bool refresh(PyObject* groups, PyObject* state, Grad* grads, Look& look) const;
+  // Fills grads[row], the Grad of every row, odd ones as absent. Returns None when the plan no
+  // longer describes the optimizer, or three lists:
+  //   odd     rows whose gradient the kernels cannot read as it lies
+  //   absent  rows whose .grad is None
+  //   held    owned by the step while it runs: the .grad of each row, then the tensors of the state
+  //           that have no second owner in the watch. Another thread may drop any of them while the
+  //           kernels run without the GIL.
+  py::object refresh(const py::object& groups, const py::object& state, uintptr_t grads) const;
 
  private:
-  // Where a tensor lies and how. Sizes and strides are in layouts_, where equal ones are stored
-  // once.
-  struct Placement {
-    const void* fetch_ahead = nullptr;  // inside torch's own record of the tensor; a hint
-    const void* data = nullptr;
-    size_t layout = 0;  // layouts_[layout ...]: shape, then strides
-    int32_t device_type = 0, device_id = 0;
-    int32_t ndim = 0;
-    uint8_t dtype_code = 0, dtype_bits = 0;
-    bool is_tensor = false;
-  };
   struct WatchedRow {
-    PyRef param;
-    // Of the last look: hints, never followed.
-    mutable const void* grad_object = nullptr;
-    mutable const void* grad_record = nullptr;
+    py::object param;
     RowKind kind;
     Placement placement;
     bool single_element = false;
+    // Of the last look: hints, never followed.
+    mutable const void* grad_object = nullptr;
+    mutable const void* grad_record = nullptr;
   };
   // State is not kept alive: what the optimizer drops is freed at once. An object that has taken
   // the place of another's passes for it only if all that is read of a tensor is the same.
   struct Item {  // one entry of a row's state dict
-    PyRef key;
+    py::object key;
     const PyObject* value;
     Placement placement;
     SecondOwner second_owner;
   };
   struct StateEntry {  // one entry of optimizer.state, and its items_[first_item ...]
-    PyRef key;
+    py::object key;
     const PyObject* value;
     size_t first_item, n_items;
   };
 
-  Placement place(PyObject* object, std::map<std::vector<int64_t>, size_t>& known_layouts);
+  Placement place(py::handle object);
   bool same_groups(PyObject* groups) const;
   bool same_state(PyObject* state, PyObject* held) const;
-  bool same_layout(const Placement& placement, const dlpack::Tensor& t) const;
-  int64_t numel(const Placement& placement) const;
-  int64_t nbytes(const Placement& placement) const;
-  bool in_place(const Placement& placement, PyObject* object) const;
   bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const;
   void fetch_row(size_t r) const;
   void fetch_entry(size_t e) const;
@@ -130,13 +94,13 @@ class Watch {
   const PyObject* state_;
   std::vector<StateEntry> entries_;
   std::vector<Item> items_;
-  size_t n_held_ = 0;  // tensors in items_ without a second owner
-  std::vector<int64_t> layouts_;
+  size_t n_held_ = 0;                       // tensors in items_ without a second owner
+  std::set<std::vector<int64_t>> layouts_;  // shape and strides of every placement
 };
 
 // torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg and the capsule
 // torch.Tensor.__dlpack_c_exchange_api__, whose version may not be understood: then it throws.
-void use_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* is_neg,
-               PyObject* exchange_capsule);
+void use_torch(const py::object& tensor_type, const py::object& parameter_type,
+               const py::object& is_neg, const py::object& exchange);
 
 }  // namespace fusedopt
