@@ -113,22 +113,20 @@ class Stream {
 };
 
 // Any codecs: the rule runs over buffers where memory is not fp32.
-template <class R>
-void update_block(const Row& row, const Grad& grad, int64_t begin, int64_t n, Kind kind,
-                  RunFn<R> fn, const typename R::Hyper& hyper, float grad_mult,
-                  float max_grad_value) {
+template <class RunRule>
+void update_block(const Row& row, const Grad& grad, int64_t begin, int64_t n, int n_states,
+                  const RunRule& run_rule) {
   alignas(64) float buffers[kStreams][kBlock];
   alignas(64) float grad_buffer[kBlock];
   const bool has_master = row.data[kMaster] != nullptr;
   const Stream param(row, kParam, begin), primary(row, has_master ? kMaster : kParam, begin);
   Run run = {n, as_float<Fetch::kNear>(grad.data, grad.codec, begin, n, grad_buffer), nullptr, {}};
-  const int n_states = R::states(kind.variant);
   for (int s = 0; s < n_states; ++s) {
     run.state[s] = Stream(row, kStates + s, begin).load(n, buffers[kStates + s]);
   }
   run.param = primary.load(n, buffers[kParam]);
   if (has_master) follow_external_writes(param.half(), param.codec(), n, run.param);
-  fn(hyper, run, grad_mult, max_grad_value);
+  run_rule(run);
   primary.store(n, run.param);
   if (has_master) param.store(n, run.param);
   for (int s = 0; s < n_states; ++s) Stream(row, kStates + s, begin).store(n, run.state[s]);
@@ -145,19 +143,18 @@ void update_chunk(const PlanView& plan, const Chunk& chunk, const StepRecord& st
   const RunFn<R> fn = run_of<R>(kind, std::make_integer_sequence<int, kDecays * R::kVariants>());
   const float grad_mult = options.maximize ? -step.scalars->grad_mult : step.scalars->grad_mult;
   const float max_grad_value = static_cast<float>(step.max_grad_value);
+  const int n_states = R::states(kind.variant);
 
   const int64_t first = chunk.index * kChunk;
   const int64_t n = min(kChunk, row.numel - first);
   if (row.codecs == 0 && grad.codec == Codec::kFloat32) {
     Run run = {n, static_cast<const float*>(grad.data) + first, row.as_float(kParam) + first, {}};
-    for (int s = 0; s < R::states(kind.variant); ++s) {
-      run.state[s] = row.as_float(kStates + s) + first;
-    }
+    for (int s = 0; s < n_states; ++s) run.state[s] = row.as_float(kStates + s) + first;
     return fn(hyper, run, grad_mult, max_grad_value);
   }
+  const auto run_rule = [=, &hyper](const Run& run) { fn(hyper, run, grad_mult, max_grad_value); };
   for (int64_t at = 0; at < n; at += kBlock) {
-    update_block<R>(row, grad, first + at, min(kBlock, n - at), kind, fn, hyper, grad_mult,
-                    max_grad_value);
+    update_block(row, grad, first + at, min(kBlock, n - at), n_states, run_rule);
   }
 }
 

@@ -39,24 +39,20 @@ class DeviceGuard {
   bool moved_ = false;
 };
 
-int int_of(const py::dict& tables, const char* name) {
-  return static_cast<int>(count_of(tables, name));
-}
-
 // All but the record.
 DeviceStep device_step(const std::string& rule, const py::dict& tables) {
-  DeviceStep step = {};
-  step.plan = plan_view(tables);
-  step.fields = required<double>(tables, "options");
-  step.numbers = required<const DeviceNumber>(tables, "numbers");
-  step.sums = required<Word>(tables, "sums");
-  step.words = required<Word>(tables, "words");
-  step.ticket = required<uint32_t>(tables, "ticket");
-  step.n_devices = int_of(tables, "n_devices");
-  step.own_number = int_of(tables, "own_number");
-  step.rule = rule_named(rule);
-  step.n_states = int_of(tables, "n_states");
-  step.half_states = tables["half_states"].cast<bool>();
+  const DeviceStep step = {plan_view(tables),
+                           {},
+                           required<double>(tables, "options"),
+                           required<const DeviceNumber>(tables, "numbers"),
+                           required<Word>(tables, "sums"),
+                           required<Word>(tables, "words"),
+                           required<uint32_t>(tables, "ticket"),
+                           count_of(tables, "n_devices"),
+                           count_of(tables, "own_number"),
+                           rule_named(rule),
+                           count_of(tables, "n_states"),
+                           tables["half_states"].cast<bool>()};
   FUSEDOPT_CHECK(step.own_number < step.n_devices, "own_number lies outside of words");
   return step;
 }
@@ -68,7 +64,7 @@ constexpr size_t kRecord = sizeof(StepRecord);  // first in the table of inputs;
 class Plan {
  public:
   Plan(const std::string& rule, const py::dict& tables)
-      : device_(int_of(tables, "device")),
+      : device_(count_of(tables, "device")),
         host_inputs_(required<const char>(tables, "host_inputs")),
         inputs_(required<char>(tables, "inputs")),
         written_(static_cast<size_t>(count_of(tables, "n_input_bytes"))),
@@ -145,8 +141,7 @@ int device_count() {
 
 py::dict versions() {
   py::dict out;
-  int driver = 0;
-  int runtime = 0;
+  int driver = 0, runtime = 0;
   if (cudaRuntimeGetVersion(&runtime) == cudaSuccess) out["runtime"] = runtime;
   if (cudaDriverGetVersion(&driver) == cudaSuccess) out["driver"] = driver;
   return out;

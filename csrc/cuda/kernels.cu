@@ -85,12 +85,14 @@ UpdateKernel update_kernel_of(const DeviceStep& step) {
   return kernel;
 }
 
-cudaLaunchConfig_t config(int blocks, cudaStream_t stream) {
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = dim3(static_cast<unsigned>(blocks));
-  launch.blockDim = dim3(kThreads);
-  launch.stream = stream;
-  return launch;
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int blocks, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // As many blocks as there is work for, one at least.
@@ -104,24 +106,20 @@ int grid(int64_t chunks, int chunks_per_block, int most) {
 cudaError_t write_page(void* destination, const void* source, size_t bytes, cudaStream_t stream) {
   Payload payload;
   std::memcpy(payload.words, source, bytes);
-  const cudaLaunchConfig_t launch = config(1, stream);
-  return cudaLaunchKernelEx(&launch, write_kernel, payload, static_cast<uint4*>(destination),
-                            static_cast<int>(bytes / 16));
+  return launch(write_kernel, 1, stream, payload, static_cast<uint4*>(destination),
+                static_cast<int>(bytes / 16));
 }
 
 cudaError_t reduce(const DeviceStep& step, bool finalizes, int blocks, cudaStream_t stream) {
-  const cudaLaunchConfig_t launch = config(grid(step.plan.n_chunks, kWarps, blocks), stream);
-  return cudaLaunchKernelEx(&launch, reduce_kernel, step, finalizes);
+  return launch(reduce_kernel, grid(step.plan.n_chunks, kWarps, blocks), stream, step, finalizes);
 }
 
 cudaError_t finalize(const DeviceStep& step, cudaStream_t stream) {
-  const cudaLaunchConfig_t launch = config(1, stream);
-  return cudaLaunchKernelEx(&launch, finalize_kernel, step);
+  return launch(finalize_kernel, 1, stream, step);
 }
 
 cudaError_t update(const DeviceStep& step, int blocks, cudaStream_t stream) {
-  const cudaLaunchConfig_t launch = config(grid(step.plan.n_chunks, 1, blocks), stream);
-  return cudaLaunchKernelEx(&launch, update_kernel_of(step), step);
+  return launch(update_kernel_of(step), grid(step.plan.n_chunks, 1, blocks), stream, step);
 }
 
 cudaError_t resident_blocks(const DeviceStep& step, int* reduce_blocks, int* update_blocks) {
@@ -132,8 +130,8 @@ cudaError_t resident_blocks(const DeviceStep& step, int* reduce_blocks, int* upd
   if (error != cudaSuccess) return error;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(reduce_blocks, reduce_kernel, kThreads, 0);
   if (error != cudaSuccess) return error;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(update_blocks, update_kernel_of(step),
-                                                        kThreads, 0);
+  UpdateKernel update = update_kernel_of(step);
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(update_blocks, update, kThreads, 0);
   *reduce_blocks *= processors;
   *update_blocks *= processors;
   return error;

@@ -29,11 +29,9 @@ const PyGetSetDef* getset_named(py::handle type, const char* name) {
 
 // False for anything that is not a strided tensor (sparse, a functional wrapper, not a tensor).
 bool view(PyObject* object, dlpack::Tensor& out) {
-  if (torch.exchange->dltensor_from_py_object(object, &out) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  return true;
+  const bool strided = torch.exchange->dltensor_from_py_object(object, &out) == 0;
+  if (!strided) PyErr_Clear();
+  return strided;
 }
 
 // A subclass may keep its values elsewhere, which the exchange does not show.
@@ -66,11 +64,8 @@ const void* address(const dlpack::Tensor& t) {
 
 // False for a dtype that no kernel reads.
 bool kernel_codec(const dlpack::Tensor& t, Codec& codec) {
-  if (t.dtype_bits == 32 && t.dtype_code == dlpack::kFloat) {
-    codec = Codec::kFloat32;
-    return true;
-  }
-  bool found = false;
+  bool found = t.dtype_bits == 32 && t.dtype_code == dlpack::kFloat;
+  if (found) codec = Codec::kFloat32;
   HalfCodecs::for_each([&](auto half) {
     if (t.dtype_bits != 16 || t.dtype_code != half.kTypeCode) return;
     codec = half.kCodec;
@@ -142,12 +137,10 @@ SecondOwner second_owner(PyObject* tensor) {
 
 void use_torch(const py::object& tensor_type, const py::object& parameter_type,
                const py::object& is_neg, const py::object& exchange) {
-  auto* api = static_cast<dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
-  if (!api) {
-    PyErr_Clear();
-    fail("torch's __dlpack_c_exchange_api__ is not a dlpack_exchange_api capsule");
-  }
+  constexpr const char* kCapsule = "dlpack_exchange_api";
+  FUSEDOPT_CHECK(PyCapsule_IsValid(exchange.ptr(), kCapsule),
+                 "torch's __dlpack_c_exchange_api__ is not a ", kCapsule, " capsule");
+  auto* api = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(exchange.ptr(), kCapsule));
   while (api && api->version.major != 1) api = api->previous;
   FUSEDOPT_CHECK(api && api->dltensor_from_py_object,
                  "this torch offers no DLPack 1.x C exchange; use torch 2.11 or newer");
