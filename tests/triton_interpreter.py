@@ -166,6 +166,11 @@ def _index(scalar: Any) -> int:
     return int(scalar.handle.data.item())
 
 
+def _of_its_value(constant: Any, name: str) -> Any:
+    """The compiler, too, finds attributes of a constant's value: the fields of a record."""
+    return getattr(constant.__dict__["value"], name)
+
+
 @contextlib.contextmanager
 def interpreting() -> Iterator[None]:
     """For the time of one launch."""
@@ -175,6 +180,7 @@ def interpreting() -> Iterator[None]:
         {"create_splat": _splat} if rounds_once() else {"create_splat": _splat, "create_fma": _fma}
     )
     with (
+        mock.patch("triton.language.constexpr.__getattr__", _of_its_value, create=True),
         mock.patch.multiple("triton.language", **interpreted_library()),
         mock.patch.multiple(InterpreterBuilder, **patches),
         _language_interprets(),

@@ -24,25 +24,15 @@ class CudaDriver(Driver):
         self.native = native
 
     def launches(self, tables: DeviceTables) -> Launches:
-        inputs = address(tables.tensors["inputs"])
-        host_inputs = torch.frombuffer(tables.host_inputs, dtype=torch.uint8)
         plan: Launches = self.native.Plan(
             tables.rule.name,
             {
-                **{name: address(tensor) for name, tensor in tables.tensors.items()},
-                "host_inputs": address(host_inputs),
+                **tables.arguments,
+                "host_inputs": address(tables.host_view),
                 "n_input_bytes": len(tables.host_inputs),
-                "options": inputs + tables.options_at,
-                "numbers": inputs + tables.numbers_at,
-                "grads": inputs + tables.grads_at,
                 "device": self.index(tables.device),
                 "n_states": tables.n_states,
                 "half_states": tables.half_states,
-                "n_groups": tables.n_groups,
-                "n_rows": tables.n_rows,
-                "n_chunks": tables.n_chunks,
-                "n_devices": tables.n_devices,
-                "own_number": tables.own_number,
             },
         )
         return plan

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..plan.plan import HALF_DTYPES, N_STEP_SCALARS, Layout, Plan, Row, StepInputs
 from ..rules.declaration import Rule
-from .records import CHUNK, ROW, WORDS, chunk_table, pack_rows
+from .records import CHUNK, ROW, WORDS, address, chunk_table, pack_rows
 from .tables import TablePlan
 
 T = TypeVar("T", Tensor, "Tensor | None")
@@ -41,27 +40,6 @@ class Launches(Protocol):
     @property
     def updates(self) -> int:
         """Launches of ``update`` that did not fail, so far."""
-
-
-@dataclass
-class DeviceTables:
-    """One device's part of a plan, as its launches are made from it."""
-
-    device: torch.device
-    rule: Rule
-    n_states: int  # of a parameter, at most
-    half_params: bool  # some param is fp16 or bf16
-    half_states: bool  # some state or master is
-    n_groups: int
-    n_rows: int
-    n_chunks: int
-    n_devices: int  # that share the norm
-    own_number: int  # this one's among them
-    host_inputs: bytearray
-    options_at: int  # parts of the table of inputs, in bytes
-    numbers_at: int
-    grads_at: int
-    tensors: dict[str, Tensor]
 
 
 class Driver(ABC):
@@ -111,17 +89,27 @@ class DriverOnDemand:
         return self.made
 
 
-class _Part:
-    """The tables of one device, and its launches."""
+class DeviceTables:
+    """The tables of one device, and its launches.
+
+    Attributes:
+        tensors: by name, in bytes on the device.
+        host_inputs: what the table of inputs is to hold; its gradients begin at ``grads_at``.
+        arguments: addresses and counts, by the names that kernels have for them.
+        n_states: of a parameter, at most.
+        half_params: some param is fp16 or bf16.
+        half_states: some state or master is.
+    """
 
     def __init__(self, plan: DevicePlan, device: torch.device, number: int, count: int) -> None:
-        self.device = device
+        self.device, self.rule = device, plan.rule
         self._driver = plan.driver
         rows = self._rows_of(plan)
         own = [row for row in rows if row is not None]
         chunks = chunk_table([0 if row is None else row.dense.numel() for row in rows])
         self.host_inputs = plan._inputs if number == 0 else bytearray(len(plan._inputs))
-        self._host_view = torch.frombuffer(self.host_inputs, dtype=torch.uint8)  # pins its address
+        self.host_view = torch.frombuffer(self.host_inputs, dtype=torch.uint8)  # pins its address
+        self.grads_at = plan.grads_at
         self.tensors = {
             "inputs": self._zeros(len(self.host_inputs)),
             "rows": self._zeros(max(len(rows), 1) * ROW.size),
@@ -134,28 +122,21 @@ class _Part:
         }
         self.write_rows(plan)
         self.tensors["chunks"][: len(chunks) * CHUNK.size].copy_(chunks.view(torch.uint8).flatten())
+        inputs = address(self.tensors["inputs"])
+        self.arguments = {
+            **{name: address(tensor) for name, tensor in self.tensors.items()},
+            **{"step": inputs, "options": inputs + plan.options_at},
+            **{"numbers": inputs + plan.numbers_at, "grads": inputs + plan.grads_at},
+            **{"n_rows": len(rows), "n_chunks": len(chunks)},
+            **{"n_devices": count, "own_number": number},  # of those that share the norm
+        }
+        self.n_states = max((len(row.states) for row in plan.rows), default=0)
+        self.half_params = any(row.dense.dtype in HALF_DTYPES for row in own)
+        states = [t for row in own for t in (row.master, *row.states) if t is not None]
+        self.half_states = any(t.dtype in HALF_DTYPES for t in states)
         # The optimizer's own scalars live with the first part; others decide for themselves.
         self.scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device=device)
-        states = [t for row in own for t in (row.master, *row.states) if t is not None]
-        self.launches = plan.driver.launches(
-            DeviceTables(
-                device=device,
-                rule=plan.rule,
-                n_states=max((len(row.states) for row in plan.rows), default=0),
-                half_params=any(row.dense.dtype in HALF_DTYPES for row in own),
-                half_states=any(t.dtype in HALF_DTYPES for t in states),
-                n_groups=plan.n_groups,
-                n_rows=len(rows),
-                n_chunks=len(chunks),
-                n_devices=count,
-                own_number=number,
-                host_inputs=self.host_inputs,
-                options_at=plan.options_at,
-                numbers_at=plan.numbers_at,
-                grads_at=plan.grads_at,
-                tensors=self.tensors,
-            )
-        )
+        self.launches = plan.driver.launches(self)
         self._kept: list[Tensor | None] = []
         self._streams = {plan.driver.stream(device)}
 
@@ -210,7 +191,7 @@ class DevicePlan(TablePlan):
         self.driver = driver
         super().__init__(rule, rows, layout)
         devices = list(dict.fromkeys(self.device_of(row) for row in self.rows if row.served))
-        self.parts = [_Part(self, d, number, len(devices)) for number, d in enumerate(devices)]
+        self.parts = [DeviceTables(self, d, i, len(devices)) for i, d in enumerate(devices)]
         self._finalized = False
 
     def rebind(self, rows: Sequence[Row]) -> bool:

@@ -11,13 +11,14 @@ import ctypes
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .device import DeviceBackend, DeviceTables, Driver, DriverOnDemand, Launches
-from .records import GRAD, address
+from .records import GRAD
 
 OLDEST = (3, 6)  # release of Triton
 OLDEST_ON_AMD = (3, 7)  # before, its square root of tiny numbers was not the correctly rounded one
@@ -56,22 +57,19 @@ class TritonDriver(Driver):
         run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
 
         def launch(programs: int, stream: int) -> None:
-            if torch.cuda.current_device() == index:
-                run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
-                return
-            with torch.cuda.device(index):
-                run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+            if torch.cuda.current_device() != index:
+                with torch.cuda.device(index):
+                    return launch(programs, stream)
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
         return launch
 
     def _load(self, key: Key) -> Any:
-        from triton.runtime import driver
-
         from ..triton_kernels.variants import Variant, compiled
 
         variant = Variant(*key)
         try:
-            kernel = compiled(variant, driver.active.get_current_target())
+            kernel = compiled(variant, _target())
             _ = kernel.run  # loads it on the current device: now, and not while a graph is captured
         except Exception as error:  # Triton's own, LLVM's, ptxas's, a C compiler's
             raise RuntimeError(
@@ -132,59 +130,41 @@ class _Upload:
         self._written = now  # last: after an error the next step writes again
 
     def _reclaim(self) -> None:
-        still: list[tuple[Tensor, Any]] = []
-        for buffer, event in self._busy:
-            if event.query():
-                self._free.append(buffer)
-            else:
-                still.append((buffer, event))
-        self._busy = still
+        over = [event.query() for _, event in self._busy]
+        self._free += [buffer for buffer, _ in compress(self._busy, over)]
+        self._busy = [entry for entry, is_over in zip(self._busy, over, strict=True) if not is_over]
 
 
 class TritonLaunches:
     """The kernels over the tables of one device."""
 
     def __init__(self, driver: TritonDriver, tables: DeviceTables) -> None:
-        self._driver = driver
-        self._tables = tables
+        self._driver, self._device, self._arguments = driver, tables.device, tables.arguments
         self._upload = _Upload(driver, tables)
-        inputs = address(tables.tensors["inputs"])
-        self._values = {
-            **{name: address(tensor) for name, tensor in tables.tensors.items()},
-            "step": inputs,
-            "options": inputs + tables.options_at,
-            "numbers": inputs + tables.numbers_at,
-            "grads": inputs + tables.grads_at,
-            "n_rows": tables.n_rows,
-            "n_chunks": tables.n_chunks,
-            "n_devices": tables.n_devices,
-            "own_number": tables.own_number,
-            "finalizes": int(tables.n_devices == 1),
-        }
+        self._host_inputs = tables.host_inputs
         codec_at = {name: offset for name, offset, *_ in GRAD.fields}["codec"]
         self._grad_codecs = slice(tables.grads_at + codec_at, None, GRAD.size)  # their low bytes
-        self._reduce_programs = max(1, min(tables.n_chunks, driver.reduce_programs(tables.device)))
-        self._reduce = self._launcher("reduce", tables.rule.name)
-        self._finalize = self._launcher("finalize", tables.rule.name)
+        halves = "any" if tables.half_params else "float32"
+        self._streams_at_least = "any-states" if tables.half_states else halves
+        self._programs = max(1, tables.arguments["n_chunks"])
+        self._reduce_programs = min(self._programs, driver.reduce_programs(tables.device))
+        rule = tables.rule
+        self._reduce = self._launcher("reduce", rule.name)
+        self._finalize = self._launcher("finalize", rule.name)
+        self._of_update = ("update", rule.name, max(tables.n_states, rule.fewest_states))
         self._streams = self._streams_now()
-        self._update = self._update_launcher(self._streams)
+        self._update = self._launcher(*self._of_update, self._streams)
         self._stream = 0
         self.updates = 0
 
     def _launcher(self, *variant: Any) -> Launch:
-        return self._driver.launcher(self._tables.device, variant, self._values)
-
-    def _update_launcher(self, streams: str) -> Launch:
-        rule = self._tables.rule
-        states = max(self._tables.n_states, rule.fewest_states)
-        return self._launcher("update", rule.name, states, streams)
+        return self._driver.launcher(self._device, variant, self._arguments)
 
     def _streams_now(self) -> str:
         """What is not fp32: masters and states, too; params and gradients at most; or nothing."""
-        if self._tables.half_states:
-            return "any-states"
-        halves = self._tables.half_params or any(self._tables.host_inputs[self._grad_codecs])
-        return "any" if halves else "float32"
+        if self._streams_at_least == "float32" and any(self._host_inputs[self._grad_codecs]):
+            return "any"
+        return self._streams_at_least
 
     def begin(self, stream: int, capturing: bool) -> None:
         self._stream = stream
@@ -192,19 +172,19 @@ class TritonLaunches:
             return
         streams = self._streams_now()
         # Any of this may fail, and then the table and the variant that reads it are the old ones.
-        update = self._update if streams == self._streams else self._update_launcher(streams)
+        same = streams == self._streams
+        update = self._update if same else self._launcher(*self._of_update, streams)
         self._upload.run(capturing)
         self._update, self._streams = update, streams
 
     def reduce(self, finalizes: bool) -> None:
-        assert finalizes == bool(self._values["finalizes"])
         self._reduce(self._reduce_programs, self._stream)
 
     def finalize(self) -> None:
         self._finalize(1, self._stream)
 
     def update(self) -> None:
-        self._update(max(1, self._tables.n_chunks), self._stream)
+        self._update(self._programs, self._stream)
         self.updates += 1
 
 

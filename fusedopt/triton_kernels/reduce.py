@@ -8,22 +8,7 @@ import triton.language as tl
 
 from .codecs import FLOAT32, bytes_of, widened
 from .scalars import in_range, rescale_for
-from .tables import (
-    CHUNK,
-    CHUNK_BYTES,
-    CHUNK_INDEX,
-    CHUNK_ROW,
-    GRAD_BYTES,
-    GRAD_CODEC,
-    GRAD_DATA,
-    GRAD_PRESENT,
-    LANES,
-    NORM_IS_TWO,
-    ROW_BYTES,
-    ROW_NUMEL,
-    chunk_elements,
-    load,
-)
+from .tables import CHUNK, GRAD, LANES, NORM_IS_TWO, ROW, read, span_of
 from .words import with_magnitude, with_partial
 
 
@@ -42,22 +27,22 @@ def sum_of_lanes(lane):
 
 
 @triton.jit
+def load_elements(data, at, n, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+    pointer = data.to(tl.pointer_type(TYPE))
+    if WHOLE:
+        return tl.load(tl.multiple_of(pointer, 16) + at)
+    else:
+        return tl.load(pointer + at, mask=at < n, other=0)
+
+
+@triton.jit
 def load_gradients(data, codec, begin, n, SIZE: tl.constexpr, WHOLE: tl.constexpr):
     """fp32 values of ``SIZE`` elements from ``begin``; zeros from ``n`` on."""
     at = begin + tl.arange(0, SIZE)
     if codec == FLOAT32:
-        floats = data.to(tl.pointer_type(tl.float32))
-        if WHOLE:
-            x = tl.load(tl.multiple_of(floats, 16) + at)
-        else:
-            x = tl.load(floats + at, mask=at < n, other=0.0)
+        x = load_elements(data, at, n, tl.float32, WHOLE)
     else:
-        halves = data.to(tl.pointer_type(tl.uint16))
-        if WHOLE:
-            bits = tl.load(tl.multiple_of(halves, 16) + at)
-        else:
-            bits = tl.load(halves + at, mask=at < n, other=0)
-        x = widened(bits, codec)
+        x = widened(load_elements(data, at, n, tl.uint16, WHOLE), codec)
     return x
 
 
@@ -92,17 +77,13 @@ def scan(data, codec, n, mult1, mult2):
 @triton.jit
 def reduce_chunk(chunks, c, rows, grads, inv_scale, flags, words):
     """``words`` and what the chunk adds to them."""
-    record = chunks + tl.cast(c, tl.int64) * CHUNK_BYTES
-    row = load(record + CHUNK_ROW, tl.int32).to(tl.int64)
-    index = load(record + CHUNK_INDEX, tl.int32)
-    grad = grads + row * GRAD_BYTES
-    codec = load(grad + GRAD_CODEC, tl.int32)
-    numel = load(rows + row * ROW_BYTES + ROW_NUMEL, tl.int64)
-    present = load(grad + GRAD_PRESENT, tl.int32) != 0
-    n = tl.where(present, chunk_elements(numel, index), 0)
-    data = load(grad + GRAD_DATA, tl.int64) + index.to(tl.int64) * CHUNK * bytes_of(codec)
+    chunk = read(CHUNK, chunks, tl.cast(c, tl.int64))
+    r = chunk.row.to(tl.int64)
+    grad, row = read(GRAD, grads, r), read(ROW, rows, r)
+    begin, n = span_of(chunk, row, grad)
+    data = grad.data + begin * bytes_of(grad.codec)
     one = tl.full([], 1.0, tl.float32)
-    sum, largest = scan(data, codec, n, inv_scale, one)
+    sum, largest = scan(data, grad.codec, n, inv_scale, one)
     if (flags & NORM_IS_TWO) == 0:
         words = with_magnitude(words, largest)
     else:
@@ -112,6 +93,6 @@ def reduce_chunk(chunks, c, rows, grads, inv_scale, flags, words):
                 sum = largest
             else:
                 scale, exponent = rescale_for(largest)
-                sum, _ = scan(data, codec, n, inv_scale, scale)
+                sum, _ = scan(data, grad.codec, n, inv_scale, scale)
         words = with_partial(words, sum, exponent)
     return words

@@ -7,22 +7,14 @@ import triton
 import triton.language as tl
 
 from .tables import (
-    FLAGS,
-    FOUND_INF,
-    GRAD_SCALE,
-    INF_FLAG,
-    MAX_GRAD_NORM,
     MEASURED,
     NORM_IS_TWO,
-    S_CLIP_COEF,
-    S_FOUND_INF,
-    S_GRAD_MULT,
-    S_GRAD_NORM,
-    S_INV_SCALE,
-    S_SKIP,
-    SCALARS,
     SKIP_NONFINITE,
+    STEP,
+    STEP_SCALARS,
+    fields_at,
     load,
+    read,
     store,
 )
 from .words import LARGEST, sum_of_squares, word_of
@@ -72,31 +64,28 @@ def decide(step, words):
         step: address of the step's record.
         words: of all gradients.
     """
-    flags = load(step + FLAGS, tl.int64)
-    measured = (flags & MEASURED) != 0
+    step = read(STEP, step)
+    measured = (step.flags & MEASURED) != 0
     norm = tl.full([], 0.0, tl.float64)
     if measured:
-        norm = norm_of(flags, words)
-    inv_scale = inverse_scale(load(step + GRAD_SCALE, tl.int64))
-    max_grad_norm = load(step + MAX_GRAD_NORM, tl.float64)
-    coef = (max_grad_norm / (norm + tl.full([], 1e-6, tl.float64))).to(tl.float32)
+        norm = norm_of(step.flags, words)
+    inv_scale = inverse_scale(step.grad_scale)
+    coef = (step.max_grad_norm / (norm + tl.full([], 1e-6, tl.float64))).to(tl.float32)
     coef = tl.where(coef > 1.0, 1.0, coef)  # NaN stays NaN
-    clip_coef = tl.where(measured & (max_grad_norm >= 0.0), coef, 1.0)
+    clip_coef = tl.where(measured & (step.max_grad_norm >= 0.0), coef, 1.0)
     grad_mult = (clip_coef.to(tl.float64) * inv_scale.to(tl.float64)).to(tl.float32)
     bad_scale = is_finite(inv_scale) == 0
     bad = bad_scale | (is_finite(norm) == 0)
-    found_inf = load(step + FOUND_INF, tl.int64)
-    if found_inf != 0:
-        bad = bad | (load(found_inf, tl.float32) != 0.0)
-    skip = bad_scale | (bad & ((flags & SKIP_NONFINITE) != 0))
-    scalars = load(step + SCALARS, tl.int64)
-    store(scalars + S_GRAD_NORM, tl.where(measured, norm.to(tl.float32), float("nan")))
-    store(scalars + S_CLIP_COEF, clip_coef)
-    store(scalars + S_GRAD_MULT, grad_mult)
-    store(scalars + S_INV_SCALE, inv_scale)
-    store(scalars + S_FOUND_INF, bad.to(tl.float32))
-    store(scalars + S_SKIP, skip.to(tl.float32))
-    inf_flag = load(step + INF_FLAG, tl.int64)
-    if inf_flag != 0:
-        store(inf_flag, bad.to(tl.float32))
+    if step.found_inf != 0:
+        bad = bad | (load(step.found_inf, tl.float32) != 0.0)
+    skip = bad_scale | (bad & ((step.flags & SKIP_NONFINITE) != 0))
+    scalars = fields_at(STEP_SCALARS, step.scalars)
+    store(scalars.grad_norm, tl.where(measured, norm.to(tl.float32), float("nan")))
+    store(scalars.clip_coef, clip_coef)
+    store(scalars.grad_mult, grad_mult)
+    store(scalars.inv_scale, inv_scale)
+    store(scalars.found_inf, bad.to(tl.float32))
+    store(scalars.skip, skip.to(tl.float32))
+    if step.inf_flag != 0:
+        store(step.inf_flag, bad.to(tl.float32))
     return skip

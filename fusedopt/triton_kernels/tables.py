@@ -1,61 +1,59 @@
 """The tables of a plan as kernels see them (csrc/records.h), and access to them.
 
-Addresses are int64, and so is a field's: the record's plus the field's offset in bytes.
+Addresses are int64.
 """
 
 # mypy: ignore-errors
 from __future__ import annotations
 
+from collections import namedtuple
+from dataclasses import dataclass
+from functools import cached_property
+
 import triton
 import triton.language as tl
 
 from fusedopt.backends import records
-from fusedopt.rules import declaration
 
-CHUNK = tl.constexpr(records.CHUNK_ELEMENTS)
+CHUNK_ELEMENTS = tl.constexpr(records.CHUNK_ELEMENTS)
 LANES = tl.constexpr(256)  # kLanes
-
-
-def _offsets(record: records.Record, *names: str) -> list[tl.constexpr]:
-    offsets = {name: offset for name, offset, *_ in record.fields}
-    return [tl.constexpr(offsets[name]) for name in names]
-
-
-ROW_BYTES = tl.constexpr(records.ROW.size)
-ROW_DATA, ROW_STEP, ROW_NUMEL, ROW_GROUP, ROW_CODECS = _offsets(
-    records.ROW, "data", "step", "numel", "group", "codecs"
-)
 PARAM, MASTER, STATES_FROM = map(tl.constexpr, (0, 1, records.STREAMS - records.MAX_STATES))
 CODEC_BITS = tl.constexpr(records.CODEC_BITS)
 CODEC_MASK = tl.constexpr((1 << records.CODEC_BITS) - 1)
-
-GRAD_BYTES = tl.constexpr(records.GRAD.size)
-GRAD_DATA, GRAD_CODEC, GRAD_PRESENT = _offsets(records.GRAD, "data", "codec", "present")
-
-CHUNK_BYTES = tl.constexpr(records.CHUNK.size)
-CHUNK_ROW, CHUNK_INDEX = _offsets(records.CHUNK, "row", "index")
-
-NUMBER_BYTES = tl.constexpr(records.DEVICE_NUMBER.size)
-NUMBER_DATA, NUMBER_FIELD, NUMBER_IS_DOUBLE = _offsets(
-    records.DEVICE_NUMBER, "data", "field", "is_double"
-)
-
-OPTIONS_BYTES = tl.constexpr(declaration.OPTIONS_BYTES)
-
-MAX_GRAD_NORM, MAX_GRAD_VALUE, N_NUMBERS, FLAGS = _offsets(
-    records.STEP, "max_grad_norm", "max_grad_value", "n_device_numbers", "flags"
-)
-GRAD_SCALE, FOUND_INF, INF_FLAG, SCALARS = _offsets(
-    records.STEP, "grad_scale", "found_inf", "inf_flag", "scalars"
-)
 NORM_IS_TWO = tl.constexpr(records.NORM_IS_TWO)
 MEASURED = tl.constexpr(records.MEASURED)
 SKIP_NONFINITE = tl.constexpr(records.SKIP_NONFINITE)
 
-S_GRAD_NORM, S_CLIP_COEF, S_GRAD_MULT, S_INV_SCALE, S_FOUND_INF, S_SKIP, S_SKIPPED_STEPS = _offsets(
-    records.STEP_SCALARS,
-    *("grad_norm", "clip_coef", "grad_mult", "inv_scale", "found_inf", "skip", "skipped_steps"),
-)
+TYPES = {("q", 8): tl.int64, ("q", 4): tl.int32, ("d", 8): tl.float64, ("f", 4): tl.float32}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the fields of a record lie. What it prints is its part of the key in Triton's cache."""
+
+    names: tuple[str, ...]
+    offsets: tuple[int, ...]
+    types: tuple[tl.dtype | None, ...]  # None: an array
+    size: int
+
+    @cached_property
+    def Fields(self) -> type:
+        return namedtuple("Fields", self.names)
+
+
+def layout(record: records.Record, n_bytes: int | None = None) -> Layout:
+    """Of ``n_bytes``, if it has more than its fields need."""
+    types = tuple(TYPES.get((kind, size)) for _, _, size, kind in record.fields)
+    names, offsets, *_ = zip(*record.fields, strict=True)
+    return Layout(names, offsets, types, n_bytes or record.size)
+
+
+ROW = tl.constexpr(layout(records.ROW))
+GRAD = tl.constexpr(layout(records.GRAD))
+CHUNK = tl.constexpr(layout(records.CHUNK))
+DEVICE_NUMBER = tl.constexpr(layout(records.DEVICE_NUMBER))
+STEP = tl.constexpr(layout(records.STEP))
+STEP_SCALARS = tl.constexpr(layout(records.STEP_SCALARS))
 
 
 @triton.jit
@@ -80,20 +78,31 @@ def store_if(wanted, address, value):
 
 
 @triton.jit
-def options_of(group, wanted, RULE: tl.constexpr):
-    """The words of the Options at ``group``, each of its kind."""
-    options = ()
-    for k in tl.static_range(len(RULE.kinds)):
-        value = load_if(wanted, group + 8 * k, tl.int64)
-        if RULE.kinds[k] == "d":
-            options = options + (value.to(tl.float64, bitcast=True),)
-        else:
-            options = options + (value,)
-    return options
+def fields_at(RECORD: tl.constexpr, table, number=0):
+    """Addresses of the fields of a record, or of a block of them."""
+    addresses = ()
+    for k in tl.static_range(len(RECORD.names)):
+        addresses = addresses + (table + number * RECORD.size + RECORD.offsets[k],)
+    return RECORD.Fields(*addresses)
 
 
 @triton.jit
-def chunk_elements(numel, index):
-    """Elements of a row's chunk, at most CHUNK."""
-    left = numel - index.to(tl.int64) * CHUNK
-    return tl.where(left < CHUNK, left, CHUNK).to(tl.int32)
+def read(RECORD: tl.constexpr, table, number=0, wanted=True):
+    """The fields, of an array its address. The compiler drops loads of those that nobody uses."""
+    at = fields_at(RECORD, table, number)
+    values = ()
+    for k in tl.static_range(len(RECORD.names)):
+        if RECORD.types[k] is None:
+            values = values + (at[k],)
+        else:
+            values = values + (load_if(wanted, at[k], RECORD.types[k]),)
+    return RECORD.Fields(*values)
+
+
+@triton.jit
+def span_of(chunk, row, grad):
+    """The chunk's first element in its row, and how many there are to work on."""
+    begin = chunk.index.to(tl.int64) * CHUNK_ELEMENTS
+    left = row.numel - begin
+    n = tl.where(left < CHUNK_ELEMENTS, left, CHUNK_ELEMENTS).to(tl.int32)
+    return begin, tl.where(grad.present != 0, n, 0)

@@ -1,4 +1,17 @@
-"""One chunk of a param and its states, updated in place: csrc/cuda/update.cuh in Triton.
+"""A program updates one chunk of a param and its states in place: csrc/cuda/update.cuh in Triton.
+
+One element's story::
+
+    if scalars.skip: return                                  nothing moves: update_kernel()
+    for each chunk, by one program:                          update_chunk()
+      streams and numbers from the tables                    work_of()
+      for BLOCK elements, all streams on 16 bytes:           update_block(), ALIGNED
+        g = grad[i], p = master[i], s[k] = state[k][i]       all loads first
+        if param[i] != narrowed(p): p = param[i]             no master, or someone wrote to param
+        g = clip(g * grad_mult, max_grad_value)              unscale, clip, maximize: one factor
+        p, s[k] = RULE.update(hyper, kind, g, p, s...)       the rule, in registers
+        master[i] = p, param[i] = narrowed(p), state[k][i] = s[k]
+      the elements that are left over, a quarter at a time:  update_block()
 
 STREAMS says what is not fp32: nothing ("float32"), params and gradients at most ("any"), or masters
 and states, too ("any-states").
@@ -12,168 +25,26 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .codecs import FLOAT32, bytes_of, narrowed, widened
-from .rules.common import clipped, kind_of
-from .tables import (
-    CHUNK,
-    CHUNK_BYTES,
-    CHUNK_INDEX,
-    CHUNK_ROW,
-    CODEC_BITS,
-    CODEC_MASK,
-    GRAD_BYTES,
-    GRAD_CODEC,
-    GRAD_DATA,
-    GRAD_PRESENT,
-    MASTER,
-    MAX_GRAD_VALUE,
-    OPTIONS_BYTES,
-    PARAM,
-    ROW_BYTES,
-    ROW_CODECS,
-    ROW_DATA,
-    ROW_GROUP,
-    ROW_NUMEL,
-    S_GRAD_MULT,
-    SCALARS,
-    STATES_FROM,
-    chunk_elements,
-    load,
-    options_of,
-)
+from . import access
+from .access import Block, Stream
+from .codecs import FLOAT32, narrowed, widened
+from .rules.common import Kind, clipped, kind_of
+from .tables import CHUNK, GRAD, MASTER, PARAM, ROW, STATES_FROM, STEP, STEP_SCALARS, read, span_of
 
 
-class Block(NamedTuple):
-    """Elements that are updated together."""
+class Work(NamedTuple):
+    """A chunk's streams and numbers."""
 
-    at: tl.tensor
-    there: tl.tensor
-    pair: tl.tensor  # of 16-bit elements
-    pairs: tl.tensor
-
-
-class Streams(NamedTuple):
-    """Where a chunk starts in each stream; 0: there is none."""
-
-    grad: tl.tensor
-    grad_codec: tl.tensor
-    grad_aligned: tl.tensor
-    primary: tl.tensor  # the master, or a param of fp32
-    half: tl.tensor  # a param of 16 bits
+    grad: Stream
+    primary: Stream  # where fp32 values live: the param, or its master
+    half: Stream  # the param of 16 bits
     states: tl.tuple
-    codecs: tl.tensor  # of the row
-
-
-@triton.jit
-def codec_of(codecs, stream, STREAMS: tl.constexpr):
-    """Of a stream of the row."""
-    if STREAMS == "any-states" or stream == PARAM:
-        return (codecs >> (CODEC_BITS * stream)) & CODEC_MASK
-    else:
-        return tl.full([], FLOAT32, tl.int32)
-
-
-@triton.jit
-def load_stream(address, at, there, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = address.to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return tl.load(pointer + at, mask=there, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def store_stream(address, at, there, value, ALIGNED: tl.constexpr):
-    pointer = address.to(tl.pointer_type(value.dtype))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    tl.store(pointer + at, value, mask=there, eviction_policy="evict_first")
-
-
-@triton.jit
-def load_over(address, at, there, otherwise):
-    """Whatever the alignment; ``otherwise`` where nothing is loaded."""
-    pointer = address.to(tl.pointer_type(otherwise.dtype))
-    return tl.load(pointer + at, mask=there, other=otherwise, eviction_policy="evict_first")
-
-
-@triton.jit
-def load_halves(address, block, wanted, ALIGNED: tl.constexpr):
-    """16-bit values. Those of a whole block come as words of two: loaded one by one, Triton would
-    give a thread eight neighbours of every stream, and fp32 stores, which are of four, would need
-    shared memory."""
-    if ALIGNED:
-        return load_stream(address, block.pair, block.pairs & wanted, tl.uint32, True)
-    else:
-        return load_stream(address, block.at, block.there & wanted, tl.uint16, False)
-
-
-@triton.jit
-def unpacked(loaded, ALIGNED: tl.constexpr):
-    """What ``load_halves`` has loaded, one by one."""
-    if ALIGNED:
-        low, high = (loaded & 0xFFFF).to(tl.uint16), (loaded >> 16).to(tl.uint16)
-        return tl.reshape(tl.join(low, high), [2 * loaded.shape[0]])
-    else:
-        return loaded
-
-
-@triton.jit
-def store_halves(address, block, wanted, bits, ALIGNED: tl.constexpr):
-    if ALIGNED:
-        low, high = tl.split(tl.reshape(bits, [bits.shape[0] // 2, 2]))
-        words = low.to(tl.uint32) | (high.to(tl.uint32) << 16)
-        store_stream(address, block.pair, block.pairs & wanted, words, True)
-    else:
-        store_stream(address, block.at, block.there & wanted, bits, False)
-
-
-@triton.jit
-def load_values(
-    address, codec, block, wanted, ALIGNED: tl.constexpr, STREAMS: tl.constexpr
-):  # fmt: skip
-    """A master or state as it lies in memory: both ways to load it, of which one loads nothing."""
-    if STREAMS == "any-states":
-        is_float = codec == FLOAT32
-        floats = load_stream(
-            address, block.at, block.there & wanted & is_float, tl.float32, ALIGNED
-        )
-        return floats, load_halves(address, block, wanted & (is_float == 0), ALIGNED)
-    else:
-        floats = load_stream(address, block.at, block.there & wanted, tl.float32, ALIGNED)
-        return floats, floats
-
-
-@triton.jit
-def values_of(loaded, codec, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
-    """fp32 values of what ``load_values`` has loaded; zeros where nothing was wanted."""
-    values, halves = loaded
-    if STREAMS == "any-states":
-        if codec != FLOAT32:
-            values = widened(unpacked(halves, ALIGNED), codec)
-    return values
-
-
-@triton.jit
-def store_values(address, codec, block, wanted, x, ALIGNED: tl.constexpr, STREAMS: tl.constexpr):
-    if STREAMS == "any-states":
-        if codec == FLOAT32:
-            store_stream(address, block.at, block.there & wanted, x, ALIGNED)
-        else:
-            store_halves(address, block, wanted, narrowed(x, codec), ALIGNED)
-    else:
-        store_stream(address, block.at, block.there & wanted, x, ALIGNED)
-
-
-@triton.jit
-def load_states(streams, block, RULE: tl.constexpr, STATES: tl.constexpr, ALIGNED: tl.constexpr,
-                STREAMS: tl.constexpr):  # fmt: skip
-    states = ()
-    for k in tl.static_range(STATES):
-        address = streams.states[k]
-        codec = codec_of(streams.codecs, STATES_FROM + k, STREAMS)
-        wanted = k < RULE.n_always or address != 0
-        states = states + (load_values(address, codec, block, wanted, ALIGNED, STREAMS),)
-    return states
+    row_steps: tl.tensor
+    row: tl.tensor  # its number
+    kind: Kind
+    grad_mult: tl.tensor
+    max_grad_value: tl.tensor
+    n: tl.tensor
 
 
 @triton.jit
@@ -186,34 +57,24 @@ def current_param(master, half, has_master, codec):
 
 
 @triton.jit
-def load_hyper(row_step, RULE: tl.constexpr):
-    """Anew for every block, out of the L1 cache: registers are for the data."""
-    hyper = ()
-    for k in tl.static_range(len(RULE.Hyper._fields)):
-        hyper = hyper + (load(row_step + 4 * k, tl.float32),)
-    return RULE.Hyper(*hyper)
-
-
-@triton.jit
-def apply_rule(kind, row_step, grad, param, states, streams, RULE: tl.constexpr,
-               STATES: tl.constexpr):  # fmt: skip
+def apply_rule(w, grad, param, states, RULE: tl.constexpr, STATES: tl.constexpr):
     """The param and states after the step. The rule gets all states that it may have."""
     given = ()
     for k in tl.static_range(len(RULE.absent)):
         if k >= STATES:
             given = given + (param,)  # which the rule does not look at
         elif k >= RULE.n_always and RULE.absent[k] != 0.0:
-            given = given + (tl.where(streams.states[k] != 0, states[k], RULE.absent[k]),)
+            given = given + (tl.where(w.states[k].there, states[k], RULE.absent[k]),)
         else:
             given = given + (states[k],)
-    return RULE.update(load_hyper(row_step, RULE), kind, grad, param, *given, STATES)
+    hyper = read(RULE.row_step, w.row_steps, w.row)  # for every block: registers are for the data
+    return RULE.update(hyper, w.kind, grad, param, *given, STATES)
 
 
 @triton.jit
 def update_block(
-    streams, kind, grad_mult, max_grad_value, row_step, first, n,
-    RULE: tl.constexpr, STATES: tl.constexpr, STREAMS: tl.constexpr, ALIGNED: tl.constexpr,
-    GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    w, grad_aligned, first,
+    RULE: tl.constexpr, STATES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``BLOCK`` elements from ``first``, all loads before the first use.
 
@@ -221,99 +82,77 @@ def update_block(
     a gradient that does not costs the wide loads of the gradient alone.
     """
     at = first + tl.arange(0, BLOCK)
-    there = tl.full([BLOCK], True, tl.int1) if ALIGNED else at < n
-    pair = first // 2 + tl.arange(0, BLOCK // 2)
-    block = Block(at, there, pair, tl.full([BLOCK // 2], True, tl.int1))
-    primary, half, grad_at = streams.primary, streams.half, streams.grad
-    grad_aligned = streams.grad_aligned
-    float_grad = there
-    if STREAMS != "float32":
-        is_float = streams.grad_codec == FLOAT32
-        float_grad = there & is_float
-        half_grad = there & (is_float == 0)
-        half_loaded = load_halves(half, block, half != 0, ALIGNED)
-        wide = (is_float == 0) & grad_aligned if GRAD == "either" else is_float == 0
-        grad_loaded = load_halves(grad_at, block, wide, ALIGNED)
-    half_codec = codec_of(streams.codecs, PARAM, STREAMS)
-    primary_codec = tl.where(half == 0, FLOAT32, codec_of(streams.codecs, MASTER, STREAMS))
-    param_loaded = load_values(primary, primary_codec, block, primary != 0, ALIGNED, STREAMS)
-    states_loaded = load_states(streams, block, RULE, STATES, ALIGNED, STREAMS)
-    if GRAD == "either":
-        grad = load_stream(grad_at, at, float_grad & grad_aligned, tl.float32, True)
-        grad = load_over(grad_at, at, float_grad & (grad_aligned == 0), grad)
-    else:
-        grad = load_stream(grad_at, at, float_grad, tl.float32, GRAD == "wide")
+    inside = tl.full([BLOCK], True, tl.int1) if ALIGNED else at < w.n
+    block = Block(at, first // 2 + tl.arange(0, BLOCK // 2), inside)
+    half_loaded = access.load_halves(w.half.address, block, w.half.there, ALIGNED)
+    param_loaded = access.load_values(w.primary, block, ALIGNED)
+    states_loaded = ()
+    for k in tl.static_range(STATES):
+        states_loaded = states_loaded + (access.load_values(w.states[k], block, ALIGNED),)
+    grad_loaded = access.load_gradient(w.grad, grad_aligned, block, ALIGNED)
 
-    param = values_of(param_loaded, primary_codec, ALIGNED, STREAMS)
-    if STREAMS != "float32":
-        half_bits = unpacked(half_loaded, ALIGNED)
-        grad_bits = unpacked(grad_loaded, ALIGNED)
-        if GRAD == "either":
-            grad_bits = load_over(grad_at, at, half_grad & (grad_aligned == 0), grad_bits)
-        if is_float == 0:
-            grad = widened(grad_bits, streams.grad_codec)
-        if half != 0:
-            param = current_param(param, half_bits, primary != 0, half_codec)
-    grad = clipped(grad, grad_mult, max_grad_value)
+    param = access.values_of(param_loaded, w.primary.codec, ALIGNED)
+    half_bits = access.unpacked(half_loaded, ALIGNED)
+    grad = access.gradient_of(grad_loaded, w.grad, grad_aligned, block, ALIGNED)
+    if w.half.there:
+        param = current_param(param, half_bits, w.primary.there, w.half.codec)
+    grad = clipped(grad, w.grad_mult, w.max_grad_value)
     states = ()
     for k in tl.static_range(STATES):
-        codec = codec_of(streams.codecs, STATES_FROM + k, STREAMS)
-        states = states + (values_of(states_loaded[k], codec, ALIGNED, STREAMS),)
-    new = apply_rule(kind, row_step, grad, param, states, streams, RULE, STATES)
+        states = states + (access.values_of(states_loaded[k], w.states[k].codec, ALIGNED),)
+    new = apply_rule(w, grad, param, states, RULE, STATES)
 
-    store_values(primary, primary_codec, block, primary != 0, new[0], ALIGNED, STREAMS)
+    access.store_values(w.primary, block, new[0], ALIGNED)
     for k in tl.static_range(STATES):
-        state = streams.states[k]
-        codec = codec_of(streams.codecs, STATES_FROM + k, STREAMS)
-        wanted = k < RULE.n_always or state != 0
-        store_values(state, codec, block, wanted, new[1 + k], ALIGNED, STREAMS)
-    if STREAMS != "float32":
-        if half != 0:
-            store_halves(half, block, True, narrowed(new[0], half_codec), ALIGNED)
+        access.store_values(w.states[k], block, new[1 + k], ALIGNED)
+    if w.half.there:
+        access.store_halves(w.half.address, block, True, narrowed(new[0], w.half.codec), ALIGNED)
 
 
 @triton.jit
-def moved(address, n_bytes):
-    """``address + n_bytes``; what is absent stays absent."""
-    return tl.where(address != 0, address + n_bytes, 0)
+def update_blocks(
+    w, grad_aligned, first, last,
+    RULE: tl.constexpr, STATES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for at in range(first, last, BLOCK):
+        update_block(w, grad_aligned, at, RULE, STATES, ALIGNED, BLOCK)
 
 
 @triton.jit
-def stream_of(row, codecs, stream, begin, STREAMS: tl.constexpr):
-    """Where element ``begin`` of a row's stream lies."""
-    address = load(row + ROW_DATA + 8 * stream, tl.int64)
-    return moved(address, begin * bytes_of(codec_of(codecs, stream, STREAMS)))
-
-
-@triton.jit
-def streams_of(row, grad, begin, STATES: tl.constexpr, STREAMS: tl.constexpr):
-    """The streams of a chunk, and whether all of the row's are aligned."""
-    grad_codec = load(grad + GRAD_CODEC, tl.int32)
-    grad_at = load(grad + GRAD_DATA, tl.int64) + begin * bytes_of(grad_codec)
-    codecs = load(row + ROW_CODECS, tl.int32)
-    param = stream_of(row, codecs, PARAM, begin, STREAMS)
-    is_float = codec_of(codecs, PARAM, STREAMS) == FLOAT32
-    primary = tl.where(is_float, param, stream_of(row, codecs, MASTER, begin, STREAMS))
-    half = tl.where(is_float, 0, param)
-    addresses = primary | half
+def work_of(
+    step, options, grads, rows, chunk, row_steps,
+    RULE: tl.constexpr, STATES: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
+    """Of a chunk, and whether all streams but the gradient start on 16 bytes."""
+    r = chunk.row.to(tl.int64)
+    grad, row = read(GRAD, grads, r), read(ROW, rows, r)
+    begin, n = span_of(chunk, row, grad)
+    grad = access.stream_at(grad.data, grad.codec, begin, STREAMS == "float32")
+    param = access.stream_of(row, PARAM, begin, STREAMS == "float32")
+    master = access.stream_of(row, MASTER, begin, STREAMS != "any-states")
+    is_float = param.codec == FLOAT32
+    primary = Stream(
+        tl.where(is_float, param.address, master.address),
+        tl.where(is_float, FLOAT32, master.codec),
+        is_float | master.there,
+    )
+    half = Stream(param.address, param.codec, is_float == 0)
+    addresses = param.address | primary.address
     states = ()
     for k in tl.static_range(STATES):
-        states = states + (stream_of(row, codecs, STATES_FROM + k, begin, STREAMS),)
-        addresses = addresses | states[k]
-    grad_aligned = grad_at % 16 == 0
-    streams = Streams(grad_at, grad_codec, grad_aligned, primary, half, states, codecs)
-    return streams, addresses % 16 == 0
+        state = access.stream_of(row, STATES_FROM + k, begin, STREAMS != "any-states")
+        there = state.there | (k < RULE.n_always)
+        states = states + (Stream(state.address, state.codec, there),)
+        addresses = addresses | state.address
 
-
-@triton.jit
-def settings_of(step, group, RULE: tl.constexpr):
-    """What is the same for a whole tensor; ``group`` is the address of its Options."""
-    own = options_of(group, True, RULE)
-    weight_decay, decoupled, maximize = own[1], own[2], own[3]  # these come first in every rule
-    grad_mult = load(load(step + SCALARS, tl.int64) + S_GRAD_MULT, tl.float32)
-    grad_mult = tl.where(maximize != 0, -1.0 * grad_mult, grad_mult)
-    max_grad_value = load(step + MAX_GRAD_VALUE, tl.float64).to(tl.float32)
-    return kind_of(weight_decay, decoupled, RULE.variant(*own)), grad_mult, max_grad_value
+    own = read(RULE.options, options, row.group.to(tl.int64))
+    kind = kind_of(own.weight_decay, own.decoupled, RULE.variant(*own))
+    step = read(STEP, step)
+    grad_mult = read(STEP_SCALARS, step.scalars).grad_mult
+    grad_mult = tl.where(own.maximize != 0, -1.0 * grad_mult, grad_mult)
+    max_grad_value = step.max_grad_value.to(tl.float32)
+    work = Work(grad, primary, half, states, row_steps, r, kind, grad_mult, max_grad_value, n)
+    return work, addresses % 16 == 0
 
 
 @triton.jit
@@ -321,35 +160,21 @@ def update_chunk(
     step, options, grads, rows, chunks, c, row_steps,
     RULE: tl.constexpr, STATES: tl.constexpr, STREAMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    record = chunks + tl.cast(c, tl.int64) * CHUNK_BYTES
-    r = load(record + CHUNK_ROW, tl.int32).to(tl.int64)
-    index = load(record + CHUNK_INDEX, tl.int32)
-    row = rows + r * ROW_BYTES
-    grad = grads + r * GRAD_BYTES
-    row_step = row_steps + r * RULE.row_step_bytes
-    group = options + load(row + ROW_GROUP, tl.int32).to(tl.int64) * OPTIONS_BYTES
-    numel = load(row + ROW_NUMEL, tl.int64)
-    n = tl.where(load(grad + GRAD_PRESENT, tl.int32) != 0, chunk_elements(numel, index), 0)
-    streams, aligned = streams_of(row, grad, index.to(tl.int64) * CHUNK, STATES, STREAMS)
-    kind, grad_mult, most = settings_of(step, group, RULE)
-    GRAD: tl.constexpr = "wide" if STREAMS == "any-states" else "either"
+    chunk = read(CHUNK, chunks, tl.cast(c, tl.int64))
+    w, aligned = work_of(step, options, grads, rows, chunk, row_steps, RULE, STATES, STREAMS)
+    yes, no = tl.full([], True, tl.int1), tl.full([], False, tl.int1)
+    grad_aligned = w.grad.address % 16 == 0
     if STREAMS == "any-states":
-        aligned = aligned & streams.grad_aligned  # AMD has no registers left for two more masks
-    whole = tl.where(aligned, n // BLOCK * BLOCK, 0)
-    if STATES == 1 and STREAMS == "float32":
+        aligned = aligned & grad_aligned  # AMD has no registers left for two more masks
+    whole = tl.where(aligned, w.n // BLOCK * BLOCK, 0)
+    if STREAMS == "any-states":
+        update_blocks(w, yes, 0, whole, RULE, STATES, True, BLOCK)
+    elif STREAMS == "float32" and STATES == 1:
         # With few loads the compiler puts all others behind a load that waits for another one, and
         # a gradient that may be of either kind is such a load.
-        wide = tl.where(streams.grad_aligned, whole, 0)
-        for first in range(0, wide, BLOCK):
-            update_block(streams, kind, grad_mult, most, row_step, first, n,
-                         RULE, STATES, STREAMS, True, "wide", BLOCK)  # fmt: skip
-        for first in range(wide, whole, BLOCK):
-            update_block(streams, kind, grad_mult, most, row_step, first, n,
-                         RULE, STATES, STREAMS, True, "narrow", BLOCK)  # fmt: skip
+        wide = tl.where(grad_aligned, whole, 0)
+        update_blocks(w, yes, 0, wide, RULE, STATES, True, BLOCK)
+        update_blocks(w, no, wide, whole, RULE, STATES, True, BLOCK)
     else:
-        for first in range(0, whole, BLOCK):
-            update_block(streams, kind, grad_mult, most, row_step, first, n,
-                         RULE, STATES, STREAMS, True, GRAD, BLOCK)  # fmt: skip
-    for first in range(whole, n, BLOCK // 4):
-        update_block(streams, kind, grad_mult, most, row_step, first, n,
-                     RULE, STATES, STREAMS, False, "narrow", BLOCK // 4)  # fmt: skip
+        update_blocks(w, grad_aligned, 0, whole, RULE, STATES, True, BLOCK)
+    update_blocks(w, no, whole, w.n, RULE, STATES, False, BLOCK // 4)

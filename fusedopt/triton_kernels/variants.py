@@ -23,7 +23,7 @@ from .rules import TEXTS
 THREADS = 128  # of update
 BLOCK = 8 * THREADS  # elements: 16 bytes of 16-bit values a thread
 STREAMS = ("float32", "any", "any-states")
-COUNTS = ("n_rows", "n_chunks", "n_devices", "own_number", "finalizes")
+COUNTS = ("n_rows", "n_chunks", "n_devices", "own_number")
 
 
 @dataclass(frozen=True)

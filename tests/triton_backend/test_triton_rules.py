@@ -23,6 +23,7 @@ from cpp_library import CSRC
 from cpp_rules import in_cpp
 from numpy.typing import NDArray
 
+from fusedopt.backends import records
 from fusedopt.rules.declaration import Rule, declared
 
 f32 = np.float32
@@ -326,7 +327,6 @@ def test_every_part_of_a_text_tells_binaries_apart() -> None:
 
     text, other = TEXTS["sgd"], TEXTS["adamw"]
     parts = {name: getattr(other, name) for name in vars(text) if name != "cache_key"}
-    parts["row_step_bytes"] = 2 * text.row_step_bytes
     hashes = set()
     for name, value in [("name", text.name), *parts.items()]:
         changed = copy.copy(text)
@@ -335,3 +335,20 @@ def test_every_part_of_a_text_tells_binaries_apart() -> None:
         source = ASTSource(finalize_kernel, {"RULE": "constexpr"}, constexprs={"RULE": changed})
         hashes.add(source.hash())
     assert len(hashes) == 1 + len(parts)
+
+
+def test_every_record_tells_binaries_apart() -> None:
+    """Triton looks at what a kernel's constants print."""
+    pytest.importorskip("triton")
+    from fusedopt.triton_kernels import kernels, tables
+
+    printed = set()
+    for kernel in (kernels.reduce_kernel, kernels.finalize_kernel, kernels.update_kernel):
+        assert kernel.cache_key
+        printed |= {str(value) for value, _ in kernel.used_global_vals.values()}
+    layouts = [value for value in vars(tables).values() if "Layout(" in str(value)]
+    assert len(layouts) == len(records.RECORDS) and {*map(str, layouts)} <= printed
+    for layout, record in zip(layouts, records.RECORDS.values(), strict=True):
+        name, offset, *_ = record.fields[-1]
+        assert f"{name!r})" in str(layout) and f"{offset})" in str(layout)
+        assert f"size={record.size}" in str(layout)

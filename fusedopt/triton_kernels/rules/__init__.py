@@ -10,8 +10,10 @@ from types import ModuleType
 
 # By its full name: tests import this folder a second time, for Triton's interpreter.
 from fusedopt.backends.modules import compare
-from fusedopt.rules.declaration import Rule, declared
+from fusedopt.backends.records import Record
+from fusedopt.rules.declaration import OPTIONS_BYTES, Rule, declared
 
+from ..tables import layout
 from .common import Kind
 
 
@@ -25,8 +27,9 @@ class Text:
         self.name = rule.name
         self.prepare, self.variant, self.update = module.prepare, module.variant, module.update
         self.Hyper = module.Hyper
-        self.kinds = "".join(rule.options.values())  # of the words of a group's options
-        self.row_step_bytes = rule.row_step_bytes
+        self.options = layout(Record(**rule.options), OPTIONS_BYTES)
+        row_step = Record(**dict.fromkeys((*rule.hyper, "count"), "f"))
+        self.row_step = layout(row_step, rule.row_step_bytes)
         self.n_always = rule.n_always
         self.absent = tuple(state.absent for state in rule.states)
 
@@ -37,8 +40,8 @@ class Text:
     def cache_key(self) -> str:
         """All that decides what is compiled; a kernel's own key has none of it."""
         functions = [f.cache_key for f in (self.prepare, self.variant, self.update)]
-        layout = (self.Hyper._fields, Kind._fields, self.kinds, self.row_step_bytes)
-        return repr((self.name, *functions, *layout, self.n_always, self.absent))
+        layouts = (self.Hyper._fields, Kind._fields, self.options, self.row_step)
+        return repr((self.name, *functions, *layouts, self.n_always, self.absent))
 
 
 def check(module: ModuleType, rule: Rule) -> None:
