@@ -21,11 +21,14 @@ from .tables import CODEC_BITS, CODEC_MASK, load
 
 
 class Stream(NamedTuple):
-    """From the chunk's first element on."""
+    """From the chunk's first element on.
+
+    ``there`` is made of the address, of which registers hold one anyway: an absent stream's is 0.
+    """
 
     address: tl.tensor
     codec: tl.tensor
-    there: tl.tensor  # false: no access
+    there: tl.tensor
 
 
 class Block(NamedTuple):
@@ -41,7 +44,8 @@ def stream_at(data, codec, begin, IS_FLOAT: tl.constexpr):
     """IS_FLOAT: whatever ``codec`` says."""
     if IS_FLOAT:
         codec = tl.full([], FLOAT32, tl.int32)
-    return Stream(data + begin * bytes_of(codec), codec, data != 0)
+    address = tl.where(data != 0, data + begin * bytes_of(codec), 0)
+    return Stream(address, codec, address != 0)
 
 
 @triton.jit

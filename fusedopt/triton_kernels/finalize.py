@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .scalars import decide
-from .tables import DEVICE_NUMBER, GRAD, ROW, STEP, fields_at, load_if, read, store_if
+from .tables import DEVICE_NUMBER, GRAD, ROW, STEP, fields_at, load, read, store
 from .words import WORDS, combined, load_words, no_words
 
 ROWS = tl.constexpr(64)  # prepared at once
@@ -31,10 +31,10 @@ def fetch_device_numbers(step, numbers, options):
         inside = i < n
         number = read(DEVICE_NUMBER, numbers, i.to(tl.int64), inside)
         is_double = number.is_double != 0
-        as_double = load_if(inside & is_double, number.data, tl.float64)
-        as_float = load_if(inside & (is_double == 0), number.data, tl.float32)
+        as_double = load(number.data, tl.float64, inside & is_double)
+        as_float = load(number.data, tl.float32, inside & (is_double == 0))
         value = tl.where(is_double, as_double, as_float.to(tl.float64))
-        store_if(inside, options + number.field.to(tl.int64) * 8, value)
+        store(options + number.field.to(tl.int64) * 8, value, inside)
     tl.debug_barrier()
 
 
@@ -56,14 +56,14 @@ def prepare_rows(options, grads, rows, n_rows, row_steps, RULE: tl.constexpr):
         # A row without elements and without a count may be another device's.
         active = inside & (grad.present != 0) & ((row.numel > 0) | (row.step != 0))
         counts = active & (row.step != 0)
-        count = tl.where(counts, load_if(counts, row.step, tl.float32) + 1.0, 0.0)
+        count = tl.where(counts, load(row.step, tl.float32, counts) + 1.0, 0.0)
         t = count.to(tl.int64)
         own = read(RULE.options, options, row.group.to(tl.int64), active)
         hyper = RULE.prepare(*own, t, bits_in(tl.max(t, 0)))
         out = fields_at(RULE.row_step, row_steps, r)
         for k in tl.static_range(len(RULE.Hyper._fields)):
-            store_if(active, out[k], hyper[k])
-        store_if(active, out.count, count)
+            store(out[k], hyper[k], active)
+        store(out.count, count, active)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from .finalize import ROWS, finalize_step, words_of_devices
 from .reduce import reduce_chunk
 from .scalars import inverse_scale
-from .tables import GRAD, ROW, STEP, STEP_SCALARS, fields_at, read, store, store_if
+from .tables import GRAD, ROW, STEP, STEP_SCALARS, fields_at, read, store
 from .update import update_chunk
 from .words import WORDS, add_words, load_words, no_words, store_words
 
@@ -59,7 +59,7 @@ def write_step_counts(grads, rows, n_rows, row_steps, RULE: tl.constexpr):
         inside = r < n_rows
         grad, row = read(GRAD, grads, r, inside), read(ROW, rows, r, inside)
         counts = inside & (grad.present != 0) & (row.step != 0)
-        store_if(counts, row.step, read(RULE.row_step, row_steps, r, counts).count)
+        store(row.step, read(RULE.row_step, row_steps, r, counts).count, counts)
 
 
 @triton.jit

@@ -57,23 +57,13 @@ STEP_SCALARS = tl.constexpr(layout(records.STEP_SCALARS))
 
 
 @triton.jit
-def load(address, TYPE: tl.constexpr):
-    return tl.load(address.to(tl.pointer_type(TYPE)))
-
-
-@triton.jit
-def load_if(wanted, address, TYPE: tl.constexpr):
-    """Zeros where nothing is loaded."""
+def load(address, TYPE: tl.constexpr, wanted=True):
+    """Zeros where nothing is wanted."""
     return tl.load(address.to(tl.pointer_type(TYPE)), mask=wanted, other=0)
 
 
 @triton.jit
-def store(address, value):
-    tl.store(address.to(tl.pointer_type(value.dtype)), value)
-
-
-@triton.jit
-def store_if(wanted, address, value):
+def store(address, value, wanted=True):
     tl.store(address.to(tl.pointer_type(value.dtype)), value, mask=wanted)
 
 
@@ -95,7 +85,7 @@ def read(RECORD: tl.constexpr, table, number=0, wanted=True):
         if RECORD.types[k] is None:
             values = values + (at[k],)
         else:
-            values = values + (load_if(wanted, at[k], RECORD.types[k]),)
+            values = values + (load(at[k], RECORD.types[k], wanted),)
     return RECORD.Fields(*values)
 
 

@@ -131,13 +131,11 @@ def work_of(
     param = access.stream_of(row, PARAM, begin, STREAMS == "float32")
     master = access.stream_of(row, MASTER, begin, STREAMS != "any-states")
     is_float = param.codec == FLOAT32
-    primary = Stream(
-        tl.where(is_float, param.address, master.address),
-        tl.where(is_float, FLOAT32, master.codec),
-        is_float | master.there,
-    )
-    half = Stream(param.address, param.codec, is_float == 0)
-    addresses = param.address | primary.address
+    primary = tl.where(is_float, param.address, master.address)
+    primary = Stream(primary, tl.where(is_float, FLOAT32, master.codec), primary != 0)
+    half = tl.where(is_float, 0, param.address)
+    half = Stream(half, param.codec, half != 0)
+    addresses = primary.address | half.address
     states = ()
     for k in tl.static_range(STATES):
         state = access.stream_of(row, STATES_FROM + k, begin, STREAMS != "any-states")
