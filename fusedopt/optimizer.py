@@ -142,7 +142,7 @@ class FusedOptimizer(AmpAttributes):
             groups = [group.copy() for group in self.param_groups]
             if not isinstance(self.param_groups, list):
                 raise TypeError
-            table, numbers = pack(groups, shared.line, device, self._check_options)
+            table, numbers = pack(groups, shared.line, self._stays_on_device, self._check_options)
         except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
             check_containers(self.param_groups, self.state)
             raise
@@ -172,6 +172,9 @@ class FusedOptimizer(AmpAttributes):
         check_group(group, self.rule, f" in {where}", RuntimeError)
         refuse_differentiable(group, where)
         self._take_out(self.param_groups[index], where, RuntimeError)
+
+    def _stays_on_device(self, value: Tensor) -> bool:
+        return not value.is_cpu and not self._shared.scalars.is_cpu
 
     # ---- the plan -------------------------------------------------------------------------------
 

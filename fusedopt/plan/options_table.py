@@ -37,7 +37,7 @@ class Line:
         self.plain: set[tuple[type, ...]] = set()
 
     def convert(
-        self, values: tuple[Any, ...], device: torch.device
+        self, values: tuple[Any, ...], stays: Callable[[Tensor], bool]
     ) -> tuple[tuple[float, ...], dict[int, Tensor]]:
         """Values of any types as numbers; zero for those that stay on the device, which come too.
 
@@ -45,8 +45,7 @@ class Line:
             TypeError, ValueError, OverflowError, RuntimeError: one is no number, or no flag.
         """
         types = (*map(type, values),)
-        places = () if device.type == "cpu" else self.on_device
-        there = {i: v for i in places if isinstance(v := values[i], Tensor) and not v.is_cpu}
+        there = {i: v for i in self.on_device if isinstance(v := values[i], Tensor) and stays(v)}
         for i, value in there.items():
             if value.numel() != 1:
                 raise TypeError(value.shape)
@@ -63,7 +62,7 @@ class Line:
 def pack(
     groups: Sequence[Group],
     line: Line,
-    device: torch.device,
+    stays: Callable[[Tensor], bool],
     check: Callable[[int, Group], None],
 ) -> tuple[bytearray, DeviceNumbers]:
     """The table of one step.
@@ -71,7 +70,7 @@ def pack(
     Args:
         groups: copies of ``optimizer.param_groups``.
         line: of the rule.
-        device: of the step. Kernels on a GPU read numbers that are on one, and nobody waits.
+        stays: whether the kernels read a tensor where it is, so that nobody waits for its value.
         check: refuses the group of an index by name, where something is wrong with it.
     """
     table = bytearray(OPTIONS_BYTES * len(groups))
@@ -83,7 +82,7 @@ def pack(
             values = line.values(group)
             # tuple(map()) would fill the free list of tuples
             if (*map(type, values),) not in line.plain:
-                values, there = line.convert(values, device)
+                values, there = line.convert(values, stays)
             line.pack_into(table, offset, *values)
         except Exception:
             check(offset // OPTIONS_BYTES, group)

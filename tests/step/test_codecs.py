@@ -47,7 +47,7 @@ class Streams:
         layout = [Line(self.rule).state_names(group)]
         plan: Plan = CpuBackend().plan(self.rule, [row], layout)
         scalars = torch.zeros(N_STEP_SCALARS)
-        table, numbers = pack([group], Line(self.rule), scalars.device, lambda i, g: None)
+        table, numbers = pack([group], Line(self.rule), lambda t: False, lambda i, g: None)
         whole = Options(max_grad_norm=1.0, max_grad_value=0.5)
         inputs = StepInputs([group], table, whole, scalars, True, True, None, None, None, numbers)
         plan._use_grad(0, grad)
