@@ -1,4 +1,4 @@
-"""The C++ compiler of the native modules: where it is, and the flags that every file gets."""
+"""The compilers: where they are, and the flags of all that they compile."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 Env = Mapping[str, str]
@@ -19,16 +19,21 @@ Env = Mapping[str, str]
 # compiler gives the same bits. After CXXFLAGS, so that no -ffast-math from there survives.
 # errno and traps are about side effects of the maths, not its values.
 NUMERIC_FLAGS = ("-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-# At the link they would add code that switches denormals off for the whole process at import.
-LINKED_FAST_MATH = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"}
+CUDA_NUMERIC_FLAGS = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
+# No later flag undoes all of what these do: g++ links code that switches denormals off for the
+# whole process.
+FAST_MATH = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"}
+FAST_MATH |= {"-use_fast_math", "--use_fast_math"}
+CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+CUDA_FALLBACK = "/usr/local/cuda"  # where NVIDIA's installers link the current toolkit
+CUDA_LIBRARIES = ["-lcudart_static", "-ldl", "-lrt", "-pthread"]
 
-NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")  # nvcc itself reads these
-# Environment variables that choose a compiler or its flags.
-SETTINGS = {
+NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+SETTINGS = {  # environment variables that choose a compiler or its flags
     "cxx": ("CXX", "CXXFLAGS", "LDFLAGS", "FUSEDOPT_SANITIZE"),
     "nvcc": ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", *NVCC_VARIABLES),
 }
-VARIABLES = tuple(name for names in SETTINGS.values() for name in names)
+VARIABLES = (*SETTINGS["cxx"], *SETTINGS["nvcc"])
 
 ERRORS = re.compile(r"\b(error|fatal) *:|undefined reference|cannot find -l")
 # The machine's fault, and not the compiler's: it says nothing about what can be built here.
@@ -50,57 +55,77 @@ class Refused(NotBuilt):
     """A setting is wrong, or the machine is out of something: no reason to do without."""
 
 
-def failure(what: str, said: str) -> NotBuilt:
-    """What a compiler said when it failed, in one line."""
-    lines = said.splitlines()
-    lacking = next((line for line in lines if RESOURCES.search(line)), "")
-    first = lacking or next((line for line in lines if ERRORS.search(line)), "no message")
-    return (Refused if lacking else NotBuilt)(f"{what}: {first.strip()}")
-
-
 @dataclass(frozen=True)
 class Tool:
     """A compiler: its command line up to the flags of a unit, and what linking with it takes."""
 
-    command: tuple[str, ...]
+    command: list[str]
     version: str
     machine: str  # the target's name begins with it, say x86_64
-    compile_flags: tuple[str, ...]
-    link_flags: tuple[str, ...]
+    compile_flags: list[str] = field(default_factory=list)
+    link_flags: list[str] = field(default_factory=list)
     openmp: bool = False
-    headers: tuple[str, ...] = ()  # flags for the C++ files beside its own
-    architectures: tuple[str, ...] = ()
+    headers: list[str] = field(default_factory=list)  # flags for the C++ files beside its own
+    architectures: list[str] = field(default_factory=list)
 
 
-def output_of(command: list[str], env: Env) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace",
-                          timeout=60, env=dict(env))  # fmt: skip
-    if done.returncode != 0:
-        raise OSError(f"`{command[-1]}` ends with exit status {done.returncode}")
-    return done.stdout.strip()
+def run(words: list[str], env: Env, folder: Path | None = None) -> tuple[int, str]:
+    """Exit status and output of a command."""
+    # without the variables whose flags nvcc itself would put behind ours
+    env = {name: value for name, value in env.items() if name not in NVCC_VARIABLES}
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", cwd=folder,
+                          env={**env, "LC_ALL": "C"})  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
 
 
-def split(env: Env, name: str) -> list[str]:
+def failure(what: str, said: str) -> NotBuilt:
+    """What a compiler said when it failed, in one line."""
+    lines = said.splitlines()
+    lacking = [line for line in lines if RESOURCES.search(line)]
+    first = [*lacking, *filter(ERRORS.search, lines), "no message"][0]
+    return (Refused if lacking else NotBuilt)(f"{what}: {first.strip()}")
+
+
+def ask(command: list[str], words: list[str], pattern: str, kind: str, env: Env) -> list[str]:
+    """What a compiler says to `words`, as far as it matches the pattern of its kind."""
+    name = shlex.join(command)
     try:
-        return shlex.split(env.get(name, ""))
-    except ValueError as error:
-        raise Refused(f"{name}={env[name]!r} cannot be read: {error}") from None
+        status, said = run([*command, *words], env)
+    except OSError as error:
+        raise NotBuilt(f"{name} does not work: {error}") from None
+    if status:
+        raise NotBuilt(f"{name} does not work: `{words[0]}` ends with exit status {status}")
+    found = re.findall(pattern, said, re.MULTILINE)
+    if not found:
+        line = said.partition("\n")[0][:60] or "nothing"
+        raise NotBuilt(f"{name} is not {kind}: to `{words[0]}` it says {line}")
+    return found
 
 
-def chosen_command(env: Env, name: str, kind: str) -> list[str]:
+def split(env: Env, *names: str) -> list[str]:
+    """The words in environment variables, without those that no later flag undoes."""
+    words = []
+    for name in names:
+        try:
+            words += shlex.split(env.get(name, ""))
+        except ValueError as error:
+            raise Refused(f"{name}={env[name]!r} cannot be read: {error}") from None
+    return [word for word in words if word not in FAST_MATH]
+
+
+def chosen(env: Env, name: str, kind: str) -> list[str]:
     """The command in the environment variable `name`; empty if there is none."""
     command = split(env, name)
     if command and not shutil.which(command[0], path=env.get("PATH", "")):
-        raise Refused(
-            f"the {kind} compiler {name}={env[name].strip()} was not found; correct or unset it"
-        )
+        text = f"{name}={env[name].strip()}"
+        raise Refused(f"the {kind} compiler {text} was not found; correct or unset it")
     return command
 
 
-def number_in(env: Env, name: str, least: int) -> str:
+def number(env: Env, name: str, least: int) -> str:
     """The number in the environment variable `name`; empty if there is none."""
     text = env.get(name, "").strip()
-    if text and (not re.fullmatch(r"[0-9]+", text) or int(text) < least):
+    if text and (not re.fullmatch("[0-9]+", text) or int(text) < least):
         raise Refused(f"{name}={env[name]!r} is not a number from {least} up; correct or unset it")
     return text
 
@@ -108,82 +133,122 @@ def number_in(env: Env, name: str, least: int) -> str:
 # ---- C++ ----------------------------------------------------------------------------------------
 
 
-def _without_fast_math(words: list[str]) -> list[str]:
-    return [word for word in words if word not in LINKED_FAST_MATH]
-
-
-def _find_cxx_command(env: Env) -> list[str]:
-    chosen = chosen_command(env, "CXX", "C++")
-    if chosen:
-        return _without_fast_math(chosen)
-    names = ("c++", "g++", "clang++")
-    for name in names:
-        if shutil.which(name, path=env.get("PATH", "")):
-            return [name]
-    looked = ", ".join(names)
-    raise LeftOut(f"no C++ compiler on PATH (looked for {looked}); install g++ or set CXX")
-
-
-def identify_cxx(env: Env) -> tuple[list[str], str, str]:
-    """Command, target machine and version of the C++ compiler."""
-    if os.name == "nt":
-        raise LeftOut("there is no native build for Windows yet")
-    command = _find_cxx_command(env)
-    try:
-        target = output_of([*command, "-dumpmachine"], env)
-        version = output_of([*command, "--version"], env).partition("\n")[0]
-        if not version or not re.fullmatch(r"\w+(-[\w.]+)+", target):
-            raise OSError(f"`-dumpmachine` says {target[:60]!r} and `--version` {version[:60]!r}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reason = f"{shlex.join(command)} does not work as a gcc or clang compiler: {error}"
-        chosen = env.get("CXX", "").strip()
-        raise (Refused(f"CXX={chosen}: {reason}") if chosen else NotBuilt(reason)) from None
-    return command, target.partition("-")[0], version
-
-
 def find_cxx(env: Env) -> Tool:
     """gcc or clang, with the flags that every C++ file gets."""
-    command, machine, version = identify_cxx(env)
+    if sys.platform == "win32":
+        raise LeftOut("there is no native build for Windows yet")
+    names = ("c++", "g++", "clang++")
+    found = [name for name in names if shutil.which(name, path=env.get("PATH", ""))]
+    command = chosen(env, "CXX", "C++") or found[:1]
+    if not command:
+        looked = ", ".join(names)
+        raise LeftOut(f"no C++ compiler on PATH (looked for {looked}); install g++ or set CXX")
+    try:
+        machine = ask(command, ["-dumpmachine"], r"^(\w+)-[-\w.]+$", "gcc or clang", env)[0]
+        version = ask(command, ["--version"], r"^.+$", "gcc or clang", env)[0]
+    except NotBuilt as problem:
+        given = env.get("CXX", "").strip()
+        raise (Refused(f"CXX={given}: {problem}") if given else problem) from None
     optimize, sanitize = ["-O3", "-DNDEBUG"], []
     if env.get("FUSEDOPT_SANITIZE"):
         optimize = ["-O1", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
         sanitize = [f"-fsanitize={env['FUSEDOPT_SANITIZE']}", "-fno-sanitize-recover=all"]
-    compile_flags = [
-        "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc",
-        *optimize, *split(env, "CXXFLAGS"), *NUMERIC_FLAGS, *sanitize,
-    ]  # fmt: skip
-    link_flags = ["-shared", *_without_fast_math(split(env, "LDFLAGS")), *sanitize]
-    if sys.platform == "darwin":
-        link_flags[:1] = ["-bundle", "-undefined", "dynamic_lookup"]
-    return Tool(tuple(command), version, machine, tuple(compile_flags), tuple(link_flags))
-
-
-def _complaint(tool: Tool, text: str, flag: str, env: Env) -> str | None:
-    """What the compiler says of `text`, or None if it makes a library of it."""
-    flags = [*split(env, "CXXFLAGS"), *split(env, "LDFLAGS"), flag, "-shared", "-fPIC"]
-    with tempfile.TemporaryDirectory() as folder:
-        probe, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
-        probe.write_text(text)
-        words = [*tool.command, *flags, str(probe), "-o", str(library)]
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace",
-                              env={**env, "LC_ALL": "C"})  # fmt: skip
-        made = done.returncode == 0 and library.exists()
-    return None if made else done.stdout + done.stderr
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc",
+             *optimize, *split(env, "CXXFLAGS"), *NUMERIC_FLAGS, *sanitize]  # fmt: skip
+    apple = sys.platform == "darwin"
+    kind = ["-bundle", "-undefined", "dynamic_lookup"] if apple else ["-shared"]
+    link_flags = [*kind, *split(env, "LDFLAGS"), *sanitize]
+    return Tool(command, version, machine, flags, link_flags)
 
 
 def with_openmp(tool: Tool, env: Env) -> Tool:
-    """The same with OpenMP where there is one, else with its `simd` directives alone.
+    """The same with OpenMP where there is one, else with its `simd` directives alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        probe, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        probe.write_text("#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n")
+        words = [*tool.command, *tool.compile_flags, *tool.link_flags, "-fopenmp", str(probe)]
+        _, said = run([*words, "-o", str(library)], env)
+        openmp = library.exists()
+    if not openmp and RESOURCES.search(said):
+        raise failure("the compiler was asked for OpenMP", said)
+    flags = [*tool.compile_flags, "-fopenmp" if openmp else "-fopenmp-simd"]
+    link_flags = [*tool.link_flags, *(["-fopenmp"] if openmp else [])]
+    return replace(tool, openmp=openmp, compile_flags=flags, link_flags=link_flags)
 
-    Raises NotBuilt where the compiler makes nothing without it either.
-    """
-    text = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
-    openmp = _complaint(tool, text, "-fopenmp", env) is None
-    complaint = None if openmp else _complaint(tool, "int probe() { return 0; }\n", "-O1", env)
-    if complaint is not None:
-        raise failure(f"{shlex.join(tool.command)} compiles nothing", complaint)
-    return replace(
-        tool,
-        openmp=openmp,
-        compile_flags=(*tool.compile_flags, "-fopenmp" if openmp else "-fopenmp-simd"),
-        link_flags=(*tool.link_flags, *(["-fopenmp"] if openmp else [])),
-    )
+
+# ---- CUDA ---------------------------------------------------------------------------------------
+
+
+def identify_nvcc(env: Env) -> tuple[list[str], str]:
+    """Command and release of the CUDA compiler, say 13.0."""
+    if env.get("FUSEDOPT_SANITIZE"):
+        raise LeftOut("FUSEDOPT_SANITIZE is set: a sanitized build is for code that runs on CPUs")
+    command = chosen(env, "CUDACXX", "CUDA")
+    home = next((name for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)), "")
+    path = f"{env[home]}/bin" if home else f"{env.get('PATH', '')}{os.pathsep}{CUDA_FALLBACK}/bin"
+    found = shutil.which("nvcc", path=path)
+    if not command and not found and home:
+        lack = "a CUDA runtime without a compiler, or no toolkit"
+        raise Refused(f"no nvcc in {home}={env[home]}: {lack}; correct or unset {home}")
+    if not command and not found:
+        lack = f"nvcc is neither on PATH nor in {CUDA_FALLBACK}"
+        raise LeftOut(f"no CUDA compiler: {lack}; install the CUDA toolkit or set CUDA_HOME")
+    command = command or [str(found)]
+    return command, ask(command, ["--version"], r"\brelease (\d+\.\d+)", "nvcc", env)[0]
+
+
+def architectures(asked: str, known: Collection[str], release: str) -> list[str]:
+    """`sm_` and `compute_` names to build for, from the text of TORCH_CUDA_ARCH_LIST."""
+    words = asked.replace(";", " ").split()
+    if not words:
+        numbers = [number for number in CUDA_ARCHITECTURES if number in known]
+        if not numbers:
+            wanted = ", ".join(CUDA_ARCHITECTURES)
+            raise NotBuilt(f"nvcc {release} makes code for none of the architectures {wanted}")
+        return [*(f"sm_{number}" for number in numbers), f"compute_{numbers[-1]}"]
+    code, ptx = [], []
+    for word in words:
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        if not parts or parts[1] + parts[2] not in known:
+            wrong = f"nvcc {release} makes no code for {word}; leave it out"
+            misread = f"{word!r} is not understood; use numbers, such as '7.5;8.0;9.0+PTX'"
+            text = wrong if parts else misread
+            raise Refused(f"TORCH_CUDA_ARCH_LIST={asked!r}: {text}, or unset it")
+        code.append(f"sm_{parts[1]}{parts[2]}{parts[3]}")
+        ptx += [code[-1].replace("sm", "compute")] if parts[4] else []
+    return list(dict.fromkeys(code + ptx))
+
+
+def find_nvcc(env: Env, cxx: Tool) -> Tool:
+    """nvcc, with `cxx` as its host compiler."""
+    command, release = identify_nvcc(env)
+    major_minor = tuple(map(int, release.split(".")))
+    if major_minor < (11, 8):  # the first with cudaLaunchKernelEx
+        raise NotBuilt(f"nvcc {release} is too old: the kernels need CUDA 11.8 or newer")
+    known = ask(command, ["--list-gpu-code"], r"\bsm_(\d+)", "nvcc", env)
+    names = architectures(env.get("TORCH_CUDA_ARCH_LIST", ""), known, release)
+    host = [word for word in cxx.command if not word.startswith("-")][-1]  # not ccache before it
+    # It passes the C++ compiler's flags on, to its preprocessors too.
+    passed = [flag.replace("\\", "\\\\").replace(",", "\\,") for flag in cxx.compile_flags]
+    # LZ4: the default since 13.0, Zstandard, is unreadable for drivers before 550
+    compress = [
+        "-Xfatbin=-compress-all",
+        *(["-compress-mode=speed"] if major_minor >= (12, 8) else []),
+    ]
+    threads = number(env, "NVCC_THREADS", 0) or number(env, "MAX_JOBS", 1) or "0"  # 0: all cores
+    flags = [
+        *split(env, *NVCC_VARIABLES), f"-ccbin={host}",
+        *(flag if flag.startswith("-std=") else f"-Xcompiler={flag}" for flag in passed),
+        *CUDA_NUMERIC_FLAGS, *compress, f"--threads={threads}",
+        *(f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in names),
+    ]  # fmt: skip
+    # Where headers and libraries are: its own path may be that of a wrapper. The C++ compiler
+    # searches /usr/include by itself, and has to do so last.
+    words = ["--dryrun", f"-ccbin={host}", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    told = ask(command, words, r"^#\$ (?:(?:INCLUDES|LIBRARIES)=(.*))?", "nvcc", env)
+    folders = [word for line in told for word in shlex.split(line)]
+    includes = [Path(word[2:]) for word in folders if word.startswith("-I")]
+    headers = [f"-isystem{path}" for path in includes if path.resolve() != Path("/usr/include")]
+    link_flags = [*(word for word in folders if word.startswith("-L")), *CUDA_LIBRARIES]
+    version = f"nvcc {release} with {cxx.version}"
+    return Tool(command, version, cxx.machine, flags, link_flags, False, headers, names)

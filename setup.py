@@ -32,49 +32,30 @@ X86_64 = "x86_64"
 # next.
 LOOPS_ON_LINES = "-falign-loops=64"
 AVX2 = ("-mavx2", "-mfma", "-mf16c", LOOPS_ON_LINES)
-AVX512 = (
-    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
-    "-mprefer-vector-width=512", LOOPS_ON_LINES,
-)  # fmt: skip
-
-MODULES = (
-    Module(
-        "_cpu",
-        switch="FUSEDOPT_CPU",
-        units=(
-            Unit("csrc/cpu/kernels.cpp", "generic"),
-            Unit("csrc/cpu/kernels.cpp", "avx2", AVX2, machine=X86_64),
-            Unit("csrc/cpu/kernels.cpp", "avx512", AVX512, machine=X86_64),
-            Unit("csrc/cpu/dispatch.cpp"),
-            Unit("csrc/watch/watch.cpp", python=True),
-            Unit("csrc/cpu/bindings.cpp", python=True),
-        ),
-        openmp=True,
-    ),
-    Module(
-        "_cuda",
-        switch="FUSEDOPT_CUDA",
-        units=(
-            Unit("csrc/cuda/kernels.cu", tool="nvcc"),
-            Unit("csrc/cuda/bindings.cpp", python=True),
-        ),
-    ),
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
+          "-mprefer-vector-width=512", LOOPS_ON_LINES)  # fmt: skip
+CPU = (
+    Unit("csrc/cpu/bindings.cpp"),  # first, because it takes longest
+    Unit("csrc/cpu/kernels.cpp", "generic"),
+    Unit("csrc/cpu/kernels.cpp", "avx2", AVX2, X86_64),
+    Unit("csrc/cpu/kernels.cpp", "avx512", AVX512, X86_64),
+    Unit("csrc/cpu/dispatch.cpp"),
+    Unit("csrc/watch/watch.cpp"),
 )
-
+CUDA = (Unit("csrc/cuda/kernels.cu"), Unit("csrc/cuda/bindings.cpp"))
+MODULES = (Module("_cpu", "FUSEDOPT_CPU", CPU), Module("_cuda", "FUSEDOPT_CUDA", CUDA))
 BUILD_BASE = Path("build", build_native.build_key(MODULES, os.environ))
 
 
 def git_commit() -> str:
     """The commit of this checkout, with a + where files differ from it; empty if unknown."""
-    git = ["git", "-C", str(ROOT)]
-    describe = [*git, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]  # none of a folder above
+    describe = ["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
-        # an unpacked sdist inside somebody else's repository has a prefix there
-        prefix = subprocess.run([*git, "rev-parse", "--show-prefix"], capture_output=True)
-        commit = subprocess.run(describe, capture_output=True, text=True)
+        done = subprocess.run([*git, *describe], capture_output=True, text=True)
     except OSError:
         return ""
-    return "" if prefix.stdout.strip() or commit.returncode else commit.stdout.strip()
+    return done.stdout.strip()
 
 
 class BuildPython(build_py):
@@ -86,53 +67,39 @@ class BuildPython(build_py):
 
 
 class BuildNative(build_ext):
-    made: tuple[str, ...] = ()
-
     def run(self) -> None:
         package = ROOT / PACKAGE if self.inplace else Path(self.build_lib, PACKAGE)
+        package.mkdir(parents=True, exist_ok=True)
         records = {}
         for module in MODULES:
             target = package / Path(self.get_ext_filename(f"{PACKAGE}.{module.name}")).name
             folder = BUILD_BASE / module.name
             records[module.name] = build_native.build(module, target, folder, os.environ, ROOT)
-            if records[module.name].built:
-                self.made += (target.name,)
+        self.extensions = [e for e in self.extensions if records[e.name.partition(".")[2]].built]
         config = {
             "version": self.distribution.get_version(),
             "commit": git_commit(),
             "python": sysconfig.get_config_var("EXT_SUFFIX"),
             "modules": {name: asdict(record) for name, record in records.items()},
         }
-        package.mkdir(parents=True, exist_ok=True)
         (package / "_build_config.py").write_text(
             '"""How this installation was built; written by setup.py."""\n\n'
             "from typing import Any\n\n"
             f"BUILD_CONFIG: dict[str, Any] = {pformat(config, width=96, sort_dicts=False)}\n"
         )
 
-    def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib, PACKAGE, name)) for name in self.made]
-
-    def get_output_mapping(self) -> dict[str, str]:
-        if not self.inplace:
-            return {}
-        return {str(Path(self.build_lib, PACKAGE, n)): f"{PACKAGE}/{n}" for n in self.made}
-
 
 class Wheel(bdist_wheel):
     def run_command(self, command: str) -> None:
         super().run_command(command)
-        if command == "build" and not self.get_finalized_command("build_ext").made:
+        if command == "build" and not self.get_finalized_command("build_ext").extensions:
             # only Python inside: tag the wheel py3-none-any
             self.distribution.ext_modules = []
             self.root_is_pure = True
 
 
 setup(
-    ext_modules=[
-        Extension(f"{PACKAGE}.{module.name}", sorted({unit.source for unit in module.units}))
-        for module in MODULES
-    ],
+    ext_modules=[Extension(f"{PACKAGE}.{module.name}", sources=[]) for module in MODULES],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative, "bdist_wheel": Wheel},
     options={"build": {"build_base": str(BUILD_BASE)}},
 )

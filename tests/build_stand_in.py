@@ -27,7 +27,6 @@ def _load(name: str):
 
 
 build_compilers = _load("build_compilers")
-build_cuda = _load("build_cuda")
 build_native = _load("build_native")
 SHAPING = (*build_compilers.VARIABLES, "MAX_JOBS", "NVCC_THREADS")
 ENV = {k: v for k, v in os.environ.items() if k not in SHAPING and not k.startswith("FUSEDOPT_")}
@@ -67,18 +66,14 @@ PyMODINIT_FUNC PyInit_{0}() {{ return PyModule_Create(&module); }}
 class StandIn:
     """A module of one source and one header; each build goes into a file of its own name."""
 
-    def __init__(self, root: Path, suffix: str = ".cpp", source: str = SOURCE, **unit):
+    def __init__(self, root: Path, suffix: str = ".cpp", source: str = SOURCE):
         self.root, self.folder = root, root / "out put"
         self.numbers = itertools.count()
         self.source = f"stand_in{suffix}"
         self.module = build_native.Module(
             "_stand_in",
             "FUSEDOPT_STAND_IN",
-            (
-                build_native.Unit(f"csrc/{self.source}", **unit),
-                build_native.Unit("csrc/init.cpp", python=True),
-            ),
-            openmp=suffix == ".cpp",
+            (build_native.Unit(f"csrc/{self.source}"), build_native.Unit("csrc/init.cpp")),
         )
         self.write("init.cpp", INIT.format("_stand_in"))
         self.write(self.source, source)
@@ -119,8 +114,7 @@ class Project:
     def __init__(self, root: Path, modules):
         self.root = root
         for name in (
-            "setup.py", "build_native.py", "build_compilers.py", "build_cuda.py", "pyproject.toml",
-            "LICENSE",
+            "setup.py", "build_native.py", "build_compilers.py", "pyproject.toml", "LICENSE",
         ):  # fmt: skip
             shutil.copy(ROOT / name, root)
         (root / "README.md").touch()

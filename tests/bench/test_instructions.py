@@ -78,7 +78,7 @@ def test_a_count_is_the_same_twice(counts, driver) -> None:
 def test_one_more_operation_per_element_is_above_the_bound(counts, tmp_path) -> None:
     copy = tmp_path / "checkout"
     shutil.copytree(ROOT / "csrc", copy / "csrc")
-    for name in ("setup.py", "build_native.py", "build_compilers.py", "build_cuda.py"):
+    for name in ("setup.py", "build_native.py", "build_compilers.py"):
         shutil.copy(ROOT / name, copy)
     rules = copy / "csrc" / "rules" / "adamw.h"
     text, line = rules.read_text(), "    param = param - div(h.step_size * exp_avg,"

@@ -25,7 +25,7 @@ SOURCES = (
     "README.md",
     "LICENSE",
 )
-BUILD = ("build_native.py", "build_compilers.py", "build_cuda.py")
+BUILD = ("build_native.py", "build_compilers.py")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "_build_config.py")
 
 TRACING = ("tests/step/test_skip.py::test_a_skip_counts_for_no_param",)

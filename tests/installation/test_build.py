@@ -175,9 +175,8 @@ def test_the_table_names_files_that_exist(modules):
 )
 def test_instruction_sets_by_machine(modules, machine, levels, tmp_path):
     cpu = next(module for module in modules if module.name == "_cpu")
-    tool = build_native.Tool(("c++",), "", machine, (), ())
-    units = build_native.units_for(cpu, machine)
-    text = build_native.ninja_text("_cpu", units, {"cxx": tool}, tmp_path)
+    tool = build_native.Tool(["c++"], "", machine)
+    text = build_native.ninja_text(cpu, tool, tool, tmp_path)
     assert re.findall(r"-DFUSEDOPT_SIMD=(\w+)", text) == levels
     for level in ("AVX2", "AVX512"):
         assert (f"-DFUSEDOPT_HAVE_{level}" in text) == (level.lower() in levels)
