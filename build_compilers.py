@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 Env = Mapping[str, str]
 
@@ -20,8 +21,8 @@ Env = Mapping[str, str]
 # errno and traps are about side effects of the maths, not its values.
 NUMERIC_FLAGS = ("-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 CUDA_NUMERIC_FLAGS = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")
-# No later flag undoes all of what these do: g++ links code that switches denormals off for the
-# whole process.
+# Taken out of all variables, because no later flag undoes all that they do: g++ links code that
+# switches denormals off in the whole process.
 FAST_MATH = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"}
 FAST_MATH |= {"-use_fast_math", "--use_fast_math"}
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
@@ -69,12 +70,11 @@ class Tool:
     architectures: list[str] = field(default_factory=list)
 
 
-def run(words: list[str], env: Env, folder: Path | None = None) -> tuple[int, str]:
-    """Exit status and output of a command."""
-    # without the variables whose flags nvcc itself would put behind ours
+def run(words: list[str], env: Env, **options: Any) -> tuple[int, str]:
+    """Exit status and output of a command; nvcc is not to put its variables' flags behind ours."""
     env = {name: value for name, value in env.items() if name not in NVCC_VARIABLES}
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", cwd=folder,
-                          env={**env, "LC_ALL": "C"})  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace",
+                          env={**env, "LC_ALL": "C"}, **options)  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
 
@@ -90,8 +90,8 @@ def ask(command: list[str], words: list[str], pattern: str, kind: str, env: Env)
     """What a compiler says to `words`, as far as it matches the pattern of its kind."""
     name = shlex.join(command)
     try:
-        status, said = run([*command, *words], env)
-    except OSError as error:
+        status, said = run([*command, *words], env, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
         raise NotBuilt(f"{name} does not work: {error}") from None
     if status:
         raise NotBuilt(f"{name} does not work: `{words[0]}` ends with exit status {status}")

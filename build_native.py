@@ -177,7 +177,7 @@ def _compile(module: Module, folder: Path, env: Env, root: Path, record: Record)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     jobs = number(env, "MAX_JOBS", 1) or str(cores)
     # from the root, so that sources are named csrc/... in messages and in __FILE__
-    status, said = run([ninja, "-j", jobs, "-f", str(folder / "build.ninja")], env, root)
+    status, said = run([ninja, "-j", jobs, "-f", str(folder / "build.ninja")], env, cwd=root)
     log = folder / f"{module.name}.log"
     log.write_text(said)
     if status:

@@ -101,9 +101,7 @@ def table():
     """The modules of setup.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("setuptools.setup", lambda **_: None)
-        patch.setattr(
-            "sys.path", [*sys.path]
-        )  # setup.py puts the checkout before what is installed
+        patch.setattr("sys.path", [*sys.path])  # setup.py puts the checkout first
         patch.chdir(ROOT)
         return runpy.run_path(str(ROOT / "setup.py"))["MODULES"]
 
@@ -119,9 +117,8 @@ class Project:
             shutil.copy(ROOT / name, root)
         (root / "README.md").touch()
         (root / "fusedopt").mkdir()
-        (root / "fusedopt/__init__.py").write_text(
-            '__version__ = "0.1.0"\nimport torch_is_absent\n'
-        )
+        init = '__version__ = "0.1.0"\nimport torch_is_absent\n'
+        (root / "fusedopt/__init__.py").write_text(init)
         self.sources = [root / unit.source for module in modules for unit in module.units]
         for source in self.sources:
             source.parent.mkdir(parents=True, exist_ok=True)

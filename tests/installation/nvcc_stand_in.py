@@ -43,19 +43,12 @@ class Toolkit:
     """A folder laid out as a CUDA toolkit, with the nvcc above."""
 
     def __init__(self, root, release="12.8", codes=KNOWN, fails=""):
-        self.root = root
+        self.root, self.log = root, root / "log"  # argv of each call, and NVCC_ variables it saw
         for name in ("bin", "include", "lib"):
             (root / name).mkdir(parents=True)
         nvcc = root / "bin/nvcc"
-        nvcc.write_text(
-            NVCC.format(
-                python=sys.executable,
-                folder=str(root),
-                release=release,
-                codes=sorted(codes),
-                fails=fails,
-            )
-        )
+        values = {"release": release, "codes": sorted(codes), "fails": fails}
+        nvcc.write_text(NVCC.format(python=sys.executable, folder=str(root), **values))
         nvcc.chmod(0o755)
         subprocess.run(["ar", "rc", root / "lib/libcudart_static.a"], check=True)
 
@@ -64,7 +57,6 @@ class Toolkit:
         return {"PATH": f"{self.root}/bin{os.pathsep}{ENV['PATH']}"}
 
     @property
-    def compilation(self) -> tuple[list[str], list[str]]:
-        """argv of the last compilation, and the NVCC_ variables it saw."""
-        words, variables = json.loads((self.root / "log").read_text().splitlines()[-1])
-        return words, variables
+    def compilation(self) -> list[str]:
+        """argv of the last compilation."""
+        return json.loads(self.log.read_text().splitlines()[-1])[0]

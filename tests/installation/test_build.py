@@ -226,17 +226,7 @@ def test_in_place_and_then_not(project):
 
 
 def test_pip_installs_without_a_compiler(project):
-    pip = (
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-build-isolation",
-        "--no-deps",
-        "--target",
-        "out",
-        ".",
-    )
+    pip = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target=out", "."]
     done = project.run(*pip, PATH="")
     assert done.returncode == 0, done.stderr
     config = runpy.run_path(str(project.root / "out/fusedopt/_build_config.py"))["BUILD_CONFIG"]
