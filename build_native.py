@@ -173,7 +173,7 @@ def _compile(module: Module, folder: Path, env: Env, root: Path, record: Record)
     (folder / "build.ninja").write_text(ninja_text(module, cxx, main, folder))
     ninja = shutil.which("ninja", path=env.get("PATH", ""))
     if importlib.util.find_spec("ninja") or not ninja:
-        ninja = f"{_required('ninja').BIN_DIR}/ninja"
+        ninja = str(Path(_required("ninja").BIN_DIR, "ninja"))  # "" for: on PATH
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     jobs = number(env, "MAX_JOBS", 1) or str(cores)
     # from the root, so that sources are named csrc/... in messages and in __FILE__

@@ -165,6 +165,15 @@ def test_what_the_build_itself_needs(stand_in, tmp_path, monkeypatch, missing):
 
 
 @needs_compiler
+def test_ninja_of_an_isolated_build(stand_in, monkeypatch):
+    """Its package does not know where it is; it is on PATH."""
+    ninja = pytest.importorskip("ninja")
+    path = f"{ninja.BIN_DIR}{os.pathsep}{ENV['PATH']}"
+    monkeypatch.setattr(ninja, "BIN_DIR", "")
+    assert stand_in.build(PATH=path).built
+
+
+@needs_compiler
 def test_a_python_without_headers(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     record = stand_in.build()
