@@ -11,7 +11,16 @@ import sys
 import threading
 
 import pytest
-from build_stand_in import ENV, ROOT, Project, StandIn, build_native, needs_compiler, table
+from build_stand_in import (
+    ENV,
+    ROOT,
+    Project,
+    StandIn,
+    build_compilers,
+    build_native,
+    needs_compiler,
+    table,
+)
 
 # ---- one module ---------------------------------------------------------------------------------
 
@@ -66,6 +75,16 @@ def test_two_builds_take_turns(stand_in):
 def test_fast_math_does_not_come_in_through_the_environment(stand_in, flag):
     record = stand_in.build(CXXFLAGS=flag)
     assert record.built, record.reason
+
+
+@needs_compiler
+def test_the_numeric_flags_come_last(stand_in):
+    """A compiler goes by the last of several."""
+    theirs = ["-march=native", "-ffp-contract=off", "-ffp-contract=fast", "-fmath-errno"]
+    flags = stand_in.build(CXXFLAGS=" ".join(theirs)).flags
+    assert set(theirs) < set(flags)
+    after = flags[flags.index("-fmath-errno") :]
+    assert set(build_compilers.NUMERIC_FLAGS) < set(after)
 
 
 @needs_compiler
