@@ -10,7 +10,7 @@
   profile       the share of the optimizer in the examples' training
   memory        peak memory of the first and the second step
   plot          pictures of the rows
-  tables        the measured tables of README and docs, from the rows
+  tables        the generated blocks of README and docs, from the rows
   compare       what got slower between two commits or CSVs
 
 `python -m benchmarks COMMAND --help` says more.
@@ -22,19 +22,11 @@ import importlib
 import sys
 
 COMMANDS = {
-    "list": "listing",
-    "cpu": "cpu_step",
-    "gpu": "gpu.step",
-    "host": "host_time",
-    "plot": "plot",
-    "tables": "tables",
-    "compare": "compare",
-    "kernels": "kernels",
-    "instructions": "instructions",
-    "roofline": "roofline",
-    "profile": "profile_training",
-    "memory": "memory",
-}
+    name: {"list": "listing", "cpu": "cpu_step", "gpu": "gpu.step", "host": "host_time",
+           "profile": "profile_training"}.get(name, name)
+    for name in ("list", "cpu", "gpu", "host", "kernels", "instructions", "roofline", "profile",
+                 "memory", "plot", "tables", "compare")
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

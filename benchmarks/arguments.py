@@ -1,4 +1,4 @@
-"""Types of command-line arguments that several commands take."""
+"""The parsers of the commands, and types of arguments that several of them take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+def parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def positive(text: str) -> int:
@@ -34,3 +42,10 @@ def device(text: str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{text}: torch.cuda.is_available() is False")
     return found
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """The machine that figures are about, where that is a GPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -1,14 +1,16 @@
-"""What is compared on a CPU: a parameter list, a dtype, and pipelines in pairs."""
+"""What is compared, on a CPU and on a GPU: a parameter list, a dtype, and pipelines in pairs."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from benchmarks.param_sets import LISTS, Shape
+from benchmarks.param_sets import LISTS, Shape, equal, gpt, gpt2, llama_3_2_1b, ragged, resnet50
 from benchmarks.registry import KINDS
 
 
@@ -18,7 +20,6 @@ class Comparison:
 
     pipeline: str
     reference: str
-    target: float | None = None
 
 
 @dataclass(frozen=True)
@@ -28,30 +29,33 @@ class Case:
     shapes: Callable[[], list[Shape]]
     dtype: torch.dtype
     comparisons: tuple[Comparison, ...]
+    grads: str = "new"
 
     @property
     def numel(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes())
 
+    @property
+    def pipelines(self) -> list[str]:
+        return [*dict.fromkeys(n for c in self.comparisons for n in (c.pipeline, c.reference))]
+
+    def shrunk(self) -> Case:
+        """For a dry run."""
+        label = f"DRY RUN, a tiny list in the place of: {self.label}"
+        return dataclasses.replace(self, shapes=tiny, label=label)
+
+
+def tiny() -> list[Shape]:
+    """For a dry run: tails, and so many elements in all that scaled fp16 gradients are finite.
+
+    Triton's interpreter takes 20 ms for each tensor.
+    """
+    return [(3, 5, 7), (257,), (60, 65)]
+
+
+# ---- on a CPU ------------------------------------------------------------------------------------
 
 Pairs = Sequence[tuple[str, str]]
-
-# What is not named here is measured for information.
-_TARGETS: dict[str, dict[tuple[str, str], float]] = {
-    "adamw-gpt-1M": {("fusedopt_adamw", "adamw_fused"): 10.0},
-    "adamw-one-1M": {("fusedopt_adamw", "adamw_fused"): 3.5},
-    "adamw-gpt-10M": {("fusedopt_adamw", "adamw_fused"): 2.4},
-    "adamw-one-10M": {("fusedopt_adamw", "adamw_fused"): 1.7},
-    "adamw-gpt-100M": {
-        ("fusedopt_adamw", "adamw_fused"): 1.7,
-        ("fusedopt_adamw", "adamw_foreach"): 4.0,
-        ("fusedopt_adamw", "adamw_deepspeed"): 1.7,
-        ("fusedopt_adamw", "stream_huge"): 0.95,
-    },
-    "sgd-gpt-100M": {("fusedopt_sgd", "sgd_fused"): 1.65},
-    "bf16-gpt-100M": {("fusedopt_adamw_bf16", "adamw_bf16_torch_ops"): 2.0},
-    "adamw-tiny": {("fusedopt_adamw", "adamw_fused"): 25.0},
-}
 
 _AGAINST_FUSED = (
     ("fusedopt_adamw", "adamw_fused"),
@@ -103,7 +107,7 @@ _CASES: tuple[tuple[str, Pairs], ...] = (
     ("resnet50", _MODEL),
     ("resnet50", _SGD_MODEL),
     ("gpt-100M", _ADAMW_MANY),
-    ("gpt-100M", (*_SGD, ("fusedopt_sgd", "sgd_foreach"), ("sgd_fused", "stream_huge"))),
+    ("gpt-100M", (*_SGD_MODEL, ("sgd_fused", "stream_huge"))),
     ("gpt-100M", (*_BF16, ("adamw_bf16_torch_ops", "stream_huge"))),
     ("gpt2-124M", _MODEL),
     ("gpt2-124M", _BF16),
@@ -126,11 +130,8 @@ def make_case(params: str, pairs: Pairs, dtype: torch.dtype | None = None) -> Ca
     dtype = dtype or KINDS[first].dtypes[0]
     rule = _HALF.get(dtype, "sgd" if "sgd" in first else "adamw")
     name = f"{rule}-{params.removesuffix('-1000x8')}"
-    shapes = LISTS[params]
-    label = f"{RULES[rule]}, {params} ({size(shapes())})"
-    targets = _TARGETS.get(name, {})
-    comparisons = tuple(Comparison(*pair, targets.get(pair)) for pair in pairs)
-    return Case(name, label, shapes, dtype, comparisons)
+    label = f"{RULES[rule]}, {params} ({size(LISTS[params]())})"
+    return Case(name, label, LISTS[params], dtype, tuple(Comparison(*pair) for pair in pairs))
 
 
 def size(shapes: Sequence[Shape]) -> str:
@@ -140,5 +141,63 @@ def size(shapes: Sequence[Shape]) -> str:
 
 
 def all_cases() -> dict[str, Case]:
-    cases = [make_case(params, pairs) for params, pairs in _CASES]
-    return {case.name: case for case in cases}
+    return {case.name: case for case in (make_case(params, pairs) for params, pairs in _CASES)}
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+# Ours, and its rivals: each is compared with ours.
+_GPU_ADAMW = ("fusedopt_adamw", "fusedopt_adamw_triton", "fusedopt_adamw_amp_scaling",
+              "adamw_fused", "adamw_foreach")  # fmt: skip
+_GPU_COMPILED = ("fusedopt_adamw", "adamw_compiled")
+_GPU_SGD = ("fusedopt_sgd", "fusedopt_sgd_triton", "sgd_fused", "sgd_foreach")
+_GPU_FP16 = ("fusedopt_adamw_fp16", "fusedopt_adamw_fp16_triton", "fusedopt_adamw_fp16_amp_scaling",
+             "megatron_fp16", "deepspeed_fp16")  # fmt: skip
+_GPU_BF16 = ("fusedopt_adamw_bf16", "fusedopt_adamw_bf16_triton", "adamw_bf16_torch_ops",
+             "te_fused_adam", "apex_fused_adam", "flashoptim_adamw",
+             "bitsandbytes_adamw8bit")  # fmt: skip
+_GPU_LISTS: Mapping[str, Callable[[], list[Shape]]] = {
+    "300x1k": partial(equal, 300, 1000),
+    "1M": partial(gpt, 1_000_000, 13),
+    "10M": partial(gpt, 10_000_000),
+    "resnet50": resnet50,
+    "ragged": ragged,
+    "gpt2": gpt2,
+    "gpt2-124M": gpt2,
+    "llama": llama_3_2_1b,
+    "llama-1.24B": llama_3_2_1b,
+}
+# Small models first; what has to compile last.
+_GPU_CASES: dict[str, tuple[str, ...]] = {
+    "adamw-300x1k": _GPU_ADAMW,
+    "adamw-1M": _GPU_ADAMW,
+    "adamw-resnet50": _GPU_ADAMW,
+    "adamw-ragged": _GPU_ADAMW,
+    "adamw-10M": _GPU_ADAMW,
+    "sgd-resnet50": _GPU_SGD,
+    "adamw-llama-1.24B": _GPU_ADAMW,
+    "fp16-llama-1.24B": _GPU_FP16,
+    "sgd-llama-1.24B": _GPU_SGD,
+    "adamw-gpt2-124M": _GPU_ADAMW,
+    "bf16-gpt2-124M": _GPU_BF16,
+    "fp16-gpt2-124M": _GPU_FP16,
+    "adamw-gpt2-bucket": _GPU_ADAMW,
+    "adamw-gpt2-compiled": _GPU_COMPILED,
+    "adamw-resnet50-compiled": _GPU_COMPILED,
+    "adamw-llama-compiled": _GPU_COMPILED,
+}
+QUICK_GPU_CASES = ("adamw-300x1k", "adamw-1M", "adamw-resnet50")
+COMPILED, BUCKET = "-compiled", "-bucket"  # at the end of names; the latter's gradients are views
+
+
+def gpu_cases() -> dict[str, Case]:
+    found = {}
+    for name, (ours, *rivals) in _GPU_CASES.items():
+        rule, _, rest = name.partition("-")
+        shapes = _GPU_LISTS[rest.removesuffix(COMPILED).removesuffix(BUCKET)]
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(rule, torch.float32)
+        label = f"{name}: {RULES[rule]}, {size(shapes())}"
+        comparisons = tuple(Comparison(ours, rival) for rival in rivals)
+        grads = "bucket" if name.endswith(BUCKET) else "new"
+        found[name] = Case(name, label, shapes, dtype, comparisons, grads)
+    return found

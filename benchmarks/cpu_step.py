@@ -20,17 +20,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from benchmarks import stream
+from benchmarks import arguments as args_of, goals, stream
 from benchmarks.arguments import positive
-from benchmarks.cases import QUICK_CASES, Case, all_cases, make_case
-from benchmarks.cpu_measure import Progress, run_case
+from benchmarks.cases import QUICK_CASES, Case, Comparison, all_cases, make_case
+from benchmarks.clocks import HostClock
+from benchmarks.measure import Bench, Result, run_case
 from benchmarks.param_sets import LISTS
 from benchmarks.registry import COMPILE_FIRST, KINDS, on_backend
-from benchmarks.report import append, check_header, provenance, rows, table
-from benchmarks.row_files import add_options, destination, told
+from benchmarks.rows import Report, add_options, destination, provenance, table, told
 
 ROUNDS, QUICK_ROUNDS = 10, 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,41 +42,30 @@ PIPELINES = {  # by dtype, ours first
     "float16": ("fusedopt_adamw_fp16", "megatron_fp16", "deepspeed_fp16"),
 }
 BACKENDS = ("auto", "cpu", "reference", "triton", "cuda")
+COLUMNS_SAY = """\
+median, in brackets its 95 % interval. ratio: how many times faster the first is than the second,
+timed in turns. over predicted: its time over that of its bytes at the memory's speed in this run
+(docs/performance.md)."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks cpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = args_of.parser("cpu", __doc__)
+    add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--cases", nargs="+", choices=list(all_cases()), metavar="CASE")
-    lists = ", ".join(LISTS)
-    what.add_argument(
-        "--params", nargs="+", choices=list(LISTS), metavar="LIST", help=f"any of {lists}"
-    )
-    parser.add_argument(
-        "--pipelines", nargs="+", metavar="PIPELINE", help="with --params: two or more"
-    )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="with --params: of parameters and gradients"
-    )
-    parser.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="of fusedopt (default: auto)"
-    )
-    parser.add_argument(
-        "--grads",
-        choices=["new", "kept", "bucket"],
-        default="new",
-        help="new tensors before every step, as after zero_grad(), the default; the same tensors, "
-        "refilled; or views into one buffer, as DDP leaves them, refilled",
-    )
+    lists = f"any of {', '.join(LISTS)}"
+    what.add_argument("--params", nargs="+", choices=list(LISTS), metavar="LIST", help=lists)
+    add("--pipelines", nargs="+", metavar="PIPELINE", help="with --params: two or more")
+    add("--dtype", choices=list(DTYPES), help="with --params: of parameters and gradients")
+    add("--backend", choices=BACKENDS, default="auto", help="of fusedopt (default: auto)")
+    new = "new tensors before every step, as after zero_grad(), the default; the same tensors, "
+    new += "refilled; or views into one buffer, as DDP leaves them, refilled"
+    add("--grads", choices=["new", "kept", "bucket"], default="new", help=new)
     rounds = f"samples of each comparison (default: {ROUNDS})"
-    parser.add_argument("--rounds", type=positive, metavar="N", help=rounds)
-    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="default: 2")
-    goals = "show the ratios that the project works towards on its own machines"
-    parser.add_argument("--goals", action="store_true", help=goals)
+    add("--rounds", type=positive, metavar="N", help=rounds)
+    add("--threads", type=positive, default=2, metavar="N", help="default: 2")
+    wanted = "show the ratios that the project works towards on its own machines"
+    add("--goals", action="store_true", help=wanted)
     add_options(parser, f"{QUICK_ROUNDS} rounds, small cases if none are named")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
@@ -84,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _selected(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
-    """The cases to run, all on the wanted backend."""
+    """The cases to run, all with the wanted gradients on the wanted backend."""
     if args.params:
         cases = _cases_of_lists(args, parser)
     elif args.pipelines or args.dtype:
@@ -92,9 +83,19 @@ def _selected(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list
     else:
         names = args.cases or (QUICK_CASES if args.quick else all_cases())
         cases = [all_cases()[name] for name in names]
-        if args.quick:
-            cases = [_without(case, COMPILE_FIRST) for case in cases]
-    return [_on_backend(case, args.backend) for case in cases]
+    slow = {*COMPILE_FIRST} if args.quick and not args.params else set()
+    return [
+        dataclasses.replace(
+            case,
+            grads=args.grads,
+            comparisons=tuple(
+                Comparison(*(on_backend(name, args.backend) for name in (c.pipeline, c.reference)))
+                for c in case.comparisons
+                if not {c.pipeline, c.reference} & slow
+            ),
+        )
+        for case in cases
+    ]
 
 
 def _cases_of_lists(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
@@ -113,25 +114,6 @@ def _cases_of_lists(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     return [make_case(params, pairs, dtype) for params in dict.fromkeys(args.params)]
 
 
-def _without(case: Case, pipelines: Sequence[str]) -> Case:
-    kept = (c for c in case.comparisons if not {c.pipeline, c.reference} & {*pipelines})
-    return dataclasses.replace(case, comparisons=tuple(kept))
-
-
-def _on_backend(case: Case, backend: str) -> Case:
-    """A target is for the backend that is chosen by itself."""
-    moved = tuple(
-        dataclasses.replace(
-            c,
-            pipeline=on_backend(c.pipeline, backend),
-            reference=on_backend(c.reference, backend),
-            target=c.target if on_backend(c.pipeline, backend) == c.pipeline else None,
-        )
-        for c in case.comparisons
-    )
-    return dataclasses.replace(case, comparisons=moved)
-
-
 def _ceiling(quick: bool) -> float | None:
     """What memory gives just now."""
     size = (stream.QUICK_CEILING_NUMEL, QUICK_ROUNDS) if quick else ()
@@ -140,26 +122,34 @@ def _ceiling(quick: bool) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    if args.out is not None:
-        check_header(args.out)
     torch.set_num_threads(args.threads)
-    common = provenance() | {"grads": args.grads}
-    attempts = args.rounds if args.quick else 2 * args.rounds
-    progress = Progress(args.selected, args.rounds, attempts)
-    results = []
+    report = Report(provenance(), args.out)
+    total = args.rounds * sum(len(case.comparisons) for case in args.selected)
+    bar: tqdm[Any] = tqdm(total=total, unit="sample", disable=None)  # None: no terminal
+    bench = Bench(lambda _: HostClock(), KINDS, args.rounds,
+                  attempts=args.rounds if args.quick else 2 * args.rounds,
+                  progress=bar.update, announce=bar.set_description)  # fmt: skip
+    results: list[Result] = []
     after = _ceiling(args.quick)
     for case in args.selected:
-        before = after
-        measured = run_case(case, args.grads, progress)
+        before, measured = after, run_case(case, bench)
         after = _ceiling(args.quick)
-        if before is not None and after is not None:
-            ceiling = (before + after) / 2
-            measured = [dataclasses.replace(result, ceiling_gb_s=ceiling) for result in measured]
+        ceiling = "" if before is None or after is None else f"{(before + after) / 2:.5g}"
+        for result in measured:
+            result.add_to(report, bench, ceiling_gb_s=ceiling)
         results += measured
-        if args.out is not None:
-            append(args.out, rows(measured, common))
-    progress.close()
-    print(", ".join(f"{key} {value}" for key, value in common.items()))
-    print(table(results, args.goals))
+    bar.close()
+    print(", ".join(f"{key} {value}" for key, value in report.common.items() if value != ""))
+    print(f"{table(report.figures())}\n")
+    for result in results:
+        if not result.trials:
+            pair = result.comparison
+            what = f"{result.case.name}, {pair.pipeline} against {pair.reference}"
+            print(f"{what} not measured: {result.note}")
+    print(COLUMNS_SAY)
+    if args.goals:
+        names = {case.name for case in args.selected}
+        wanted = [goal for goal in goals.ON_CPU if goal.case in names]
+        print("\n" + goals.table(wanted, report.figures()))
     print(f"\n{told(args.out)}")
     return int(any(result.wrong for result in results))

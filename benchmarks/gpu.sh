@@ -118,19 +118,27 @@ sanitize() { # NAME TOOL BACKEND KERNELS...: in the options' own words
 
 # ---- environment --------------------------------------------------------------------------------
 
-stage environment 60 0 "$python" -m benchmarks.gpu.environment
+stage environment 60 0 bash -c '
+  "$0" -m torch.utils.collect_env
+  for tool in nvcc g++ cmake ninja ncu compute-sanitizer nvidia-smi; do
+    command -v "$tool" || echo "not on PATH: $tool"
+  done
+  "$0" -c "import importlib.util as u, sys; [print(n, \"is\" if u.find_spec(n) else \"is NOT\", \"here\") for n in sys.argv[1:]]" \
+    numpy scipy setuptools pybind11 pytest hypothesis xdist expecttest sklearn matplotlib tqdm triton \
+    transformer_engine apex flashoptim bitsandbytes deepspeed' "$python"
 cat "$logs/environment.log"
-if [ "$status" -ne 0 ] && [ "$mode" != dry ]; then
+gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name(), "sm_%d%d" % torch.cuda.get_device_capability())' 2>/dev/null)
+if [ -z "$gpu" ] && [ "$mode" != dry ]; then
   echo "No NVIDIA GPU that torch can use; bash benchmarks/gpu.sh --dry-run needs none." >&2
   exit 2
 fi
-gpu=$(last environment '^gpu  ')
-note environment passed "$seconds" "$(echo "$gpu" | tr -s ' ')"
+gpu="gpu  ${gpu:-none}"
+note environment passed "$seconds" "$gpu"
 
 # ---- build and install --------------------------------------------------------------------------
 
 if [ "$mode" = full ]; then
-  arch=$("$python" -m benchmarks.gpu.environment --arch)
+  arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
   stage build 150 330 env FUSEDOPT_CUDA=1 "TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}" \
     "$python" -m pip install --no-build-isolation --no-deps --no-index \
     --disable-pip-version-check "$root"

@@ -7,8 +7,9 @@ python -m benchmarks kernels --backends cuda triton    on a GPU
 
 A size is a power of two and one tensor. On the CPU each sample of a kernel lies between two of a
 stream (benchmarks/stream.py) over as many elements, so that a size which stays in a cache is held
-to that cache; the ratio is that of their GB/s. On a GPU caches are cold and the ceiling is the
-copy of 4 GiB. A call from Python is part of each time, and most of it below 2^16 elements.
+to that cache; the ratio is that of their GB/s. On a GPU triton.testing.do_bench times the kernels,
+caches are cold and the ceiling is the copy of 4 GiB. A call from Python is part of each time on the
+CPU, and most of it below 2^16 elements.
 """
 
 from __future__ import annotations
@@ -17,80 +18,36 @@ import argparse
 import gc
 import itertools
 import re
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import stream
+from benchmarks import arguments as args_of, rows, stream
 from benchmarks.arguments import positive, positive_float
-from benchmarks.cpu_measure import available_bytes
+from benchmarks.clocks import HostClock
+from benchmarks.gpu import machine as gpu
+from benchmarks.gpu.kernels import time_kernels
+from benchmarks.gpu.streams import measure_streams
+from benchmarks.measure import available_bytes, sandwich, undisturbed
 from benchmarks.param_sets import one_tensor
 from benchmarks.pipelines import DifferentStep, Unavailable
-from benchmarks.report import append, check_header, provenance
-from benchmarks.row_files import add_options, destination, told
-from benchmarks.timing import Summary, Trial, sandwich, summarize
 from benchmarks.verbs import DTYPES, RULES, VERBS, Verbs, Workload, check_same_step
 
 ON_CPU, ON_GPU = ("cpu", "reference"), ("cuda", "triton")
-DEFAULT = (Workload("adamw"), Workload("sgd-momentum"), Workload("adamw", DTYPES["bfloat16"]))
+DEFAULT = [Workload("adamw"), Workload("sgd-momentum"), Workload("adamw", DTYPES["bfloat16"])]
 SIZES, GPU_SIZES = "10:26", "10:30"
 QUICK_SIZES, QUICK_GPU_SIZES, DRY_SIZES = "12:20:4", "14:26:6", "10:12"
 ROUNDS, QUICK_ROUNDS = 7, 3
 REFERENCE = "stream_huge"
 LARGEST_OF_REFERENCE = 22  # the power of two up to which plain torch operations are waited for
-STREAM_BYTES, TEMPORARY_BYTES = 16, 24  # of memory per element: the stream's, the reference's
+# Of memory per element: a stream's and the reference's; on a GPU the gradients before rounding.
+BESIDES_ON_CPU, BESIDES_ON_GPU = 16 + 24, 12
 SERIAL_ELEMENTS = 1 << 15  # below, our kernels use one thread (csrc/cpu/kernels.cpp); so does it
 TIMED_S = 1e-3  # so many calls make up one step that it lasts about as long as this
 MAX_CALLS = 1000
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A table of GB/s, declared in the words of triton.testing.Benchmark.
-
-    Not that class itself: its perf_report measures one provider after the other, and ours take
-    turns; and it needs Triton, pandas and matplotlib.
-    """
-
-    plot_name: str  # the kernel, say update:adamw:float32
-    x_vals: Sequence[int]
-    line_vals: Sequence[str]  # backends
-    x_names: tuple[str, ...] = ("N",)
-    line_arg: str = "provider"
-    ylabel: str = "GB/s"
-    x_log: bool = True
-
-    def table(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        """As perf_report prints it, with the share of the ceiling beside each figure."""
-        found = {(str(r["case"]).split(":")[-1], r["pipeline"]): r for r in rows}
-        head = "".join(
-            f"{f'{name} ({self.ylabel})':>18}{'of ceiling':>12}" for name in self.line_vals
-        )
-        lines = [f"{self.x_names[0]:>8}{head}"]
-        n_bytes: object = "?"
-        for exponent in self.x_vals:
-            cells = ""
-            for provider in self.line_vals:
-                row = found.get((f"kernel-2^{exponent}", f"fusedopt_{provider}:{self.plot_name}"))
-                cells += _cells(row)
-                n_bytes = n_bytes if row is None else row["bytes_per_param"]
-            lines.append(f"{f'2^{exponent}':>8}{cells}")
-        return "\n".join([f"{self.plot_name}, {n_bytes} bytes per param:", *lines])
-
-
-def _cells(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return f"{'-':>18}{'-':>12}"
-    share = row["ceiling_fraction"] if "ceiling_fraction" in row else row["copy_fraction"]
-    shown = "-" if share == "" else f"{float(share):.2f}"
-    if row.get("quiet", 1) == 0:
-        shown += " ?"  # disturbed
-    return f"{float(row['gb_s']):>18.4g}{shown:>12}"
+RESERVE_S = 6.0  # on a GPU: with less time left no size is begun, Triton may have to compile first
 
 
 class Calls:
@@ -112,67 +69,29 @@ class Calls:
             self._call()
 
 
-def measure(
-    workload: Workload, verbs: Sequence[str], backends: Sequence[str], numel: int, rounds: int
-) -> tuple[dict[tuple[str, str], Summary], str]:
-    """Of each backend and verb, against a stream of the same bytes; and what the stream was."""
-    own = {backend: Verbs(workload, one_tensor(numel), backend) for backend in backends}
+def measure_on_cpu(
+    report: rows.Report, case: str, workload: Workload, numel: int, backends: Sequence[str],
+    verbs: Sequence[str], rounds: int,
+) -> None:  # fmt: skip
+    """Each backend and verb against a stream, whose times are scaled to the bytes of the verb."""
+    shapes = one_tensor(numel)
+    own = {backend: Verbs(workload, shapes, backend) for backend in backends}
     calls = {f"{b} {verb}": Calls(getattr(v, verb)) for b, v in own.items() for verb in verbs}
     threads = 1 if numel < SERIAL_ELEMENTS else None
     beside = stream.Stream(numel, huge=True, threads=threads)
     reference = Calls(beside.step)
-    trials = sandwich(reference, calls, rounds, 2 * rounds)
-    found = {}
+    trials = sandwich(reference, calls, HostClock(), rounds, 2 * rounds)
     for name, taken in trials.items():
         backend, verb = name.split(" ")
         share = workload.bytes_per_param(verb) / stream.BYTES_PER_PARAM
-        found[backend, verb] = summarize(
-            [
-                Trial(
-                    trial.seconds / calls[name].count,
-                    trial.reference_seconds / reference.count * share,
-                    trial.disturbed,
-                )
-                for trial in taken
-            ]
-        )
-    return found, beside.describe()
-
-
-def row(
-    workload: Workload, backend: str, verb: str, exponent: int, summary: Summary, note: str
-) -> dict[str, object]:
-    """A row of the CSV, without its provenance."""
-    n_bytes = workload.bytes_per_param(verb)
-    moved = n_bytes * (1 << exponent) / 1e6
-    times = {f"ms_{p}": f"{getattr(summary.ms, p):.6f}" for p in ("p20", "p50", "p80")}
-    ratios = {f"ratio_{p}": f"{getattr(summary.ratio, p):.4f}" for p in ("p20", "p50", "p80")}
-    ceiling = {
-        "ceiling_fraction": ratios["ratio_p50"],
-        "ceiling_gb_s": f"{moved / summary.reference_ms.p50:.3f}",
-        "predicted_ms": f"{summary.reference_ms.p50:.6f}",
-        "measured_over_predicted": f"{summary.ms.p50 / summary.reference_ms.p50:.4f}",
-    }
-    return {
-        "case": f"kernel-2^{exponent}",
-        "pipeline": f"fusedopt_{backend}:{workload.kernel(verb)}",
-        "reference": REFERENCE,
-        "params": 1 << exponent,
-        "tensors": 1,
-        "dtype": workload.dtypes.grads if verb == "reduce" else workload.dtypes.params,
-        "grads": "kept",
-        "bytes_per_param": n_bytes,
-        **times,
-        "reference_ms_p50": f"{summary.reference_ms.p50:.6f}",
-        **ratios,
-        "target": "",
-        "samples": summary.samples,
-        "disturbed": summary.disturbed,
-        "quiet": int(summary.quiet),
-        "note": f"{note}; as many elements, its time scaled to these bytes",
-        "gb_s": f"{moved / summary.ms.p50:.3f}",
-        **(ceiling if stream.is_ceiling() else dict.fromkeys(ceiling, "")),
-    }
+        used, said = undisturbed([trial.disturbed for trial in taken])
+        times = [taken[index].own[0] / calls[name].count for index in used]
+        theirs = [taken[index].reference[0] / reference.count * share for index in used]
+        note = f"{beside.describe()}; as many elements, its time scaled to these bytes"
+        columns = workload.columns(backend, verb, shapes) | said
+        columns |= {"case": case, "reference": REFERENCE, "note": note}
+        columns["reference_bytes"] = columns["bytes_per_param"]
+        report.add("call", "ms", times, theirs, **columns)
 
 
 def wanted_verbs(workloads: Sequence[Workload], verbs: Sequence[str]) -> list[list[str]]:
@@ -185,60 +104,71 @@ def wanted_verbs(workloads: Sequence[Workload], verbs: Sequence[str]) -> list[li
     return wanted
 
 
-def backends_at(backends: Sequence[str], exponent: int) -> list[str]:
-    return [b for b in backends if b != "reference" or exponent <= LARGEST_OF_REFERENCE]
+class Sweep:
+    """All sizes of all workloads, on the CPU or, against the clock, on a GPU."""
 
+    def __init__(self, args: argparse.Namespace, machine: gpu.Machine | None) -> None:
+        self.args, self.machine = args, machine
+        self.notes: list[str] = []
+        self.failed = False
+        self._end = time.monotonic() + (args.budget if machine else float("inf"))
+        self.backends = list(args.backends)
+        if machine is None:
+            self.report = rows.Report(rows.provenance(), args.out)
+            if "reference" in self.backends and max(args.sizes) > LARGEST_OF_REFERENCE:
+                self.notes.append(f"reference: not measured above 2^{LARGEST_OF_REFERENCE}")
+            return
+        self.report = device_report = gpu.DeviceReport(machine, args.out)
+        measure_streams(machine, device_report)
+        missing = gpu.no_triton(machine) if "triton" in self.backends else None
+        if missing is not None:
+            self.notes.append(f"triton: not measured: {missing}")
+            self.backends.remove("triton")
 
-def run_on_cpu(args: argparse.Namespace, progress: Callable[[], object]) -> list[dict[str, object]]:
-    """Rows are on disk as soon as their size is done."""
-    common = provenance()
-    rows: list[dict[str, object]] = []
-    if backends_at(args.backends, max(args.sizes)) != args.backends:
-        args.notes.append(f"reference: not measured above 2^{LARGEST_OF_REFERENCE}")
-    for workload, verbs in zip(
-        args.workloads, wanted_verbs(args.workloads, args.verbs), strict=True
-    ):
-        try:
-            held_to_each_other = dict.fromkeys([*args.backends, "reference"])
-            check_same_step(workload, [*held_to_each_other], torch.device("cpu"))
-        except (Unavailable, DifferentStep) as problem:
-            args.notes.append(f"{workload}: not measured: {problem}")
-            args.failed |= isinstance(problem, DifferentStep)
-            continue
-        for exponent in args.sizes if verbs else []:
-            backends = backends_at(args.backends, exponent)
-            per_element = workload.memory_per_param() * len(backends)
-            per_element += STREAM_BYTES + TEMPORARY_BYTES
-            missing = (per_element << exponent) - available_bytes()
-            if missing > 0:
-                lacking = f"needs {missing / 2**30:.1f} GiB more than are free"
-                args.notes.append(f"2^{exponent}, {workload}: {lacking}")
-            elif backends:
-                found, note = measure(workload, verbs, backends, 1 << exponent, args.rounds)
-                new = [common | row(workload, *key, exponent, s, note) for key, s in found.items()]
-                rows += new
-                if args.out is not None:
-                    append(args.out, new)
-            gc.collect()
-            progress()
-    return rows
+    def all(self, progress: Callable[[], object]) -> None:
+        """Rows are on disk as soon as their size is done."""
+        machine, workloads = self.machine, self.args.workloads
+        device = machine.device if machine else torch.device("cpu")
+        served = [machine.backends[b] if machine else b for b in self.backends]
+        held_to_each_other = [*dict.fromkeys([*served, "reference"])]  # also where there is one
+        wanted = wanted_verbs(workloads, self.args.verbs)
+        for workload, verbs in zip(workloads, wanted, strict=True):
+            try:
+                check_same_step(workload, held_to_each_other, device)
+            except (Unavailable, DifferentStep) as problem:
+                self.notes.append(f"{workload}: not measured: {problem}")
+                self.failed |= isinstance(problem, DifferentStep)
+                continue
+            for exponent in self.args.sizes:
+                if verbs:
+                    self._measure(workload, verbs, exponent)
+                gc.collect()
+                progress()
 
-
-def run_on_gpu(args: argparse.Namespace, progress: Callable[[], object]) -> list[dict[str, object]]:
-    from benchmarks.gpu.machine import find_machine
-    from benchmarks.gpu.report import output
-    from benchmarks.gpu.sweep import Sweep
-
-    machine = find_machine(args.dry_run)
-    args.out = output(args, machine)
-    sweep = Sweep(machine, args.backends, args.budget, args.out)
-    verbs = wanted_verbs(args.workloads, args.verbs)
-    try:
-        sweep.all([*zip(args.workloads, verbs, strict=True)], args.sizes, progress)
-    finally:  # also when the time is up
-        args.notes += sweep.notes
-    args.failed = sweep.failed
-    return sweep.report.rows
+    def _measure(self, workload: Workload, verbs: Sequence[str], exponent: int) -> None:
+        case, numel, machine = f"kernel-2^{exponent}", 1 << exponent, self.machine
+        small = exponent <= LARGEST_OF_REFERENCE
+        backends = [b for b in self.backends if b != "reference" or small]
+        besides = BESIDES_ON_GPU if machine else BESIDES_ON_CPU
+        free = machine.free_bytes() if machine else available_bytes()
+        missing = numel * (workload.memory_per_param() * len(backends) + besides) - free
+        reserve = 0.0 if machine is None or machine.dry else RESERVE_S
+        if self._end - time.monotonic() < reserve:
+            self.notes.append(f"{case}, {workload}: not measured, no time left")
+        elif missing > 0:
+            gib = missing / 2**30
+            self.notes.append(f"{case}, {workload}: needs {gib:.1f} GiB more than are free")
+        elif backends:
+            try:
+                if machine is None:
+                    given = (numel, backends, verbs, self.args.rounds)
+                    measure_on_cpu(self.report, case, workload, *given)
+                else:
+                    on_gpu = (one_tensor(numel), machine, backends, verbs)
+                    time_kernels(self.report, case, workload, *on_gpu)
+            except RuntimeError as error:  # out of memory, a failed launch: on with the next
+                self.failed = True
+                self.notes.append(f"{case}, {workload}: {error}".splitlines()[0])
 
 
 def exponents(text: str) -> list[int]:
@@ -253,11 +183,7 @@ def exponents(text: str) -> list[int]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = args_of.parser("kernels", __doc__)
     add = parser.add_argument
     add("--verbs", nargs="+", choices=VERBS, default=[*VERBS])
     add("--rules", nargs="+", choices=[*RULES, "all"], metavar="RULE", help=", ".join(RULES))
@@ -268,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=positive, help=f"samples on the CPU, default {ROUNDS}")
     add("--budget", type=positive_float, default=60.0, help="seconds on a GPU, default 60")
     add("--dry-run", action="store_true", help="a GPU's run, on the CPU; measures nothing")
-    add_options(parser, "a few sizes")
+    rows.add_options(parser, "a few sizes")
     args = parser.parse_args(arguments)
     args.on_gpu = any(backend in ON_GPU for backend in args.backends)
     if args.on_gpu and any(backend in ON_CPU for backend in args.backends):
@@ -283,37 +209,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sizes = DRY_SIZES if args.dry_run else QUICK_GPU_SIZES if args.quick else GPU_SIZES
     if not args.on_gpu:
         sizes = QUICK_SIZES if args.quick else SIZES
+        args.out = rows.destination(args)  # a GPU's name is known when it is found
     args.sizes = args.sizes or exponents(sizes)
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    args.notes, args.failed = [], False
-    if args.dry_run:
-        from benchmarks.gpu.report import refuse_results
-
-        refuse_results(parser, args)
-    if not args.on_gpu:  # whose name is known when it is found
-        args.out = destination(args)
+    gpu.refuse_results(parser, args)
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    if not args.on_gpu:
-        if args.out is not None:
-            check_header(args.out)
+    machine = None
+    if args.on_gpu:
+        machine = gpu.find_machine(args.dry_run)
+        args.out = gpu.output(args, machine)
+    else:
         torch.set_num_threads(args.threads)
-    with tqdm(total=len(args.workloads) * len(args.sizes), unit="size") as bar:
-        rows = (run_on_gpu if args.on_gpu else run_on_cpu)(args, lambda: bar.update())
-    for name in dict.fromkeys(w.kernel(verb) for w in args.workloads for verb in args.verbs):
-        if args.dry_run:
-            print(f"{name}: DRY RUN, no figures")
-        else:
-            print("\n" + Benchmark(name, args.sizes, args.backends).table(rows))
-    if any(row.get("quiet", 1) == 0 for row in rows):
-        args.notes.append("?: disturbed by other programs, and worth little")
-    print("\n" + "\n".join(args.notes))
-    print(told(args.out))
-    return int(args.failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sweep = Sweep(args, machine)
+    try:
+        with tqdm(total=len(args.workloads) * len(args.sizes), unit="size") as bar:
+            sweep.all(lambda: bar.update())
+    finally:  # also when the time is up
+        known = sweep.report.figures()
+        print("DRY RUN, no figures" if args.dry_run else rows.table(known))
+        print("\n".join(["", *sweep.notes, rows.told(args.out)]))
+    return int(sweep.failed)

@@ -6,12 +6,12 @@ python -m benchmarks list pipelines       one of them
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from benchmarks import arguments as args_of
 from benchmarks.cases import all_cases
 from benchmarks.param_sets import LISTS
 from benchmarks.pipelines import MOVE_TOLERANCE, Kind
@@ -20,10 +20,7 @@ from fusedopt.backends import registry as backends
 
 
 def cases() -> str:
-    rows = []
-    for name, case in all_cases().items():
-        names = dict.fromkeys(name for c in case.comparisons for name in (c.pipeline, c.reference))
-        rows.append((name, case.label, ", ".join(names)))
+    rows = [(name, case.label, ", ".join(case.pipelines)) for name, case in all_cases().items()]
     return _table("Cases of `cpu`: `--cases NAME`", ("name", "what", "pipelines"), rows)
 
 
@@ -40,7 +37,7 @@ def pipelines() -> str:
     absent = unavailable(every)
     rows = []
     for name, kind in every.items():
-        dtypes = ", ".join(_name(dtype) for dtype in kind.dtypes)
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in kind.dtypes)
         figures = (f"{kind.bytes_per_param:g}", f"{kind.allowed * MOVE_TOLERANCE:g}")
         rows.append((name, kind.label, dtypes, *figures, runs_here(kind, absent)))
     header = ("name", "what", "params", "bytes per param", "may differ by", "runs here")
@@ -54,14 +51,10 @@ def pipelines() -> str:
 def runs_here(kind: Kind, absent: dict[str, str]) -> str:
     if kind.module in absent:
         return f"no: {absent[kind.module]}"
-    if "cpu" not in kind.devices:
-        return "gpu" if torch.cuda.is_available() else "no: needs an NVIDIA GPU"
     on_gpu = torch.cuda.is_available() and "cuda" in kind.devices
+    if "cpu" not in kind.devices:
+        return "gpu" if on_gpu else "no: needs an NVIDIA GPU"
     return "cpu, gpu" if on_gpu else "cpu"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def backends_of_ours() -> str:
@@ -69,11 +62,8 @@ def backends_of_ours() -> str:
         (name, "yes" if facts["available"] else f"no: {facts['reason']}")
         for name, facts in backends.report().items()
     ]
-    return _table(
-        "Backends of fusedopt: `--backend NAME`; `auto` is the first that serves the parameters",
-        ("name", "available"),
-        rows,
-    )
+    title = "Backends of fusedopt: `--backend NAME`; `auto` is the first that serves the parameters"
+    return _table(title, ("name", "available"), rows)
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -92,11 +82,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks list",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = args_of.parser("list", __doc__)
     parser.add_argument("what", nargs="?", choices=list(TABLES))
     what = parser.parse_args(arguments).what
     print("\n\n".join(TABLES[name]() for name in ([what] if what else TABLES)))

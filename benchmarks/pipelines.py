@@ -1,7 +1,7 @@
 """What is compared: everything between "backward left scaled grads in .grad" and "scaler updated".
 
 Every pipeline computes the same step: unscale, skip if not finite, clip the global norm to
-`MAX_GRAD_NORM`, update. `check_same_step` holds two of them to that.
+`MAX_GRAD_NORM`, update. `compare_steps` holds two of them to that.
 """
 
 from __future__ import annotations
@@ -119,10 +119,6 @@ class Ours(Pipeline):
         return str(next(iter(self.optimizer.backend.values())))
 
 
-def torch_adamw(**flags: Any) -> Callable[[list[Tensor]], Any]:
-    return lambda params: torch.optim.AdamW(params, **ADAMW, **flags)
-
-
 @dataclass(frozen=True)
 class Kind:
     """How to make a pipeline, its name in a table, and the bytes it moves per param and step."""
@@ -134,19 +130,6 @@ class Kind:
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)  # of the params
     devices: tuple[str, ...] = ("cpu", "cuda")
     module: str = ""  # that must import
-
-
-def check_same_step(
-    first: Pipeline, second: Pipeline, grads: Gradients, allowed: float = 1.0
-) -> float:
-    """One step per factor with two new pipelines: their largest difference, in tolerances.
-
-    Raises DifferentStep where that is above ``allowed``.
-    """
-    start = [param.detach().clone() for param in first.params]
-    take_checked_steps(first, grads)
-    take_checked_steps(second, grads)
-    return compare_steps(start, first, second, allowed)
 
 
 def take_checked_steps(pipeline: Pipeline, grads: Gradients) -> None:
@@ -168,7 +151,10 @@ class Stepped(Protocol):
 def compare_steps(
     start: Sequence[Tensor], first: Stepped, second: Stepped, allowed: float = 1.0
 ) -> float:
-    """What `check_same_step` returns and raises, after both have taken their steps."""
+    """The largest difference, in tolerances, after both have taken the checked steps.
+
+    Raises DifferentStep where that is above ``allowed``.
+    """
     excess = _excess(start, first.updated(), second.updated())
     if not excess <= allowed:
         raise DifferentStep(f"the two pipelines take different steps: {excess:.3g} x the tolerance")
@@ -191,12 +177,9 @@ def _excess(start: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[T
     worst = 0.0
     for one, other in zip(first, second, strict=True):
         allowed = one.abs().mul_(RTOL).add_(MOVE_TOLERANCE * move)
-        worst = max(worst, _max_or_inf((one - other).abs_().div_(allowed)))
+        excess = (one - other).abs_().div_(allowed).nan_to_num_(nan=float("inf"))
+        worst = max(worst, float(excess.max()))
     return worst
-
-
-def _max_or_inf(values: Tensor) -> float:
-    return float(values.nan_to_num_(nan=float("inf")).max())
 
 
 @torch.no_grad()
@@ -204,10 +187,9 @@ def _mean_difference(
     start: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]
 ) -> float:
     """Root mean square of the difference over that of the move."""
-    apart, moved = (
-        sum(
-            float((a.float() - b.float()).square_().sum()) for a, b in zip(some, first, strict=True)
-        )
-        for some in (second, start)
-    )
-    return math.sqrt(apart / moved)
+
+    def squares(some: Sequence[Tensor]) -> float:
+        pairs = zip(some, first, strict=True)
+        return sum(float((a.float() - b.float()).square_().sum()) for a, b in pairs)
+
+    return math.sqrt(squares(second) / squares(start))

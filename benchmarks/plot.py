@@ -2,37 +2,44 @@
 
 python -m benchmarks plot ROWS.csv                                   into benchmarks/results/local
 python -m benchmarks plot ROWS.csv --commit 1234567 --out FOLDER     of one commit's rows
-python -m benchmarks plot benchmarks/results/amd-epyc.csv --record   into docs/pictures
+python -m benchmarks plot benchmarks/results/MACHINE.csv --record    into docs/pictures
 
-A picture shows the rows of one commit, the newest that has enough of them; it names machine,
-commit and command, and its file carries a checksum of the figures drawn.
+A picture shows the clean and quiet rows of one commit, the newest that has a sweep of sizes; it
+names machine, commit and command, and its file carries a checksum of what is drawn.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.figure
-import numpy as np
 
-from benchmarks.plot_rows import MIN_SIZES, STYLES, NothingToDraw, Rows, read
+from benchmarks import arguments as args_of
 from benchmarks.registry import base_kinds, gpu_kinds
-from benchmarks.row_files import LOCAL, RESULTS, ROOT
+from benchmarks.rows import LOCAL, RESULTS, ROOT, Figure, Row, figures, find, predicted_ms, read
 
 PICTURES = ROOT / "docs" / "pictures"
 CHECKSUM = "fusedopt-figures"  # a text chunk of the PNG
-OURS, THEIRS = "#d1495b", "#6fa8c9"
-ROOF = "#222222"
+OURS = "fusedopt_adamw"
+# A decoder's tensors, of so many elements in all; on a GPU models beside them.
+SWEEP_CPU = "adamw-gpt-"
+SWEEP_GPU = ("adamw-1M", "adamw-10M", "adamw-resnet50", "adamw-gpt2-124M", "adamw-llama-1.24B")
+MIN_SIZES = 3  # of a sweep
+STYLES = {  # of the lines and their legend, ours first
+    OURS: ("#d1495b", "o"),
+    "fusedopt_adamw_triton": ("#e58a97", "o"),
+    "adamw_fused": ("#1f5f8b", "s"),
+    "adamw_foreach": ("#6fa8c9", "^"),
+    "adamw_deepspeed": ("#5b8c5a", "D"),
+}
+RIVALS = ("adamw_fused", "sgd_fused", "adamw_bf16_torch_ops")
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -41,145 +48,133 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 110,
 }
+Drawn = tuple[Any, object]  # matplotlib's figure, and the numbers in it
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A ratio or a count; `low` and `high` are p20 and p80 where there is a spread."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    pipeline: str
+def time_of(figure: Figure) -> bool:
+    return figure["figure"] in ("step", "gpu") and bool(figure["reference"])
 
 
-Figure = Any  # matplotlib's; it has no types of its own
+def in_sweep(figure: Figure) -> bool:
+    return time_of(figure) and (
+        figure["case"] in SWEEP_GPU or str(figure["case"]).startswith(SWEEP_CPU)
+    )
 
 
-def step_time(rows: Rows) -> tuple[Figure, object]:
-    """Time of a whole step against the number of params, and the roof of the bandwidth."""
-    lines, roof = rows.sweep(), rows.roof()
-    if "fusedopt_adamw" not in lines:
-        raise NothingToDraw(f"fewer than {MIN_SIZES} sizes of fusedopt_adamw")
-    per_param, kinds = rows.ours_per_param(), base_kinds()
-    kinds |= gpu_kinds({"cuda": "cuda", "triton": "triton"})
-    figure, axes = _figure()
+def step_time(known: Sequence[Figure]) -> Drawn:
+    """Time of a whole step against the number of params, and the roof of the memory."""
+    ways = [way for figure in known if in_sweep(figure) for way in (figure, figure.swapped())]
+    ways.sort(key=lambda way: way["reference"] != "stream_huge")  # from the samples beside the roof
+    lines: dict[str, dict[int, Any]] = {name: {} for name in STYLES}
+    roof: dict[int, float] = {}
+    for way in ways:
+        numel, name = int(way["params"]), way["pipeline"]
+        if name in STYLES:
+            lines[name].setdefault(numel, way.value())
+        if name == "stream_huge" and way["reference"] == OURS:
+            roof[numel] = way.median()
+        elif name == OURS and way["figure"] == "gpu":
+            roof[numel] = predicted_ms(way.rows[-1])
+    kinds = base_kinds() | gpu_kinds({"cuda": "cuda", "triton": "triton"})
+    figure = matplotlib.figure.Figure(figsize=(8.0, 4.6), layout="constrained")
+    axes = figure.subplots()
     for name, points in lines.items():
-        colour, marker = STYLES[name]
-        numel, p50, p20, p80 = (np.array(column) for column in zip(*points, strict=True))
-        ours = name.startswith("fusedopt")
-        spread = p80 > p20  # a rival without a row of its own at a size has a median alone
-        bars = [(p50 - p20)[spread], (p80 - p50)[spread]]
-        axes.errorbar(numel[spread], p50[spread], bars, fmt="none", ecolor=colour, capsize=3)
-        axes.plot(numel, p50, color=colour, marker=marker, markersize=5, label=kinds[name].label,
-                  linewidth=2.6 if ours else 1.4, zorder=3 if ours else 2)  # fmt: skip
-    what = "copied" if rows.on_gpu else "streamed, hardly computed"
-    axes.plot(*zip(*roof, strict=True), color=ROOF, linestyle=(0, (5, 3)), linewidth=1.2,
-              label=f"roof: our {per_param:g} bytes/param {what}")  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("parameters, fp32")
-    axes.set_ylabel("ms for a whole step")
+        if len(points) >= MIN_SIZES:
+            colour, marker = STYLES[name]
+            sizes = sorted(points)
+            found = [points[size] for size in sizes]
+            bars = [[p.median - p.low for p in found], [p.high - p.median for p in found]]
+            axes.errorbar(sizes, [p.median for p in found], bars, color=colour, marker=marker,
+                          markersize=5, capsize=3, label=kinds[name].label,
+                          linewidth=2.6 if name.startswith("fusedopt") else 1.4)  # fmt: skip
+    axes.plot(*zip(*sorted(roof.items()), strict=True), color="#222222", linestyle="--",
+              linewidth=1.2, label="roof: our bytes, hardly computed")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="parameters, fp32", ylabel="ms for a whole step")
     axes.set_title("unscale, check, clip, AdamW: one step", loc="left", fontsize=11)
     axes.legend(fontsize=9)
-    return figure, {"lines": lines, "roof": roof, "bytes_per_param": per_param}
+    return figure, [{name: sorted(points.items()) for name, points in lines.items()}, roof]
 
 
-def bytes_per_param(rows: Rows) -> tuple[Figure, object]:
-    """What each pipeline has to read and write."""
-    kinds = base_kinds()
-    bars: dict[tuple[str, str], Bar] = {}
-    for row in rows.rows:
-        kind = kinds.get(row["pipeline"])
-        if kind is not None and row["bytes_per_param"]:
-            count, group = float(row["bytes_per_param"]), _group(row)
-            name = f"{kind.label}  ({group})"
-            bars[group, row["pipeline"]] = Bar(name, count, count, count, row["pipeline"])
-    if not bars:
-        raise NothingToDraw("no bytes per param")
-    shown = [bars[key] for key in sorted(bars, key=lambda key: (key[0], bars[key].value))]
-    figure = _bars(shown, "bytes per parameter and step, read and written", "bytes", "{:g}")
-    return figure, [vars(bar) for bar in shown]
-
-
-def ratio_by_model(rows: Rows) -> tuple[Figure, object]:
+def ratio_by_model(known: Sequence[Figure]) -> Drawn:
     """How many times faster than torch's fused=True, by parameter list."""
-    shown = []
-    for row in rows.rows:
-        if rows.on_gpu:
-            wanted = row["pipeline"] in ("adamw_fused", "sgd_fused")
-            columns = ["wall_ratio_p50", "wall_ratio_p20", "wall_ratio_p80"]
-        else:
-            wanted = row["reference"] in ("adamw_fused", "sgd_fused", "adamw_bf16_torch_ops")
-            wanted &= row["pipeline"] in ("fusedopt_adamw", "fusedopt_sgd", "fusedopt_adamw_bf16")
-            columns = ["ratio_p50", "ratio_p20", "ratio_p80"]
-        if wanted and row[columns[0]]:
-            shown.append(
-                Bar(row["case"], *(float(row[name]) for name in columns), "fusedopt_adamw")
-            )
-    if not shown:
-        raise NothingToDraw("no ratio against torch")
-    shown.sort(key=lambda bar: bar.value)
+    ours = [figure for figure in known if time_of(figure) and figure["reference"] in RIVALS]
+    ours = [f for f in ours if f["pipeline"] in (OURS, "fusedopt_sgd", "fusedopt_adamw_bf16")]
+    bars = sorted(((f["case"], f.ratio()) for f in ours), key=lambda bar: bar[1].median)
+    figure = matplotlib.figure.Figure(figsize=(8.0, 1.3 + 0.3 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for place, (_, ratio) in enumerate(bars):
+        spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+        axes.barh(place, ratio.median, color="#d1495b", height=0.66, xerr=spread, ecolor="#555555")
+        axes.text(ratio.high, place, f"  {ratio.median:.1f}x", va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), [case for case, _ in bars], fontsize=9)
+    axes.grid(False, axis="y")
+    axes.margins(x=0.1)
+    axes.set_xlabel("times")
     title = "times faster than torch (fused=True; with bf16: torch operations on masters)"
-    return _bars(shown, title, "times", "{:.1f}x"), [vars(bar) for bar in shown]
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure, bars
 
 
-PICTURE_OF: dict[str, Callable[[Rows], tuple[Figure, object]]] = {
+PICTURE_OF: dict[str, Callable[[Sequence[Figure]], Drawn]] = {
     "step-time": step_time,
-    "bytes-per-param": bytes_per_param,
     "ratio-by-model": ratio_by_model,
 }
 
 
-def _group(row: dict[str, str]) -> str:
-    optimizer = "SGD" if "sgd" in row["pipeline"] else "AdamW"
-    dtypes = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    return f"{optimizer}, {dtypes.get(row['dtype'], row['dtype'])}"
+def of_commit(rows: Sequence[Row], commit: str) -> list[Figure]:
+    """What is drawn, of the newest setting that has a sweep of sizes; nothing without one."""
+    clean = [
+        row
+        for row in rows
+        if row["commit"].startswith(commit)
+        and (row["dirty"], row["quiet"]) == ("0", "1")
+        and row["grads"] in ("new", "")
+    ]
+    known = list(figures(clean).values())
+    swept = [figure for figure in known if in_sweep(figure) and figure["pipeline"] == OURS]
+    if len({figure["params"] for figure in swept}) < MIN_SIZES:
+        return []
+    setting = [max(swept, key=lambda f: f["timestamp"])[c] for c in ("machine", "torch", "threads")]
+    return [f for f in known if [f[c] for c in ("machine", "torch", "threads")] == setting]
 
 
-def _figure(height: float = 4.6) -> tuple[Figure, Any]:
-    figure = matplotlib.figure.Figure(figsize=(8.0, height), layout="constrained")
-    return figure, figure.subplots()
+def read_figures(path: Path, commit: str = "") -> list[Figure]:
+    try:
+        rows = read(path)
+    except OSError as error:
+        raise SystemExit(f"{path}: {error.strerror}") from error
+    if not rows or "figure" not in rows[0]:
+        raise SystemExit(f"{path}: no rows of steps")
+    newest_first = sorted(rows, key=lambda row: row["timestamp"], reverse=True)
+    for candidate in [commit] if commit else dict.fromkeys(row["commit"] for row in newest_first):
+        if found := of_commit(rows, candidate):
+            return found
+    raise SystemExit(f"{path}: no commit has clean rows of {MIN_SIZES} sizes")
 
 
-def _bars(bars: Sequence[Bar], title: str, unit: str, form: str) -> Figure:
-    figure, axes = _figure(1.3 + 0.3 * len(bars))
-    for place, bar in enumerate(bars):
-        ours = bar.pipeline.startswith("fusedopt")
-        spread = [[bar.value - bar.low], [bar.high - bar.value]]
-        axes.barh(place, bar.value, color=OURS if ours else THEIRS, height=0.66,
-                  xerr=spread if bar.high > bar.low else None, ecolor="#555555")  # fmt: skip
-        axes.text(bar.high, place, "  " + form.format(bar.value), va="center", fontsize=9)
-    axes.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=9)
-    axes.grid(False, axis="y")
-    axes.margins(x=0.1)
-    axes.set_xlabel(unit)
-    axes.set_title(title, loc="left", fontsize=11)
-    return figure
+def caption(known: Sequence[Figure]) -> str:
+    first = find(known, pipeline=OURS) or known[0]
+    on_gpu, runs = first["figure"] != "step", max(len(figure.rows) for figure in known)
+    where = first["machine"] if on_gpu else f"{first['machine']}, {first['threads']} threads"
+    command = "bash benchmarks/gpu.sh" if on_gpu else "python -m benchmarks cpu"
+    several = f"up to {runs} runs of " if runs > 1 else ""
+    return f"{where}, torch {first['torch']}; commit {first['commit'][:7]}; {several}{command}"
 
 
-def checksum(figures: object) -> str:
-    return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
-
-
-def draw(name: str, rows: Rows, path: Path) -> str:
+def draw(name: str, known: Sequence[Figure], path: Path) -> str:
     """The picture as PNG; its checksum."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
-        figure, figures = PICTURE_OF[name](rows)
-        figure.supxlabel(rows.caption, fontsize=7.5, color="#555555")
-        digest = checksum([figures, rows.caption])
+        figure, numbers = PICTURE_OF[name](known)
+        figure.supxlabel(caption(known), fontsize=7.5, color="#555555")
+        said = json.dumps([numbers, caption(known)], sort_keys=True)
+        digest = hashlib.sha256(said.encode()).hexdigest()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={CHECKSUM: digest})
     return digest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = args_of.parser("plot", __doc__)
     parser.add_argument("rows", metavar="CSV", type=Path)
     parser.add_argument("--commit", default="", help="at least seven digits")
     where = parser.add_mutually_exclusive_group()
@@ -187,15 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where.add_argument("--record", action="store_const", dest="out", const=PICTURES,
                        help="draw those of the documents, in docs/pictures")  # fmt: skip
     options = parser.parse_args(arguments)
-    rows = read(options.rows, options.commit)
-    drawn = 0
+    known = read_figures(options.rows, options.commit)
     for name in PICTURE_OF:
         path = options.out / f"{options.rows.stem}-{name}.png"
-        try:
-            draw(name, rows, path)
-        except NothingToDraw as error:
-            print(f"{name}: not drawn, {error}")
-        else:
-            drawn += 1
-            print(path)
-    return 0 if drawn else 1
+        draw(name, known, path)
+        print(path)
+    return 0

@@ -12,39 +12,131 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from benchmarks.arguments import device, positive
-from benchmarks.figures import Figures, common_columns, gpu_name, table
+from benchmarks import arguments as args_of
+from benchmarks.arguments import device, gpu_name, positive
+from benchmarks.clocks import ForeignLoad
+from benchmarks.measure import undisturbed
 from benchmarks.pipelines import DifferentStep, Unavailable
-from benchmarks.row_files import add_options, destination, told
-from benchmarks.timing import MAX_FOREIGN_SHARE, ForeignLoad
-from benchmarks.traces import Range, read_ranges
-from benchmarks.training_cases import (
-    MAX_WARM_UP,
-    OURS,
-    Case,
-    all_cases,
-    check_same_training,
-    start,
-    warm_up,
-)
+from benchmarks.rows import ROOT, Report, add_options, destination, provenance, told, wide
 
-TIMES = ("optimizer_ms", "iteration_ms", "optimizer_share", "optimizer_ratio", "iteration_ratio")
+TIMES = ("optimizer", "iteration", "optimizer_share", "optimizer_ratio", "iteration_ratio")
 PROFILED = ("optimizer_operators", "optimizer_launches", "optimizer_share_profiled")
 QUICK_ROUNDS = 4
 TOP = 4  # operators that are named
+OUTSIDE = "outside torch's operators"  # Python, and native code that torch knows nothing of
+MARKS = ("iteration", "forward", "backward", "optimizer")  # ranges that the examples mark
+OURS = "fusedopt"
+PIPELINES = ("torch_fused", "torch_foreach", OURS)
+WARM_UP = 3  # iterations; state is made in the first
+MAX_WARM_UP = 20
+# After the warm-up, of the loss: rounding to half multiplies differences in the last bits.
+SAME_LOSS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}
+# In each example: its data, and its training with torch.optim and with fusedopt.
+_PARTS = {
+    "train_digits": ("Digits", "torch_training", "fused_training"),
+    "train_char_transformer": ("Text", "TorchTraining", "FusedTraining"),
+}
+
+
+# ---- the examples' training ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    example: str
+    dtype: str
+    rounds: int
+    options: tuple[str, ...] = ()
+    quick_options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.example}-{self.dtype}" + "".join(self.options).replace("--", "-")
+
+
+_SMALL = ("--layers", "1", "--width", "64")
+
+
+def all_cases(device: torch.device) -> dict[str, Case]:
+    """On a CPU fp16 is left out: its convolutions and matrix products take seconds there."""
+    on_gpu = device.type == "cuda"
+    text = "train_char_transformer"
+    cases = [
+        Case("train_digits", "fp16" if on_gpu else "bf16", 80),
+        Case(text, "fp32", 40, quick_options=_SMALL),
+        Case(text, "fp32", 12, ("--batch", "32"), _SMALL),
+        Case(text, "bf16", 20, quick_options=_SMALL),
+    ]
+    if on_gpu:
+        cases.append(Case(text, "fp16", 40, quick_options=_SMALL))
+    return {case.name: case for case in cases}
+
+
+def start(case: Case, steps: int, device: torch.device, quick: bool) -> dict[str, Any]:
+    """The example's training with every pipeline, from the same seed, for at most so many steps."""
+    example = _load(case.example)
+    data_class, *makers = (getattr(example, part) for part in _PARTS[case.example])
+    options = [*case.options, *(case.quick_options if quick else ())]
+    options += ["--dtype", case.dtype, "--device", str(device), "--steps", str(steps)]
+    data = data_class(example.parse_arguments(options))
+    runs = {}
+    for pipeline in PIPELINES:
+        baseline = ["--baseline", pipeline.removeprefix("torch_")] if pipeline != OURS else []
+        parsed = example.parse_arguments([*options, *baseline])
+        runs[pipeline] = makers[pipeline == OURS](parsed, data)
+    return runs
+
+
+def _load(example: str) -> ModuleType:
+    """The examples find each other as scripts do, by their folder on the path."""
+    folder = str(ROOT / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        return importlib.import_module(example)
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"{error}; pip install 'fusedopt[examples]'") from error
+
+
+def warm_up(runs: Mapping[str, Any]) -> None:
+    """A few iterations of each; more while steps are skipped, as a scaler's first ones may be."""
+    in_a_row = 0
+    for _ in range(MAX_WARM_UP):
+        before = [run.scaler.get_scale() for run in runs.values()]
+        for run in runs.values():
+            run.step()
+        skipped = before != [run.scaler.get_scale() for run in runs.values()]
+        in_a_row = 0 if skipped else in_a_row + 1
+        if in_a_row == WARM_UP:
+            break
+
+
+def check_same_training(runs: Mapping[str, Any], dtype: str) -> None:
+    allowed = SAME_LOSS[dtype]
+    first, *others = runs
+    for other in others:
+        pairs = zip(runs[first].losses, runs[other].losses, strict=True)
+        if not all(abs(a - b) <= allowed * abs(a) for a, b in pairs):
+            raise DifferentStep(f"{first} and {other} have different losses")
+
+
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -54,19 +146,6 @@ class Rounds:
     optimizer: dict[str, list[float]]
     iteration: dict[str, list[float]]
     disturbed: list[bool]
-
-    def kept(self) -> list[int]:
-        """The rounds to use: the undisturbed ones, or all where those are too few."""
-        clean = [index for index, flag in enumerate(self.disturbed) if not flag]
-        enough = len(clean) >= max(3, len(self.disturbed) // 4)
-        return clean if enough else list(range(len(self.disturbed)))
-
-    def note(self) -> str:
-        count = sum(self.disturbed)
-        if not count:
-            return ""
-        left_out = len(self.kept()) < len(self.disturbed)
-        return f"; disturbed rounds: {count}, {'left out' if left_out else 'NOT left out'}"
 
 
 def time_rounds(runs: Mapping[str, Any], rounds: int, bar: tqdm[Any]) -> Rounds:
@@ -79,7 +158,7 @@ def time_rounds(runs: Mapping[str, Any], rounds: int, bar: tqdm[Any]) -> Rounds:
             with ForeignLoad() as load:
                 for pipeline in rng.sample(list(runs), len(runs)):
                     runs[pipeline].step()
-            disturbed.append(load.share > MAX_FOREIGN_SHARE)
+            disturbed.append(load.disturbed)
             bar.update()
     finally:
         gc.enable()
@@ -88,6 +167,38 @@ def time_rounds(runs: Mapping[str, Any], rounds: int, bar: tqdm[Any]) -> Rounds:
         {pipeline: run.whole_watch.times[-rounds:] for pipeline, run in runs.items()},
         disturbed,
     )
+
+
+def add_times(report: Report, case: str, timed: Rounds, note: str) -> None:
+    """Ours against each of the others in the same round, and the share of each."""
+    used, said = undisturbed(timed.disturbed)
+    kept = {
+        name: {pipeline: [times[index] for index in used] for pipeline, times in all_of_it.items()}
+        for name, all_of_it in (("optimizer", timed.optimizer), ("iteration", timed.iteration))
+    }
+    for pipeline in timed.optimizer:
+        columns = {"case": case, "note": note, **said}
+        if pipeline != OURS:
+            for name, times in kept.items():
+                report.add(name, "ms", times[OURS], times[pipeline], pipeline=OURS,
+                           reference=pipeline, **columns)  # fmt: skip
+        pairs = zip(kept["optimizer"][pipeline], kept["iteration"][pipeline], strict=True)
+        shares = [100 * part / whole for part, whole in pairs]
+        report.add("optimizer_share", "%", shares, pipeline=pipeline, **columns)
+
+
+class Range(NamedTuple):
+    """One range: its length, and by name the calls of operators and the times they took themselves.
+
+    Calls include those that operators make of each other, as in the profiler's own table. On a
+    GPU also what ran there.
+    """
+
+    ms: float
+    operators: Counter[str]
+    self_ms: Counter[str]
+    launches: Counter[str]
+    device_ms: Counter[str]
 
 
 def profile_steps(run: Any, steps: int, path: Path) -> tuple[list[Range], list[Range]]:
@@ -102,38 +213,50 @@ def profile_steps(run: Any, steps: int, path: Path) -> tuple[list[Range], list[R
         for _ in range(1 + steps):
             run.step()
     profiler.export_chrome_trace(str(path))
-    return read_ranges(path, "optimizer")[1:], read_ranges(path, "iteration")[1:]
+    events = profiler.events()
+    return read_ranges(events, "optimizer")[1:], read_ranges(events, "iteration")[1:]
 
 
-def add_times(figures: Figures, case: str, timed: Rounds, note: str) -> None:
-    kept = timed.kept()
-    note += timed.note()
-    for pipeline in timed.optimizer:
-        step = [timed.optimizer[pipeline][index] for index in kept]
-        whole = [timed.iteration[pipeline][index] for index in kept]
-        shares = [100 * part / all_of_it for part, all_of_it in zip(step, whole, strict=True)]
-        figures.add(case, pipeline, "optimizer_ms", "ms", step, note)
-        figures.add(case, pipeline, "iteration_ms", "ms", whole, note)
-        figures.add(case, pipeline, "optimizer_share", "%", shares, note)
-        if pipeline == OURS:
-            continue
-        for name, times in (("optimizer", timed.optimizer), ("iteration", timed.iteration)):
-            ratios = [times[pipeline][index] / times[OURS][index] for index in kept]
-            figures.add(case, pipeline, f"{name}_ratio", "x", ratios, note)
+def read_ranges(events: Iterable[Any], name: str) -> list[Range]:
+    """What lies within the ranges that `torch.profiler.record_function(name)` left.
+
+    Work on a GPU belongs to the range in whose time it ran, so the range has to wait for it.
+    """
+    events = sorted(events, key=lambda event: event.time_range.start)
+    named = [
+        event for event in events if event.name == name and event.device_type == DeviceType.CPU
+    ]
+    return [_range(events, outer) for outer in named]
+
+
+def _range(events: Sequence[Any], outer: Any) -> Range:
+    span = outer.time_range
+    inside = [e for e in events if span.start <= e.time_range.start < span.end and e is not outer]
+    own = [e for e in inside if e.device_type == DeviceType.CPU and e.thread == outer.thread]
+    operators = [e for e in own if not e.is_user_annotation and e.name not in MARKS]
+    on_device = [e for e in inside if e.device_type != DeviceType.CPU and e.name not in MARKS]
+    self_ms, device_ms = Counter({OUTSIDE: outer.self_cpu_time_total / 1e3}), Counter[str]()
+    for event in operators:
+        self_ms[event.name] += event.self_cpu_time_total / 1e3
+    for event in on_device:
+        device_ms[event.name] += event.time_range.elapsed_us() / 1e3
+    calls, launches = (Counter(e.name for e in some) for some in (operators, on_device))
+    return Range(span.elapsed_us() / 1e3, calls, self_ms, launches, device_ms)
 
 
 def add_profile(
-    figures: Figures, case: str, pipeline: str, steps: Sequence[Range], iterations: Sequence[Range]
+    report: Report, case: str, pipeline: str, steps: Sequence[Range], iterations: Sequence[Range]
 ) -> None:
-    counts = [step.operators.total() for step in steps]
+    columns = {"case": case, "pipeline": pipeline}
     top = _top([step.self_ms for step in steps], [step.operators for step in steps])
-    figures.add(case, pipeline, "optimizer_operators", "count", counts, top)
+    counts = [step.operators.total() for step in steps]
+    report.add("optimizer_operators", "count", counts, note=top, **columns)
     launches = [step.launches.total() for step in steps]
     if any(launches):
         top = _top([step.device_ms for step in steps], [step.launches for step in steps])
-        figures.add(case, pipeline, "optimizer_launches", "count", launches, top)
+        report.add("optimizer_launches", "count", launches, note=top, **columns)
     shares = [100 * part.ms / whole.ms for part, whole in zip(steps, iterations, strict=True)]
-    figures.add(case, pipeline, "optimizer_share_profiled", "%", shares)
+    report.add("optimizer_share_profiled", "%", shares, **columns)
 
 
 def _top(times: Sequence[Counter[str]], calls: Sequence[Counter[str]]) -> str:
@@ -147,7 +270,7 @@ def _top(times: Sequence[Counter[str]], calls: Sequence[Counter[str]]) -> str:
     return "; ".join(entries)
 
 
-def measure(case: Case, args: argparse.Namespace, figures: Figures, bar: tqdm[Any]) -> None:
+def measure(case: Case, args: argparse.Namespace, report: Report, bar: tqdm[Any]) -> None:
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else case.rounds)
     bar.set_description(case.name)
     runs = start(case, MAX_WARM_UP + rounds + 1 + args.profiled, args.device, args.quick)
@@ -159,29 +282,22 @@ def measure(case: Case, args: argparse.Namespace, figures: Figures, bar: tqdm[An
     numel = sum(param.numel() for param in runs[OURS].model.parameters())
     scaler = "with" if runs[OURS].scaler.is_enabled() else "without"
     note = f"{numel} params; {scaler} scaler; backend {backend}"
-    add_times(figures, case.name, time_rounds(runs, rounds, bar), note)
+    add_times(report, case.name, time_rounds(runs, rounds, bar), note)
     with tempfile.TemporaryDirectory() as folder:
         for pipeline, run in runs.items():
             path = (args.trace or Path(folder)) / f"{case.name}-{pipeline}.json"
-            add_profile(figures, case.name, pipeline, *profile_steps(run, args.profiled, path))
+            add_profile(report, case.name, pipeline, *profile_steps(run, args.profiled, path))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", type=device, default=torch.device("cpu"))
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="see a run for the names")
-    parser.add_argument(
-        "--rounds", type=positive, help="timed iterations of each (default: by case)"
-    )
-    parser.add_argument(
-        "--profiled", type=positive, help="iterations under the profiler (default: 5)"
-    )
-    parser.add_argument("--threads", type=positive, help="default: torch's, one for each core")
-    parser.add_argument("--trace", type=Path, metavar="DIR", help="keep the Chrome traces there")
+    parser = args_of.parser("profile", __doc__)
+    add = parser.add_argument
+    add("--device", type=device, default=torch.device("cpu"))
+    add("--cases", nargs="+", metavar="CASE", help="see a run for the names")
+    add("--rounds", type=positive, help="timed iterations of each (default: by case)")
+    add("--profiled", type=positive, help="iterations under the profiler (default: 5)")
+    add("--threads", type=positive, help="default: torch's, one for each core")
+    add("--trace", type=Path, metavar="DIR", help="keep the Chrome traces there")
     add_options(parser, "small models, few rounds")
     args = parser.parse_args(arguments)
     names = list(all_cases(args.device))
@@ -190,7 +306,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if name not in names:
             parser.error(f"no case {name} on {args.device.type}; there are {', '.join(names)}")
     args.profiled = args.profiled or (2 if args.quick else 5)
-    args.out = destination(args, "-profile", gpu_name(args.device))
+    args.out = destination(args, gpu_name(args.device))
     return args
 
 
@@ -200,33 +316,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.trace is not None:
         args.trace.mkdir(parents=True, exist_ok=True)
-    figures = Figures(common_columns(args.device), args.out)
+    report = Report(provenance(gpu_name(args.device)), args.out)
     cases = [all_cases(args.device)[name] for name in args.cases]
     rounds = [args.rounds or (QUICK_ROUNDS if args.quick else case.rounds) for case in cases]
     problems: dict[str, Exception] = {}
     with tqdm(total=sum(rounds), unit="round") as bar:
         for case in cases:
             try:
-                measure(case, args, figures, bar)
+                measure(case, args, report, bar)
             except (Unavailable, DifferentStep) as error:
                 problems[case.name] = error
-            figures.save()
-    print_report(figures)
+    print_report(report)
     for name, error in problems.items():
         print(f"{name} not measured: {error}")
     print(f"\n{told(args.out)}")
     return int(any(isinstance(error, DifferentStep) for error in problems.values()))
 
 
-def print_report(figures: Figures) -> None:
-    print(table(figures.rows, TIMES))
-    print()
-    print(table(figures.rows, PROFILED))
-    print()
-    for row in figures.rows:
+def print_report(report: Report) -> None:
+    known = report.figures()
+    print(f"{wide(known, TIMES)}\n\n{wide(known, PROFILED)}\n")
+    for row in report.rows:
         if row["unit"] == "count":
             print(f"{row['case']}, {row['pipeline']}, {row['figure']}: {row['note']}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,46 +7,23 @@ in `_triton`, `_reference` or `_cuda` on that one.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import rivals
 from benchmarks.param_sets import Gradients
-from benchmarks.pipelines import (
-    ADAMW,
-    MAX_GRAD_NORM,
-    SGD,
-    Kind,
-    Ours,
-    Pipeline,
-    TorchOpsMasters,
-    Unavailable,
-    torch_adamw,
-)
-from benchmarks.rivals import (
-    ClipThenLibraryStep,
-    Compiled,
-    DeepSpeedFp16,
-    Library,
-    MegatronFp16,
-    deepspeed_cpu,
-    library,
-    torch_sgd,
-)
+from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, SGD, Kind, Ours, Pipeline, Unavailable
+from benchmarks.rivals import Build, TorchOpsMasters, library, torch_adamw, torch_sgd
 from benchmarks.traffic import Options, traffic
 
 TRITON = "_triton"  # at the end of the names of pipelines and kernels of the Triton backend
 # By the end of the name. None is what is chosen by itself, and never the reference.
-BACKENDS: dict[str, str | None] = {
-    "": None,
-    TRITON: "triton",
-    "_reference": "reference",
-    "_cuda": "cuda",
-}
-
+BACKENDS: dict[str, str | None] = {"": None, TRITON: "triton", "_reference": "reference",
+                                   "_cuda": "cuda"}  # fmt: skip
 TITLES = {"": "", TRITON: ", Triton", "_reference": ", reference", "_cuda": ", CUDA"}
 ONLY_REFERENCE = (  # it is for correctness; its times would only mislead
     "fusedopt has only its reference backend here; run `python -m fusedopt` to see why "
@@ -64,8 +41,6 @@ BY_SMALL_STATES = 2000.0 + BY_BF16_PARAMS  # a small exp_avg_sq among large ones
 # They have compilers at work for up to a minute when they take their first step.
 COMPILE_FIRST = ("adamw_deepspeed", "adamw_compiled", "adamw_torchao", "torchao_adamw8bit",
                  "torchao_adamwfp8")  # fmt: skip
-
-Build = Callable[[list[Tensor], Gradients], Pipeline]
 
 
 def ours(name: str, backend: str | None, **options: Any) -> Build:
@@ -92,16 +67,14 @@ def _ours_on(backend: str | None, suffix: str) -> dict[str, Kind]:
     adamw = ours("FusedAdamW", backend, **ADAMW)
     by_torch = ours("FusedAdamW", backend, amp_scaling=True, **ADAMW)
     sgd = ours("FusedSGD", backend, decoupled_weight_decay=False, **SGD)
-    label = f"fusedopt{TITLES[suffix]}"
-    label_by_torch = f"{label}, torch's scaler, amp_scaling=True"
-    half, half_by_torch = _bytes(params="fp16"), _bytes(params="fp16", scaler="torch")
+    label, half = f"fusedopt{TITLES[suffix]}", _bytes(params="fp16")
+    under = f"{label}, torch's scaler, amp_scaling=True"
+    half_by_torch = _bytes(params="fp16", scaler="torch")
     kinds = {
         "fusedopt_adamw": Kind(label, _bytes(), adamw),
-        "fusedopt_adamw_amp_scaling": Kind(label_by_torch, _bytes(scaler="torch"), by_torch),
+        "fusedopt_adamw_amp_scaling": Kind(under, _bytes(scaler="torch"), by_torch),
         "fusedopt_adamw_fp16": Kind(label, half, adamw, dtypes=(FP16,)),
-        "fusedopt_adamw_fp16_amp_scaling": Kind(
-            label_by_torch, half_by_torch, by_torch, dtypes=(FP16,)
-        ),
+        "fusedopt_adamw_fp16_amp_scaling": Kind(under, half_by_torch, by_torch, dtypes=(FP16,)),
         "fusedopt_adamw_bf16": Kind(label, half, adamw, dtypes=(BF16,)),
         "fusedopt_sgd": Kind(label, _bytes(optimizer="sgd-momentum"), sgd),
     }
@@ -109,43 +82,33 @@ def _ours_on(backend: str | None, suffix: str) -> dict[str, Kind]:
 
 
 def _bytes(
-    pipeline: str = "fusedopt",
-    *,
-    optimizer: str = "adamw",
-    params: str = "fp32",
+    pipeline: str = "fusedopt", *, optimizer: str = "adamw", params: str = "fp32",
     scaler: str = "ours",
-) -> int:
+) -> int:  # fmt: skip
     return traffic(Options(optimizer, params, clip=True, scaler=scaler), pipeline).total
 
 
 def _torch(compiler: str) -> dict[str, Kind]:
+    """torch's own, and in torch operations what frameworks do."""
+
     def adamw(**flags: Any) -> Build:
         return lambda p, g: Pipeline(p, g, torch_adamw(**flags))
 
     def masters(p: list[Tensor], g: Gradients) -> Pipeline:
         return TorchOpsMasters(p, g, torch_adamw(fused=True))
 
-    fused, foreach = "torch fused=True", "torch foreach=True"
-    by_sgd, by_masters = partial(_bytes, optimizer="sgd-momentum"), partial(_bytes, params="bf16")
+    fused, foreach, half = "torch fused", "torch foreach", (FP16, BF16)
+    sgd, with_masters = partial(_bytes, optimizer="sgd-momentum"), _bytes(fused, params="bf16")
+    compiled = partial(rivals.Compiled, compiler=compiler)
     return {
-        "adamw_fused": Kind(fused, _bytes("torch fused"), adamw(fused=True)),
-        "adamw_foreach": Kind(foreach, _bytes("torch foreach"), adamw(foreach=True)),
-        "adamw_compiled": Kind("torch.compile", 44, partial(Compiled, compiler=compiler)),
-        "sgd_fused": Kind(fused, by_sgd("torch fused"), torch_sgd(fused=True)),
-        "sgd_foreach": Kind(foreach, by_sgd("torch foreach"), torch_sgd(foreach=True)),
-        "adamw_bf16_torch_ops": Kind(
-            "torch ops", by_masters("torch fused"), masters, dtypes=(BF16, FP16)
-        ),
-    }
-
-
-def _frameworks() -> dict[str, Kind]:
-    return {
-        "megatron_fp16": Kind("Megatron-style", 60, MegatronFp16, dtypes=(FP16, BF16)),
-        "deepspeed_fp16": Kind("DeepSpeed-style", 70, DeepSpeedFp16, dtypes=(FP16, BF16)),
-        "adamw_deepspeed": Kind(
-            "DeepSpeedCPUAdam", 48, deepspeed_cpu, devices=CPU, module="deepspeed.ops.adam"
-        ),
+        "adamw_fused": Kind(f"{fused}=True", _bytes(fused), adamw(fused=True)),
+        "adamw_foreach": Kind(f"{foreach}=True", _bytes(foreach), adamw(foreach=True)),
+        "adamw_compiled": Kind("torch.compile", 44, compiled),
+        "sgd_fused": Kind(f"{fused}=True", sgd(fused), torch_sgd(fused=True)),
+        "sgd_foreach": Kind(f"{foreach}=True", sgd(foreach), torch_sgd(foreach=True)),
+        "adamw_bf16_torch_ops": Kind("torch ops", with_masters, masters, dtypes=(BF16, FP16)),
+        "megatron_fp16": Kind("Megatron-style", 60, rivals.MegatronFp16, dtypes=half),
+        "deepspeed_fp16": Kind("DeepSpeed-style", 70, rivals.DeepSpeedFp16, dtypes=half),
     }
 
 
@@ -159,45 +122,41 @@ def _libraries(on_cpu: bool) -> dict[str, Kind]:
     te, apex = "transformer_engine.pytorch.optimizers", "apex.optimizers"
     masters: dict[str, Any] = {"adam_w_mode": True, "master_weights": True}
     as_torch: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}  # optimi has other defaults
-    small = BY_SMALL_STATES
+    small, rounded, grads = BY_SMALL_STATES, BY_BF16_PARAMS, BY_BF16_GRADS
+    fused, bnb, ao = "FusedAdam", "bitsandbytes.optim", "torchao.optim"
+    kahan = 64 if on_cpu else 24
     return {
-        "adamw_torchao": _fp32("torchao", 48, "torchao.optim", "_AdamW"),
+        # It compiles itself at the first use, for about a minute.
+        "adamw_deepspeed": _fp32("DeepSpeedCPUAdam", 48, "deepspeed.ops.adam", "DeepSpeedCPUAdam",
+                                 CPU, adamw_mode=True),
+        "adamw_torchao": _fp32("torchao", 48, ao, "_AdamW"),
         # In one kernel with Triton; in seven sweeps without a GPU, eleven with Kahan summation.
         "adamw_optimi": _fp32("optimi", 92 if on_cpu else 48, "optimi", "AdamW", **as_torch),
-        "optimi_adamw": _bf16(
-            "optimi, Kahan", 64 if on_cpu else 24, "optimi", "AdamW", BY_BF16_PARAMS, **as_torch
-        ),
-        "te_fused_adam": _bf16(
-            "TransformerEngine FusedAdam", 34, te, "FusedAdam", BY_BF16_GRADS, CUDA, **masters
-        ),
+        "optimi_adamw": _bf16("optimi, Kahan", kahan, "optimi", "AdamW", rounded, **as_torch),
+        "te_fused_adam": _bf16(f"TransformerEngine {fused}", 34, te, fused, grads, CUDA, **masters),
         "apex_fused_adam": _bf16(
-            "Apex FusedAdam", 34, apex, "FusedAdam", BY_BF16_GRADS, CUDA, capturable=True, **masters
+            f"Apex {fused}", 34, apex, fused, grads, CUDA, capturable=True, **masters
         ),
-        "flashoptim_adamw": _bf16(
-            "FlashOptim", 18, "flashoptim", "FlashAdamW", BY_BF16_PARAMS, CUDA
-        ),
-        "bitsandbytes_adamw8bit": _bf16(
-            "bitsandbytes 8-bit", 16, "bitsandbytes.optim", "AdamW8bit", small
-        ),
-        "torchao_adamw8bit": _bf16("torchao 8-bit", 16, "torchao.optim", "AdamW8bit", small),
-        "torchao_adamwfp8": _bf16("torchao fp8", 16, "torchao.optim", "AdamWFp8", small),
-    }
+        "flashoptim_adamw": _bf16("FlashOptim", 18, "flashoptim", "FlashAdamW", rounded, CUDA),
+        "bitsandbytes_adamw8bit": _bf16("bitsandbytes 8-bit", 16, bnb, "AdamW8bit", small),
+        "torchao_adamw8bit": _bf16("torchao 8-bit", 16, ao, "AdamW8bit", small),
+        "torchao_adamwfp8": _bf16("torchao fp8", 16, ao, "AdamWFp8", small),
+    }  # fmt: skip
 
 
-def _fp32(label: str, n_bytes: float, module: str, name: str, **options: Any) -> Kind:
-    return Kind(label, n_bytes, library(Library, module, name, **options), module=module)
+def _fp32(
+    label: str, n_bytes: float, module: str, name: str, devices: tuple[str, ...] = CPU + CUDA,
+    **options: Any,
+) -> Kind:  # fmt: skip
+    build = library(rivals.Library, module, name, **options)
+    return Kind(label, n_bytes, build, devices=devices, module=module)
 
 
 def _bf16(
-    label: str,
-    n_bytes: float,
-    module: str,
-    name: str,
-    allowed: float,
-    devices: tuple[str, ...] = CPU + CUDA,
-    **options: Any,
-) -> Kind:
-    build = library(ClipThenLibraryStep, module, name, **options)
+    label: str, n_bytes: float, module: str, name: str, allowed: float,
+    devices: tuple[str, ...] = CPU + CUDA, **options: Any,
+) -> Kind:  # fmt: skip
+    build = library(rivals.ClipThenLibraryStep, module, name, **options)
     return Kind(label, n_bytes, build, allowed, (BF16,), devices, module)
 
 
@@ -214,7 +173,7 @@ def kinds(
     every: dict[str, Kind] = {}
     for suffix, backend in backends.items():
         every |= _ours_on(backend, suffix)
-    every |= _torch(compiler) | _frameworks() | _libraries(device == "cpu")
+    every |= _torch(compiler) | _libraries(device == "cpu")
     return {name: kind for name, kind in every.items() if device in kind.devices}
 
 
@@ -242,8 +201,3 @@ def unavailable(kinds: Mapping[str, Kind]) -> dict[str, str]:
         except Exception as error:  # compiled extensions fail to load in many ways
             reasons[module] = f"{type(error).__name__}: {error}".splitlines()[0]
     return reasons
-
-
-def unavailable_libraries() -> dict[str, str]:
-    """Of those that are compared on a GPU."""
-    return unavailable(gpu_kinds({"cuda": "cuda", "triton": "triton"}))

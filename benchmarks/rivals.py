@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +17,11 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from benchmarks.param_sets import GRAD_SCALE, Gradients
-from benchmarks.pipelines import (
-    ADAMW,
-    MAX_GRAD_NORM,
-    SGD,
-    Pipeline,
-    TorchOpsMasters,
-    Unavailable,
-    torch_adamw,
-)
+from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, SGD, Pipeline, TorchOpsMasters, Unavailable
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one and prints that
 
+Build = Callable[[list[Tensor], Gradients], Pipeline]
 EPS = 1e-6  # of torch's clip_grad_norm_; Megatron and DeepSpeed have the same
 
 
@@ -145,9 +139,7 @@ class ClipThenLibraryStep(Library):
         return [states[param].get("master_param", param) for param in self.params]
 
 
-def library(
-    driver: type[Library], module: str, name: str, **options: Any
-) -> Callable[[list[Tensor], Gradients], Pipeline]:
+def library(driver: type[Library], module: str, name: str, **options: Any) -> Build:
     """Builds the optimizer ``name`` of ``module`` with ``options``, stepped as ``driver`` does."""
 
     def build(params: list[Tensor], grads: Gradients) -> Pipeline:
@@ -162,14 +154,11 @@ def library(
     return build
 
 
-def deepspeed_cpu(params: list[Tensor], grads: Gradients) -> Pipeline:
-    """It compiles itself at the first use, for about a minute."""
-    return library(Library, "deepspeed.ops.adam", "DeepSpeedCPUAdam", adamw_mode=True)(
-        params, grads
-    )
+def torch_adamw(**flags: Any) -> Callable[[list[Tensor]], Any]:
+    return partial(torch.optim.AdamW, **ADAMW, **flags)
 
 
-def torch_sgd(**flags: Any) -> Callable[[list[Tensor], Gradients], Pipeline]:
+def torch_sgd(**flags: Any) -> Build:
     def build(params: list[Tensor], grads: Gradients) -> Pipeline:
         half = any(param.dtype in (torch.float16, torch.bfloat16) for param in params)
         if half and flags.get("fused") and params[0].device.type == "cpu":

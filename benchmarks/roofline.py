@@ -10,19 +10,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
+from benchmarks import arguments as args_of, traffic as counted
 from benchmarks.arguments import positive_float
-from benchmarks.traffic import (
-    ITEMSIZE,
-    PIPELINES,
-    SCALERS,
-    STATES,
-    Array,
-    Options,
-    memory_per_param,
-    traffic,
-)
+from benchmarks.rows import markdown
+from benchmarks.traffic import PIPELINES, Array, Options, Traffic, memory_per_param, traffic
 
 # Of the all-reduce of the norm, per doubling of the ranks: a hop up and one down a tree, at the
 # 5 us that NCCL's own cost model has for a hop over the network (src/graph/tuning.cc, Tree, LL).
@@ -30,14 +23,9 @@ ALPHA_S = 10e-6
 
 
 def predict_seconds(
-    bytes_per_param: float,
-    numel: int,
-    bandwidth: float,
-    *,
-    fixed_s: float = 0.0,
-    ranks: int = 1,
+    bytes_per_param: float, numel: int, bandwidth: float, *, fixed_s: float = 0.0, ranks: int = 1,
     alpha_s: float = ALPHA_S,
-) -> float:
+) -> float:  # fmt: skip
     """One step, sharded evenly over ``ranks``.
 
     Args:
@@ -50,8 +38,7 @@ def predict_seconds(
     return moved_s + fixed_s + alpha_s * math.log2(ranks)
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     name: str
     peak_gb_s: float
     memory_gb: float
@@ -91,26 +78,21 @@ def _cell(gpu: Gpu, numel: int, moved: int, kept: int) -> str:
 def predictions() -> str:
     """Markdown. Options that move and keep the same bytes share a table."""
     share = f"{SHARE_OF_PEAK:.0%} of it".replace("%", " %")
-    lines = [
-        f"| GPU | peak GB/s | {share} | memory, GB | source of both |",
-        "|---|---|---|---|---|",
-    ]
-    for gpu in GPUS:
-        used = f"{SHARE_OF_PEAK * gpu.peak_gb_s:.0f}"
-        lines.append(
-            f"| {gpu.name} | {gpu.peak_gb_s:g} | {used} | {gpu.memory_gb:g} | {gpu.source} |"
-        )
+    gpus = (
+        (g.name, f"{g.peak_gb_s:g}", f"{SHARE_OF_PEAK * g.peak_gb_s:.0f}", f"{g.memory_gb:g}",
+         g.source)
+        for g in GPUS
+    )  # fmt: skip
+    parts = [markdown(("GPU", "peak GB/s", share, "memory, GB", "source of both"), gpus)]
     alike: dict[tuple[int, int], list[str]] = {}
     for name, options in PREDICTED.items():
         alike.setdefault((traffic(options).total, memory_per_param(options)), []).append(name)
-    for (moved, kept), names in alike.items():
-        lines += ["", f"**PREDICTED, not measured: {'; '.join(names)}. Clip and our scaler: "
-                  f"{moved} bytes moved, {kept} kept per parameter**", ""]  # fmt: skip
-        lines += [f"| params | {' | '.join(gpu.name for gpu in GPUS)} |", "|---" * 7 + "|"]
-        for label, numel in NUMELS.items():
-            cells = [_cell(gpu, numel, moved, kept) for gpu in GPUS]
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    for both, names in alike.items():
+        parts.append(f"**PREDICTED, not measured: {'; '.join(names)}. Clip and our scaler: "
+                     f"{both[0]} bytes moved, {both[1]} kept per parameter**")  # fmt: skip
+        lines = ((n, *(_cell(gpu, numel, *both) for gpu in GPUS)) for n, numel in NUMELS.items())
+        parts.append(markdown(("params", *(gpu.name for gpu in GPUS)), lines))
+    return "\n\n".join(parts)
 
 
 CASES = {
@@ -127,18 +109,18 @@ CASES = {
 }
 
 
+def _floor(moved: Traffic) -> str:
+    return f"**{moved.total}**" + (f", floor {moved.floor}" if moved.floor != moved.total else "")
+
+
 def cases() -> str:
     """Markdown: each case by each pipeline, with its parts."""
-    lines = [f"| case | {' | '.join(PIPELINES)} |", "|---" * (1 + len(PIPELINES)) + "|"]
+    lines = []
     for label, options in CASES.items():
-        cells = []
-        for pipeline in PIPELINES:
-            moved = traffic(options, pipeline)
-            parts = " + ".join(f"{name} {n_bytes}" for name, n_bytes in moved.parts().items())
-            floor = f", floor {moved.floor}" if moved.floor != moved.total else ""
-            cells.append(f"**{moved.total}**{floor}: {parts}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        every = [traffic(options, pipeline) for pipeline in PIPELINES]
+        sums = [" + ".join(f"{n} {size}" for n, size in moved.parts().items()) for moved in every]
+        lines.append((label, *(f"{_floor(m)}: {s}" for m, s in zip(every, sums, strict=True))))
+    return markdown(("case", *PIPELINES), lines)
 
 
 def _named(arrays: Sequence[Array]) -> str:
@@ -147,27 +129,25 @@ def _named(arrays: Sequence[Array]) -> str:
 
 def sweeps(options: Options, pipelines: Iterable[str] = PIPELINES) -> str:
     """Markdown: each sweep of each pipeline, the arrays it goes over and the size of an element."""
-    lines = ["| pipeline | sweep | reads | writes | bytes |", "|---|---|---|---|---|"]
+    lines: list[tuple[str, ...]] = []
     for pipeline in pipelines:
         moved = traffic(options, pipeline)
         for sweep in moved.sweeps:
             looks = f" (to follow others: {_named(sweep.looks)})" if sweep.looks else ""
-            lines.append(
-                f"| {pipeline} | {sweep.name} | {_named(sweep.reads)}{looks} "
-                f"| {_named(sweep.writes)} | {sweep.total} |"
-            )
-        floor = f", floor {moved.floor}" if moved.floor != moved.total else ""
-        lines.append(f"| | | | | **{moved.total}**{floor} |")
-    return "\n".join(lines)
+            arrays = _named(sweep.reads) + looks, _named(sweep.writes)
+            lines.append((pipeline, sweep.name, *arrays, str(sweep.total)))
+        lines.append(("", "", "", "", _floor(moved)))
+    return markdown(("pipeline", "sweep", "reads", "writes", "bytes"), lines)
 
 
 def times(options: Options, bandwidth_gb_s: float, numel: int) -> str:
     """Markdown: a step of each pipeline on that bandwidth."""
-    lines = [f"| pipeline | {numel:,} params at {bandwidth_gb_s:g} GB/s |", "|---|---|"]
-    for pipeline in PIPELINES:
-        seconds = predict_seconds(traffic(options, pipeline).total, numel, bandwidth_gb_s * 1e9)
-        lines.append(f"| {pipeline} | {1e3 * seconds:.4g} ms |")
-    return "\n".join(lines)
+    totals = {pipeline: traffic(options, pipeline).total for pipeline in PIPELINES}
+    lines = (
+        (pipeline, f"{1e3 * predict_seconds(total, numel, bandwidth_gb_s * 1e9):.4g} ms")
+        for pipeline, total in totals.items()
+    )
+    return markdown(("pipeline", f"{numel:,} params at {bandwidth_gb_s:g} GB/s"), lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -181,28 +161,18 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks roofline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--optimizer", choices=STATES, default="adamw")
-    parser.add_argument("--params", choices=ITEMSIZE, default="fp32", help="default: fp32")
-    parser.add_argument("--grads", choices=ITEMSIZE, default="", help="default: as --params")
-    parser.add_argument("--no-masters", action="store_true", help="half params without masters")
-    parser.add_argument("--clip", action="store_true", help="or whatever else wants the norm")
-    parser.add_argument("--scaler", choices=SCALERS, default="none")
-    parser.add_argument("--bandwidth", type=positive_float, metavar="GB/S", help="read and written")
-    parser.add_argument(
-        "--numel", type=positive_float, default=1e8, help="parameters (default: 1e8)"
-    )
-    parser.add_argument(
-        "--table",
-        choices=TABLES,
-        nargs="?",
-        const="predictions",
-        help="a table of docs/performance.md instead",
-    )
+    parser = args_of.parser("roofline", __doc__)
+    add, sizes = parser.add_argument, counted.ITEMSIZE
+    add("--optimizer", choices=counted.STATES, default="adamw")
+    add("--params", choices=sizes, default="fp32", help="default: fp32")
+    add("--grads", choices=sizes, default="", help="default: as --params")
+    add("--no-masters", action="store_true", help="half params without masters")
+    add("--clip", action="store_true", help="or whatever else wants the norm")
+    add("--scaler", choices=counted.SCALERS, default="none")
+    add("--bandwidth", type=positive_float, metavar="GB/S", help="read and written")
+    add("--numel", type=positive_float, default=1e8, help="parameters (default: 1e8)")
+    table = "a table of docs/performance.md instead"
+    add("--table", choices=TABLES, nargs="?", const="predictions", help=table)
     return parser.parse_args(arguments)
 
 
@@ -211,13 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.table is not None:
         print(TABLES[args.table]())
         return
-    options = Options(
-        args.optimizer, args.params, args.grads, not args.no_masters, args.clip, args.scaler
-    )
-    print(sweeps(options))
-    print(
-        f"\nmemory of params, gradients, masters and states: {memory_per_param(options)} bytes "
-        "per parameter"
-    )
+    half = (args.params, args.grads, not args.no_masters)
+    options = Options(args.optimizer, *half, args.clip, args.scaler)
+    kept = memory_per_param(options)
+    print(f"{sweeps(options)}\n")
+    print(f"memory of params, gradients, masters and states: {kept} bytes per parameter")
     if args.bandwidth is not None:
         print("\n" + times(options, args.bandwidth, int(args.numel)))

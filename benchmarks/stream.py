@@ -9,19 +9,20 @@ pages (`stream_4k`).
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import os
 import shutil
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Sampler, spread
+from benchmarks.clocks import HostClock
 
 BYTES_PER_PARAM = 32
 CEILING_NUMEL = 64_000_000  # 1 GB of arrays: well above any cache
@@ -95,7 +96,7 @@ extern "C" float adam_stream(const float* grad, float* param, float* exp_avg, fl
 """
 
 
-@functools.cache
+@cache
 def _compiled() -> Callable[..., float] | None:
     """The stream in C++, or None without a working compiler."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -173,18 +174,9 @@ class Stream:
 
 
 STREAMS: dict[str, Callable[[int], Stream]] = {
-    "stream_huge": lambda numel: Stream(numel, huge=True),
-    "stream_4k": lambda numel: Stream(numel, huge=False),
+    "stream_huge": partial(Stream, huge=True),
+    "stream_4k": partial(Stream, huge=False),
 }
-LABELS = {
-    "stream_huge": "a stream, states in huge pages",
-    "stream_4k": "a stream, states in 4 KB pages",
-}
-
-
-def is_ceiling() -> bool:
-    """Whether a stream is the C++ one: torch operations are no ceiling."""
-    return _compiled() is not None
 
 
 def ceiling_gb_s(numel: int = CEILING_NUMEL, rounds: int = 5) -> float | None:
@@ -195,8 +187,8 @@ def ceiling_gb_s(numel: int = CEILING_NUMEL, rounds: int = 5) -> float | None:
     """
     if _compiled() is None:
         return None
-    take = Sampler(Stream(numel, huge=True))
+    take = HostClock().sampler(Stream(numel, huge=True))
     samples = [take() for _ in range(rounds)]
     clean = [sample for sample in samples if not sample.disturbed]
-    seconds = spread([sample.seconds for sample in clean or samples]).p50
-    return BYTES_PER_PARAM * numel / seconds / 1e9
+    ms = statistics.median(sample.times[0] for sample in clean or samples)
+    return BYTES_PER_PARAM * numel / ms / 1e6

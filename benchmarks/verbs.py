@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,25 +13,24 @@ import fusedopt
 from benchmarks.param_sets import GRAD_NORM, GRAD_SCALE, Shape, make_params
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, SGD, Unavailable, compare_steps
 from benchmarks.traffic import Options, Traffic, memory_per_param, traffic
-from fusedopt.plan.plan import SKIP, StepInputs
+from fusedopt.plan.plan import SKIP
 
 VERBS = ("reduce", "update")
 CHECKED_NUMEL = 20_003
 BY_HALF_PARAMS = 500.0  # half a move: what rounding a param without a master may change
 _LARGEST_STD = 4096.0  # of scaled gradients, so that they are finite in fp16
 
-_COUPLED: dict[str, Any] = {"decoupled_weight_decay": False}
+_COUPLED: dict[str, Any] = {**SGD, "decoupled_weight_decay": False}
 RULES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "adamw": (fusedopt.FusedAdamW, ADAMW),
     "adamw-amsgrad": (fusedopt.FusedAdamW, {**ADAMW, "amsgrad": True}),
-    "sgd-momentum": (fusedopt.FusedSGD, {**SGD, **_COUPLED}),
-    "sgd": (fusedopt.FusedSGD, {**SGD, **_COUPLED, "momentum": 0.0}),
+    "sgd-momentum": (fusedopt.FusedSGD, _COUPLED),
+    "sgd": (fusedopt.FusedSGD, {**_COUPLED, "momentum": 0.0}),
 }
-_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-@dataclass(frozen=True)
-class Dtypes:
+class Dtypes(NamedTuple):
     """What `--dtypes` names: `float16`; `bfloat16-float32`, params first; `bfloat16-no_masters`."""
 
     params: str
@@ -46,26 +44,25 @@ class Dtypes:
 
 DTYPES = {
     str(dtypes): dtypes
-    for params in _DTYPES
-    for grads in _DTYPES
+    for params in _SHORT
+    for grads in _SHORT
     for masters in ((True,) if params == "float32" else (True, False))
     for dtypes in [Dtypes(params, grads, masters)]
 }
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(NamedTuple):
     """The rule and the dtypes that two verbs work on."""
 
     rule: str  # a key of RULES
     dtypes: Dtypes = DTYPES["float32"]
 
+    def __str__(self) -> str:
+        return f"{self.rule}:{self.dtypes}"
+
     def kernel(self, verb: str) -> str:
         """`update:adamw:bfloat16`; reducing is the same for every rule, and for every param."""
         return f"reduce:{self.dtypes.grads}" if verb == "reduce" else f"{verb}:{self}"
-
-    def __str__(self) -> str:
-        return f"{self.rule}:{self.dtypes}"
 
     def bytes_per_param(self, verb: str) -> int:
         (sweep,) = (s for s in self.traffic().sweeps if s.name == verb)
@@ -79,41 +76,41 @@ class Workload:
 
     def _options(self) -> Options:
         d = self.dtypes
-        return Options(self.rule, _DTYPES[d.params], _DTYPES[d.grads], d.masters, clip=True)
+        return Options(self.rule, _SHORT[d.params], _SHORT[d.grads], d.masters, clip=True)
+
+    def columns(self, backend: str, verb: str, shapes: Sequence[Shape]) -> dict[str, object]:
+        """Of a row; the gradients are the same tensors in every call."""
+        return {
+            "pipeline": f"fusedopt_{backend}:{self.kernel(verb)}",
+            "params": sum(math.prod(shape) for shape in shapes),
+            "tensors": len(shapes),
+            "dtype": self.dtypes.grads if verb == "reduce" else self.dtypes.params,
+            "grads": "kept",
+            "bytes_per_param": self.bytes_per_param(verb),
+        }
 
 
 class Verbs:
     """One optimizer that has taken a step; every later call finds the same gradients."""
 
     def __init__(
-        self,
-        workload: Workload,
-        shapes: Sequence[Shape],
-        backend: str,
+        self, workload: Workload, shapes: Sequence[Shape], backend: str,
         device: torch.device | str = "cpu",
-    ) -> None:
-        make, options = RULES[workload.rule]
-        self.params = make_params(shapes, _dtype(workload.dtypes.params), device)
+    ) -> None:  # fmt: skip
+        (make, options), dtypes = RULES[workload.rule], workload.dtypes
+        self.params = make_params(shapes, getattr(torch, dtypes.params), device)
         self._optimizer = make(
-            self.params,
-            **options,
-            max_grad_norm=MAX_GRAD_NORM,
-            skip_nonfinite=True,
-            master_weights=workload.dtypes.masters,
-            backend=backend,
-        )
+            self.params, max_grad_norm=MAX_GRAD_NORM, skip_nonfinite=True,
+            master_weights=dtypes.masters, backend=backend, **options,
+        )  # fmt: skip
         self._optimizer.grad_scale = torch.full((), GRAD_SCALE, device=device)
-        _give_grads(self.params, _dtype(workload.dtypes.grads))
+        _give_grads(self.params, getattr(torch, dtypes.grads))
         self._optimizer.step()
-        self._inputs: StepInputs = self._optimizer._step_inputs()
+        self._inputs = self._optimizer._step_inputs()
         self._plan = self._optimizer._current_plan(self._inputs)
         self._plan.begin(self._inputs)
         if self._inputs.scalars[SKIP] != 0:
             raise RuntimeError(f"{workload} on {backend}: the step was skipped, nothing to measure")
-
-    @property
-    def backend(self) -> str:
-        return self._plan.backend
 
     def updated(self) -> list[Tensor]:
         """The fp32 tensors the update acts on: the params, or their masters."""
@@ -136,18 +133,12 @@ class Verbs:
 
 def check_same_step(workload: Workload, backends: Sequence[str], device: torch.device) -> None:
     """Hold the backends to one step of the same bits or nearly; raises DifferentStep."""
-    shapes = [(CHECKED_NUMEL,)]
-    start = [
-        param.detach() for param in make_params(shapes, _dtype(workload.dtypes.params), device)
-    ]
+    shapes, dtypes = [(CHECKED_NUMEL,)], workload.dtypes
+    params = make_params(shapes, getattr(torch, dtypes.params), device)
     first, *others = (Verbs(workload, shapes, backend, device) for backend in backends)
     for other in others:
-        compare_steps(start, first, other, 1.0 if workload.dtypes.masters else BY_HALF_PARAMS)
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+        allowed = 1.0 if dtypes.masters else BY_HALF_PARAMS
+        compare_steps([param.detach() for param in params], first, other, allowed)
 
 
 def _give_grads(params: Sequence[Tensor], dtype: torch.dtype) -> None:

@@ -1,69 +1,45 @@
-"""The machine that is measured: its clocks, and what can be asked of it.
-
-`Cuda` is a GPU. `DryRun` goes through the same calls on the CPU, with a host clock in the place of
-events: its figures mean nothing and are marked as such wherever they appear.
-"""
+"""The machine that is measured: its clock, and what can be asked of it."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.row_files import ROOT
+from benchmarks.rows import RESULTS, ROOT, Report, destination, provenance
 
 DRY_RUN = "DRY RUN - not a measurement"
 FLUSH_BYTES = 256 << 20  # several times the L2 cache
 MAX_HOLD_MS = 50.0
-_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories in the profiler's trace
+SAMPLES = 40  # of a call that is timed by itself
 
 Call = Callable[[], object]
 
 
-class Machine(Protocol):
-    name: str
-    dry: bool
-    device: torch.device
-    backends: dict[str, str]  # what serves as `cuda` and as `triton`
+class Machine:
+    """The current GPU."""
 
-    def synchronize(self) -> None: ...
-
-    def free_bytes(self) -> int: ...
-
-    def release_memory(self) -> None: ...
-
-    def event_ms(self, calls: Sequence[Call], hold_ms: float) -> list[float]:
-        """Time on the device of each call, from cold caches, all of them in the queue by then."""
-
-    def launches(self, call: Call) -> list[str]:
-        """Names of the kernels, copies and fills that `call` puts on the device."""
-
-    def facts(self) -> dict[str, object]:
-        """Driver, CUDA and Triton versions."""
-
-
-class Cuda:
     dry = False
 
     def __init__(self) -> None:
-        self.backends = {"cuda": "cuda", "triton": "triton"}
+        self.backends = {"cuda": "cuda", "triton": "triton"}  # what serves as these
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self.device)
         self._scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
         cycles = 10_000_000
-        times = [self._ms([lambda: torch.cuda._sleep(cycles)])[0] for _ in range(5)]
+        times = [self._ms(lambda: torch.cuda._sleep(cycles)) for _ in range(5)]
         self._cycles_per_ms = cycles / min(times)  # the clock rises from idle meanwhile
 
     def synchronize(self) -> None:
@@ -77,30 +53,48 @@ class Cuda:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def event_ms(self, calls: Sequence[Call], hold_ms: float) -> list[float]:
+    def event_ms(self, call: Call, hold_ms: float) -> float:
+        """Time on the device, from cold caches, all of it in the queue by then."""
         self._scratch.add_(1)
         torch.cuda._sleep(int(min(hold_ms, MAX_HOLD_MS) * self._cycles_per_ms))
-        return self._ms(calls)
+        return self._ms(call)
 
-    def _ms(self, calls: Sequence[Call]) -> list[float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
-        events[0].record()
-        for call, event in zip(calls, events[1:], strict=True):
-            call()
-            event.record()
-        events[-1].synchronize()
-        return [a.elapsed_time(b) for a, b in pairwise(events)]
+    def _ms(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def bench(self, call: Call) -> list[float]:
+        """Times on the device in ms, from cold caches."""
+        try:
+            from triton.testing import do_bench
+        except ImportError:
+            return [self.event_ms(call, 0.2) for _ in range(SAMPLES)]
+        times: list[float] = do_bench(call, return_mode="all")
+        return times[:: -(-len(times) // SAMPLES)]
 
     def launches(self, call: Call) -> list[str]:
+        """Names of the kernels, copies and fills that `call` puts on the device."""
         self.synchronize()
-        events = _trace(call, self.synchronize, ProfilerActivity.CUDA)
-        return [event["name"] for event in events if event.get("cat") in _ON_DEVICE]
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            call()
+            self.synchronize()
+        return launched(profiler.events(), DeviceType.CUDA)
 
-    def facts(self) -> dict[str, object]:
-        return {"gpu": self.name, "driver": _driver(), **versions()}
+
+def launched(events: Iterable[Any], where: DeviceType) -> list[str]:
+    """The names of what ran there, in order of time; marks of ranges are none."""
+    ran = [e for e in events if e.device_type == where and not e.is_user_annotation]
+    return [event.name for event in sorted(ran, key=lambda event: event.time_range.start)]
 
 
-class DryRun:
+class DryRun(Machine):
+    """Goes through the same calls on the CPU, with a host clock in the place of events: its figures
+    mean nothing and are marked as such wherever they appear."""
+
     dry = True
     name = DRY_RUN
     device = torch.device("cpu")
@@ -123,12 +117,13 @@ class DryRun:
     def release_memory(self) -> None:
         pass
 
-    def event_ms(self, calls: Sequence[Call], hold_ms: float) -> list[float]:
-        times = [time.perf_counter()]
-        for call in calls:
-            call()
-            times.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in pairwise(times)]
+    def event_ms(self, call: Call, hold_ms: float) -> float:
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+
+    def bench(self, call: Call) -> list[float]:
+        return [self.event_ms(call, 0.0) for _ in range(2)]
 
     def launches(self, call: Call) -> list[str]:
         """The launches of our kernels; torch's operators where there are none."""
@@ -136,14 +131,12 @@ class DryRun:
             self._shim.reset()
         if self._interpreter is not None:
             self._interpreter.launched.clear()
-        events = _trace(call, self.synchronize, ProfilerActivity.CPU)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            call()
         ours = [launch.kernel for launch in self._shim.launches()] if self._shim else []
         if self._interpreter is not None:
             ours += [name for name, _ in self._interpreter.launched]
-        return ours or [event["name"] for event in events if event.get("cat") == "cpu_op"]
-
-    def facts(self) -> dict[str, object]:
-        return {"gpu": self.name, "driver": "none", **versions()}
+        return ours or launched(profiler.events(), DeviceType.CPU)
 
 
 def find_machine(dry: bool) -> Machine:
@@ -154,7 +147,7 @@ def find_machine(dry: bool) -> Machine:
         return machine
     if not torch.cuda.is_available():
         raise SystemExit("torch.cuda.is_available() is False: no NVIDIA GPU; --dry-run needs none")
-    return Cuda()
+    return Machine()
 
 
 def no_triton(machine: Machine) -> str | None:
@@ -164,6 +157,44 @@ def no_triton(machine: Machine) -> str | None:
     module = importlib.import_module("fusedopt.backends.triton")
     reason: str | None = module.unavailable_reason()
     return reason
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+class DeviceReport(Report):
+    """Rows carry the copy's bandwidth in this run; those of a dry run say that they are."""
+
+    def __init__(self, machine: Machine, path: Path | None) -> None:
+        super().__init__(provenance(machine.name, versions()), path)
+        self.ceiling_gb_s = ""
+        self._dry = machine.dry
+
+    def add(self, figure: str, unit: str, *samples: Iterable[float], **columns: object) -> None:
+        columns.setdefault("ceiling_gb_s", self.ceiling_gb_s)
+        if self._dry:
+            columns["case"] = f"dry-run:{columns['case']}"
+            columns["note"] = f"{DRY_RUN}; {columns.get('note', '')}"
+        super().add(figure, unit, *samples, **columns)
+
+
+def output(args: argparse.Namespace, machine: Machine) -> Path | None:
+    """Where the rows go."""
+    if machine.dry:
+        return args.out or Path(tempfile.mkdtemp(prefix="fusedopt-")) / "dry-run.csv"
+    return destination(args, machine.name)
+
+
+def refuse_results(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not args.dry_run:
+        return
+    if args.record:
+        parser.error("--dry-run measures nothing: there is nothing to --record")
+    if args.out is not None and args.out.resolve().is_relative_to(RESULTS):
+        parser.error(f"--dry-run measures nothing: --out {args.out} is where results are")
+
+
+# ---- what stands in for a GPU --------------------------------------------------------------------
 
 
 def _stand_in(load: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
@@ -197,36 +228,21 @@ def _interpreter() -> tuple[Any, str]:
     return triton.driver.made, "the kernels in Triton's interpreter"
 
 
-def _trace(call: Call, synchronize: Call, activity: ProfilerActivity) -> list[dict[str, Any]]:
-    with profile(activities=[activity]) as profiler:
-        call()
-        synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
-    return sorted(events, key=lambda event: float(event.get("ts", 0)))
+# ---- versions -----------------------------------------------------------------------------------
 
 
 def _driver() -> str:
-    return nvidia_smi("driver_version") or "unknown"
-
-
-def nvidia_smi(fields: str) -> str:
-    """What nvidia-smi says about the current GPU, or nothing where it cannot be run."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return ""
-    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    command = [tool, f"--query-gpu=uuid,{fields}", "--format=csv,noheader"]
+        return "none"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    lines = [line for line in done.stdout.splitlines() if uuid in line] or done.stdout.splitlines()
-    return lines[0].split(",", 1)[-1].strip() if done.returncode == 0 and lines else ""
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()
 
 
-def versions() -> dict[str, object]:
+def versions() -> str:
     try:
         from triton import __version__ as triton
     except ImportError:
         triton = "none"
-    return {"cuda": torch.version.cuda or "none", "triton": triton}
+    return f"driver {_driver()}, CUDA {torch.version.cuda or 'none'}, Triton {triton}"

@@ -12,183 +12,187 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from benchmarks.arguments import positive, positive_float
-from benchmarks.gpu.cases import GpuCase, gpu_cases, tiny
-from benchmarks.gpu.first_step import measure_first_steps
-from benchmarks.gpu.kernels import COUNTED_NUMEL, count_dram_bytes, time_kernels
-from benchmarks.gpu.machine import Machine, find_machine, no_triton
-from benchmarks.gpu.measure import SMALL, Measured, count_launches_anew, measure_case
-from benchmarks.gpu.report import (
-    COLUMNS,
-    Report,
-    Row,
-    output,
-    predictions,
-    refuse_results,
-    table,
+from benchmarks import arguments as args_of, goals, rows
+from benchmarks.cases import COMPILED, QUICK_GPU_CASES, Case, gpu_cases, tiny
+from benchmarks.clocks import EventClock
+from benchmarks.gpu import machine as gpu
+from benchmarks.gpu.first_step import add_first_steps
+from benchmarks.gpu.kernels import (
+    COUNTED_NUMEL,
+    add_counters,
+    count_dram_bytes,
+    short,
+    time_kernels,
 )
 from benchmarks.gpu.streams import measure_streams
-from benchmarks.registry import gpu_kinds, unavailable_libraries
-from benchmarks.report import append
-from benchmarks.row_files import add_options, told
+from benchmarks.measure import Bench, run_case
+from benchmarks.param_sets import Gradients, make_params
+from benchmarks.pipelines import take_checked_steps
+from benchmarks.registry import gpu_kinds, unavailable
 from benchmarks.verbs import DTYPES, Workload
 
 ADAMW, FP16, SGD = Workload("adamw"), Workload("adamw", DTYPES["float16"]), Workload("sgd-momentum")
 # Cases whose kernels are timed by themselves too.
 KERNELS = {"adamw-llama-1.24B": ADAMW, "fp16-llama-1.24B": FP16, "sgd-llama-1.24B": SGD,
            "adamw-gpt2-124M": ADAMW, "adamw-resnet50": ADAMW}  # fmt: skip
-COUNTED = "adamw-400M"
-RESERVE_S = {
-    "first step": 60.0,
-    "counters": 45.0,
-    "compiled": 60.0,
-    "case": 12.0,
-}  # not begun with less time left
+# Seconds: with less time left it is not begun.
+RESERVE_S = {"first step": 60.0, "counters": 45.0, "compiled": 60.0, "case": 12.0, "launches": 5.0}
 
 
 class Run:
-    """A run against the clock; rows are on disk as soon as their case is done."""
+    """A run against the clock; rows are on disk as soon as they are known."""
 
-    def __init__(self, args: argparse.Namespace, machine: Machine) -> None:
+    def __init__(self, args: argparse.Namespace, machine: gpu.Machine) -> None:
         self.args, self.machine = args, machine
-        self.report = Report(machine)
-        self.kinds = gpu_kinds(machine.backends)
-        self._no_triton = no_triton(machine)
+        self.report = gpu.DeviceReport(machine, args.out)
+        self.bench = Bench(
+            lambda case: EventClock(machine, case.numel), gpu_kinds(machine.backends),
+            args.rounds, args.rounds, machine.device, builds=1, free_bytes=machine.free_bytes,
+            time_is_up=lambda: self._left() < 0,
+        )  # fmt: skip
+        self._no_triton = gpu.no_triton(machine)
+        self._backends = ["cuda", *(["triton"] if self._no_triton is None else [])]
         self._end = time.monotonic() + args.budget
+        self._shown = 0
         self.notes: list[str] = []
         self.wrong = False
 
-    def left(self) -> float:
-        return float(self._end - time.monotonic())
+    def _left(self) -> float:
+        return self._end - time.monotonic()
+
+    def _no_time(self, what: str, name: str) -> bool:
+        if self._left() >= RESERVE_S[name]:
+            return False
+        self.notes.append(f"{what}: not measured, no time left")
+        return True
 
     def all(self) -> None:
-        self._keep(self.report.streams(*measure_streams(self.machine)))
-        for name, reason in unavailable_libraries().items():
+        """The profiler, which counts launches, comes last: the host may be slower for good."""
+        measure_streams(self.machine, self.report)
+        self._show()
+        for name, reason in unavailable(self.bench.kinds).items():
             self.notes.append(f"not compared: {name} ({reason})")
         cases = [gpu_cases()[name] for name in self.args.cases]
-        small = [case for case in cases if case.numel <= SMALL and not case.compiles]
-        waiting = [self._case(case, count_launches=False) for case in small]
+        plain = [case for case in cases if not case.name.endswith(COMPILED)]
+        agreed = [(case, self._case(case)) for case in plain]
         self._first_steps()
-        for measured in waiting:  # now the profiler may run
-            self._finish(measured)
-        large = [case for case in cases if case not in small and not case.compiles]
-        for case in large:
-            self._finish(self._case(case, count_launches=True))
         if not self.args.quick or self.machine.dry:
             self._counters()
-        for case in (case for case in cases if case.compiles):
-            self._finish(self._case(case, count_launches=True))
+        agreed += [(case, self._case(case)) for case in cases if case not in plain]
+        for case, pipelines in agreed:
+            self._launches(case, pipelines)
+        self._show()
 
-    def _case(self, case: GpuCase, count_launches: bool) -> list[Measured]:
-        if self.left() < RESERVE_S["compiled" if case.compiles else "case"]:
-            self.notes.append(f"{case.name}: not measured, no time left")
+    def _case(self, case: Case) -> list[str]:
+        """The pipelines that were measured."""
+        if self._no_time(case.name, "compiled" if case.name.endswith(COMPILED) else "case"):
             return []
-        start = time.monotonic()
-        predicted = predictions([Measured(case, n, self.kinds[n]) for n in case.pipelines])
+        start, said = time.monotonic(), {}
+        for name in case.pipelines:
+            times = goals.predicted_ms(name, self.bench.kinds[name].bytes_per_param, case)
+            said[name] = f"{name} {times[0]:.3g}/{times[1]:.3g} ms"
         case = case.shrunk() if self.machine.dry else case
-        print(f"\n{case.label}\n{predicted}", flush=True)
+        print(f"\n{case.label}\npredicted for an H200, GPU/wall: {', '.join(said.values())}")
+        agreed: dict[str, None] = {}
         try:
-            measured = measure_case(
-                case, self.kinds, self.machine, self.args.rounds, self.left, count_launches
-            )
+            for result in run_case(case, self.bench):
+                pair = (result.comparison.pipeline, result.comparison.reference)
+                if result.trials:
+                    agreed |= dict.fromkeys(pair)
+                    foretold = f"predicted {', '.join(said[name] for name in pair)}"
+                    result.note = "; ".join(filter(None, (result.note, foretold)))
+                    result.add_to(self.report, self.bench)
+                else:
+                    self.notes.append(f"{case.name}: {pair[1]} not measured: {result.note}")
+                self.wrong |= result.wrong
+            if agreed and case.name in KERNELS:
+                workload, shapes = KERNELS[case.name], case.shapes()
+                time_kernels(self.report, case.name, workload, shapes, self.machine, self._backends)
         except RuntimeError as error:  # out of memory, a failed launch: on with the next case
-            self._failed(case, error)
-            return []
-        for item in measured:
-            if not item.samples:
-                self.notes.append(f"{case.name}: {item.pipeline} not measured: {item.note}")
-            self.wrong |= item.wrong
-        print(f"{time.monotonic() - start:.1f} s, {self.left():.0f} s left", flush=True)
-        return measured
+            self._failed(case.name, error)
+        self.machine.release_memory()
+        self._show()
+        print(f"{time.monotonic() - start:.1f} s, {self._left():.0f} s left", flush=True)
+        return list(agreed)
 
-    def _finish(self, measured: list[Measured]) -> None:
-        if not measured or not measured[0].samples:
+    def _launches(self, case: Case, pipelines: Sequence[str]) -> None:
+        """Kernels, copies and fills of a step, of pipelines that are made anew."""
+        if not pipelines or self._no_time(f"{case.name}, launches", "launches"):
             return
-        case = measured[0].case
-        try:
-            count_launches_anew(measured, self.machine)
-            self._keep(self.report.case(measured))
-            if case.name in KERNELS:
-                for times in time_kernels(
-                    KERNELS[case.name], case.shapes(), self.machine, self._backends()
-                ):
-                    self._keep(self.report.kernels(case.name, times))
-        except RuntimeError as error:
-            self._failed(case, error)
+        case = case.shrunk() if self.machine.dry else case
+        shapes, device = case.shapes(), self.machine.device
+        for name in pipelines:
+            try:
+                grads = Gradients(shapes, case.dtype, case.grads, device)
+                params = make_params(shapes, case.dtype, device)
+                pipeline = self.bench.kinds[name].build(params, grads)
+                take_checked_steps(pipeline, grads)
+                pipeline.prepare()
+                found = self.machine.launches(pipeline.step)
+            except RuntimeError as error:
+                self._failed(case.name, error)
+                continue
+            names = Counter(map(short, found)).most_common()
+            note = ", ".join(f"{count} {kernel}" for kernel, count in names)[:200]
+            self.report.add("launches", "count", [len(found)], case=case.name, pipeline=name,
+                            params=case.numel, tensors=len(shapes), note=note)  # fmt: skip
+            del pipeline, params, grads
+            self.machine.release_memory()
 
-    def _failed(self, case: GpuCase, error: RuntimeError) -> None:
-        self.notes.append(f"{case.name}: {type(error).__name__}: {error}".splitlines()[0])
+    def _failed(self, what: str, error: RuntimeError) -> None:
+        self.notes.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0])
         self.wrong = True
 
-    def _backends(self) -> list[str]:
-        """Whose kernels are timed by themselves."""
-        return ["cuda", *(["triton"] if self._no_triton is None else [])]
-
     def _first_steps(self) -> None:
+        what = "first step with Triton"
         if self._no_triton is not None:
-            self.notes.append(f"first step with Triton: not measured: {self._no_triton}")
-        elif self.left() < RESERVE_S["first step"]:
-            self.notes.append("first step with Triton: not measured, no time left")
-        else:
+            self.notes.append(f"{what}: not measured: {self._no_triton}")
+        elif not self._no_time(what, "first step"):
             try:
-                for measured in measure_first_steps(self.machine):
-                    self._keep(self.report.first_step(measured))
+                add_first_steps(self.machine, self.report)
             except RuntimeError as error:
-                self.notes.append(f"first step with Triton: {error}")
-                self.wrong = True
+                self._failed(what, error)
 
     def _counters(self) -> None:
-        for backend in self._backends():
-            if self.machine.dry:
-                faked = {"reduce_kernel": 4.0, "update_kernel": 0.0}
-                self._keep(self.report.counters(COUNTED, tiny_numel(), ADAMW, backend, faked))
-                continue
-            if self.left() < RESERVE_S["counters"]:
-                self.notes.append(f"DRAM counters, {backend}: not read, no time left")
-                continue
-            self.machine.release_memory()
-            measured, reason = count_dram_bytes(ADAMW, backend, min(60.0, self.left()))
+        for backend in self._backends:
+            measured, reason = {"reduce_kernel": 4.0, "update_kernel": 0.0}, ""
+            numel = sum(torch.Size(shape).numel() for shape in tiny())
+            if not self.machine.dry:
+                if self._no_time(f"DRAM counters, {backend}", "counters"):
+                    continue
+                self.machine.release_memory()
+                numel, limit_s = COUNTED_NUMEL, min(60.0, self._left())
+                measured, reason = count_dram_bytes(ADAMW, backend, limit_s)
             if reason:
                 self.notes.append(f"DRAM counters, {backend}: not read, {reason}")
             else:
-                rows = self.report.counters(COUNTED, COUNTED_NUMEL, ADAMW, backend, measured)
-                self._keep(rows)
+                add_counters(self.report, ADAMW, backend, numel, measured)
 
-    def _keep(self, rows: Sequence[Row]) -> None:
-        if self.args.out is not None:
-            append(self.args.out, rows, COLUMNS)
-        print(table(rows), flush=True)
-
-
-def tiny_numel() -> int:
-    return sum(torch.Size(shape).numel() for shape in tiny())
+    def _show(self) -> None:
+        """What has come since the last time."""
+        new, self._shown = self.report.rows[self._shown :], len(self.report.rows)
+        print(rows.table(rows.figures(new).values()), flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = args_of.parser("gpu", __doc__)
     names = list(gpu_cases())
-    parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=", ".join(names))
-    parser.add_argument("--rounds", type=positive, help="samples of each pipeline (default: 30)")
-    parser.add_argument(
-        "--budget", type=positive_float, default=240.0, help="seconds for all (default 240)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU; measures nothing")
-    goals = "show what the project works towards on an H200, and what of it was met"
-    parser.add_argument("--goals", action="store_true", help=goals)
-    add_options(parser, "default to a few small cases")
+    add = parser.add_argument
+    add("--cases", nargs="+", choices=names, metavar="CASE", help=", ".join(names))
+    add("--rounds", type=args_of.positive, help="samples of each pipeline (default: 30)")
+    add("--budget", type=args_of.positive_float, default=240.0, help="seconds (default: 240)")
+    add("--dry-run", action="store_true", help="on the CPU; measures nothing")
+    add("--goals", action="store_true", help="show what the project works towards on an H200")
+    rows.add_options(parser, "default to a few small cases")
     args = parser.parse_args(arguments)
-    quick = [name for name, case in gpu_cases().items() if case.quick]
-    args.cases = args.cases or (quick if args.quick else names)
+    args.cases = args.cases or (list(QUICK_GPU_CASES) if args.quick else names)
     args.rounds = args.rounds or (2 if args.dry_run else 8 if args.quick else 30)
-    refuse_results(parser, args)
+    gpu.refuse_results(parser, args)
     return args
 
 
@@ -198,19 +202,19 @@ def stop(*_: object) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    machine = find_machine(args.dry_run)
-    args.out = output(args, machine)
+    machine = gpu.find_machine(args.dry_run)
+    args.out = gpu.output(args, machine)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
     signal.signal(signal.SIGTERM, stop)
     run = Run(args, machine)
-    print(", ".join(f"{key} {value}" for key, value in machine.facts().items()), flush=True)
+    print(f"{machine.name}, torch {torch.__version__}, {gpu.versions()}", flush=True)
     try:
         run.all()
     finally:  # also when the time is up: what was measured is worth its table
         print("\n" + "\n".join(run.notes))
-        print(told(args.out), flush=True)
+        print(rows.told(args.out), flush=True)
         if args.goals:
-            print("\n" + run.report.goals(), flush=True)
+            print("\n" + goals.table(goals.ON_GPU, run.report.figures(), machine.dry), flush=True)
     return int(run.wrong)
 
 

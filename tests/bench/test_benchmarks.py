@@ -1,31 +1,16 @@
-"""Parameter lists, gradients, timing in turns, rows. No test asserts a time."""
+"""Parameter lists, gradients, timing in turns. No test asserts a time."""
 
 from __future__ import annotations
 
-import csv
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bench_helpers import SHAPES
 
-import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
-
-pytest.importorskip("numpy")
-pytest.importorskip("tqdm")
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-from benchmarks import param_sets, report, stream, timing  # noqa: E402
-from benchmarks.cases import _CASES, _TARGETS, Comparison, all_cases  # noqa: E402
-from benchmarks.registry import KINDS  # noqa: E402
-
-SHAPES = [(40, 5), (7,), (1,), (300,)]
-
-
-def test_readme_of_results_names_every_column() -> None:
-    text = (ROOT / "benchmarks" / "results" / "README.md").read_text()
-    assert [column for column in report.COLUMNS if f"`{column}`" not in text] == []
+from benchmarks import clocks, goals, measure, param_sets, stream
+from benchmarks.cases import _CASES, Comparison, all_cases
+from benchmarks.registry import KINDS
 
 
 @pytest.mark.parametrize("numel", [1_000_000, 10_000_000, 100_000_000])
@@ -35,11 +20,10 @@ def test_gpt_has_148_tensors_and_the_exact_size(numel: int) -> None:
     assert sum(torch.Size(shape).numel() for shape in shapes) == numel
 
 
-def test_every_target_belongs_to_a_comparison() -> None:
+def test_every_goal_belongs_to_a_comparison() -> None:
     cases = all_cases()
-    for name, targets in _TARGETS.items():
-        pairs = {(c.pipeline, c.reference) for c in cases[name].comparisons}
-        assert set(targets) <= pairs
+    for goal in goals.ON_CPU:
+        assert Comparison(goal.pipeline, goal.reference) in cases[goal.case].comparisons
     known = set(KINDS) | set(stream.STREAMS)
     assert {c.reference for case in cases.values() for c in case.comparisons} <= known
     assert {c.pipeline for case in cases.values() for c in case.comparisons} <= set(KINDS)
@@ -89,13 +73,18 @@ class Recorded:
             self.log.append(self.name)
 
 
+def sandwich(rounds: int, attempts: int, names: str, **more: object) -> tuple[list[str], Any]:
+    log: list[str] = []
+    candidates = {name: Recorded(name, log) for name in names}
+    clock = clocks.HostClock()
+    return log, measure.sandwich(Recorded("R", log), candidates, clock, rounds, attempts, **more)
+
+
 def test_every_candidate_sample_lies_between_samples_of_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(timing, "MAX_FOREIGN_SHARE", float("inf"))
-    log: list[str] = []
-    candidates = {name: Recorded(name, log) for name in "abc"}
-    trials = timing.sandwich(Recorded("R", log), candidates, rounds=5, attempts=10)
+    monkeypatch.setattr(clocks, "MAX_FOREIGN_SHARE", float("inf"))
+    log, trials = sandwich(5, 10, "abc")
     assert {name: len(trials[name]) for name in "abc"} == dict.fromkeys("abc", 5)
     sampled = log[log.index("R", 1) :]  # the samplers' own first steps come before
     assert sampled[::2] == ["R"] * 16
@@ -105,15 +94,26 @@ def test_every_candidate_sample_lies_between_samples_of_the_reference(
 
 
 def test_disturbed_samples_are_taken_again_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "MAX_FOREIGN_SHARE", -1.0)
-    log: list[str] = []
-    trials = timing.sandwich(Recorded("R", log), {"a": Recorded("a", log)}, rounds=3, attempts=5)
-    assert len(trials["a"]) == 5
-    clean = [timing.Trial(0.002, 0.004, False)] * 5
-    summary = timing.summarize([*clean, timing.Trial(0.002, 9.0, True)])
-    assert (summary.ratio.p50, summary.samples, summary.disturbed, summary.quiet) == (2, 5, 1, True)
-    summary = timing.summarize([timing.Trial(0.002, 0.004, True)] * 5)
-    assert (summary.samples, summary.disturbed, summary.quiet) == (5, 5, False)
+    monkeypatch.setattr(clocks, "MAX_FOREIGN_SHARE", -1.0)
+    assert len(sandwich(3, 5, "a")[1]["a"]) == 5
+    assert measure.undisturbed([False, True, False, False]) == (
+        [0, 2, 3], {"disturbed": 1, "quiet": 1})  # fmt: skip
+    assert measure.undisturbed([False, True, True, True]) == (
+        [0, 1, 2, 3], {"disturbed": 3, "quiet": 0})  # fmt: skip
+    assert measure.undisturbed([False])[1] == {"disturbed": 0, "quiet": 1}
+
+
+def test_the_ratio_is_to_the_mean_of_both_sides() -> None:
+    before, middle, after = (clocks.Sample((ms,), ms == 5.0) for ms in (1.0, 4.0, 5.0))
+    trial = measure.Trial.between(before, middle, after)
+    assert trial == ((4.0,), (3.0,), True)
+    assert trial.swapped() == ((3.0,), (4.0,), True)
+
+
+def test_a_run_whose_time_is_up_has_its_least_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clocks, "MAX_FOREIGN_SHARE", float("inf"))
+    _, trials = sandwich(9, 9, "a", time_is_up=lambda: True)
+    assert len(trials["a"]) == measure.MIN_ROUNDS == 5
 
 
 @pytest.mark.parametrize("huge", [True, False])
@@ -130,43 +130,3 @@ def test_the_stream_reads_and_writes_every_element(numel: int, huge: bool) -> No
         pointers = [array.data_ptr() for array in (one._grad, one._param, *one._states)]
         total = one._function(*pointers, numel, 2)
         assert total == pytest.approx(expected.square().sum().item(), rel=1e-4)
-
-
-def result(ratio: float, target: float | None, *, wrong: bool = False) -> report.Result:
-    case = all_cases()["adamw-one-1M"]
-    comparison = Comparison("fusedopt_adamw", "adamw_fused", target)
-    if wrong:
-        return report.Result(case, comparison, note="different", wrong=True)
-    return report.Result(
-        case, comparison, timing.summarize([timing.Trial(0.001, 0.001 * ratio, False)] * 3)
-    )
-
-
-def test_table_tells_met_from_not_met() -> None:
-    results = [result(4.0, 3.5), result(3.0, 3.5), result(9.0, None), result(1, 2, wrong=True)]
-    lines = report.table(results, goals=True).splitlines()[2:6]
-    assert [line.split("|")[-2].strip() for line in lines] == ["yes", "NO", "-", ""]
-    assert "not measured: different" in lines[3]
-
-
-def test_goals_are_for_those_who_ask_and_explained() -> None:
-    results = [result(3.0, 3.5), result(1, 2, wrong=True)]
-    told, asked = report.table(results), report.table(results, goals=True)
-    assert not [word for word in ("NO", "met?", "goal", "3.5x") if word in told]
-    assert report.GOALS_SAY in asked and report.RATIOS_SAY in told
-    for text in (told, asked):
-        header, _, *lines = text.partition("\n\n")[0].splitlines()
-        assert {line.count("|") for line in lines} == {header.count("|")}
-
-
-def test_append_keeps_one_header_and_refuses_other_columns(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "machine.csv"
-    rows = report.rows([result(4.0, 3.5), result(1, 2, wrong=True)], report.provenance())
-    assert len(rows) == 1
-    report.append(path, rows)
-    report.append(path, rows)
-    with path.open(newline="") as file:
-        assert [row["ratio_p50"] for row in csv.DictReader(file)] == ["4.0000"] * 2
-    path.write_text("other,columns\n1,2\n")
-    with pytest.raises(SystemExit, match="columns"):
-        report.append(path, rows)

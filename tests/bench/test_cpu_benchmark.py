@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bench_helpers import ROOT, read
 
-import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
-
-pytest.importorskip("numpy")
-pytest.importorskip("tqdm")
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-from benchmarks import (  # noqa: E402
-    cpu_measure,
-    cpu_step,
-    listing,
-    param_sets,
-    pipelines,
-    report,
-    stream,
-)
-from benchmarks.cases import QUICK_CASES, Case, all_cases, make_case  # noqa: E402
-from benchmarks.registry import COMPILE_FIRST, KINDS  # noqa: E402
-from benchmarks.timing import Trial, summarize  # noqa: E402
+from benchmarks import cpu_step, goals, listing, measure, param_sets, pipelines, rows, stream
+from benchmarks.cases import QUICK_CASES, Case, all_cases, make_case
+from benchmarks.clocks import HostClock
+from benchmarks.measure import Bench, Result, Trial
+from benchmarks.registry import COMPILE_FIRST, KINDS
 
 OURS = "fusedopt_adamw"
 PROGRAM = "import fusedopt, sys; sys.path.append(sys.argv.pop(1)); "
@@ -52,8 +39,7 @@ def run(folder: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout
     assert "different steps" not in done.stdout
     assert "sample" not in done.stderr, "a bar is noise where there is no terminal"
-    with out.open(newline="") as file:
-        return list(csv.DictReader(file)), done.stdout
+    return read(out), done.stdout
 
 
 def compared(rows: list[dict[str, str]]) -> set[tuple[str, str, str]]:
@@ -62,9 +48,8 @@ def compared(rows: list[dict[str, str]]) -> set[tuple[str, str, str]]:
 
 def test_quick_run_writes_rows(cpu_backend: str, tmp_path: Path) -> None:
     rows, told = run(tmp_path)
-    assert "goal" not in told and "NO" not in told
+    assert "goal" not in told and "MISSED" not in told and cpu_step.COLUMNS_SAY in told
     assert f"rows in {tmp_path / 'results.csv'}" in told
-    assert list(rows[0]) == report.COLUMNS
     assert compared(rows) == {
         (case.name, c.pipeline, c.reference)
         for case in (all_cases()[name] for name in QUICK_CASES)
@@ -72,16 +57,11 @@ def test_quick_run_writes_rows(cpu_backend: str, tmp_path: Path) -> None:
         if not {c.pipeline, c.reference} & {*COMPILE_FIRST}
     }
     for row in rows:
-        assert 0 < float(row["ms_p20"]) <= float(row["ms_p50"]) <= float(row["ms_p80"])
-        assert 0 < float(row["ratio_p20"]) <= float(row["ratio_p50"]) <= float(row["ratio_p80"])
-        assert int(row["samples"]) >= 1
-        assert int(row["threads"]) == 1
-        assert float(row["gb_s"]) > 0
+        assert (row["figure"], row["unit"], row["threads"]) == ("step", "ms", "1")
+        assert all(float(ms) > 0 for ms in (row["values"] + " " + row["reference_values"]).split())
         if row["pipeline"].startswith("fusedopt"):
             assert "backend cpu" in row["note"]
     assert {row["ceiling_gb_s"] == "" for row in rows} == {stream._compiled() is None}
-    assert all(row["ceiling_fraction"] for row in rows if row["pipeline"] == OURS
-               and row["case"].endswith("1M"))  # fmt: skip
 
 
 def test_kept_gradients_of_the_readme(cpu_backend: str, tmp_path: Path) -> None:
@@ -102,7 +82,6 @@ def test_any_list_with_any_pipelines_on_any_backend(cpu_backend: str, tmp_path: 
         for reference in ("adamw_foreach", "adamw_fused")
     }
     assert {row["note"] for row in rows} == {"backend reference"}
-    assert {row["target"] for row in rows} == {""}
 
 
 @pytest.mark.parametrize(
@@ -143,8 +122,8 @@ def test_groups_have_a_pivot_and_fit_into_memory(
     pipelines_at_a_time: int, sizes: list[int]
 ) -> None:
     case = all_cases()["adamw-gpt-1M"]
-    per_param = 16 * pipelines_at_a_time + 32
-    groups = list(cpu_measure.groups(case, per_param * case.numel))
+    per_param = 18 * pipelines_at_a_time + 32
+    groups = list(measure.groups(case, per_param * case.numel))
     assert {c for _, group in groups for c in group} == {*case.comparisons}
     assert all(pivot in (c.pipeline, c.reference) for pivot, group in groups for c in group)
     assert [len(group) for _, group in groups] == sizes
@@ -166,21 +145,25 @@ def absent(params: list[torch.Tensor], grads: param_sets.Gradients) -> pipelines
     raise pipelines.Unavailable("not installed")
 
 
+def bench(rounds: int = 2) -> Bench:
+    return Bench(lambda _: HostClock(), KINDS, rounds, rounds)
+
+
 def always(pivot: object, others: Mapping[str, object], *_: object) -> dict[str, list[Trial]]:
     """In the place of timing: the pivot takes 1 s, every other 2 s."""
-    return {name: [Trial(2.0, 1.0, False)] * 3 for name in others}
+    return {name: [Trial((2000.0,), (1000.0,))] * 3 for name in others}
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], report.Result]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Result]:
     """Results by pipeline and reference; what cannot be measured stands between what can."""
-    monkeypatch.setattr(cpu_measure, "sandwich", always)
+    monkeypatch.setattr(measure, "sandwich", always)
     for name, build in {"absent": absent, "fails": fail, "other": TwiceTheRate}.items():
         monkeypatch.setitem(KINDS, name, pipelines.Kind(name, 1, build))
     references = ("absent", "fails", "other", "adamw_foreach", "stream_4k")
     pairs = [("adamw_fused", name) for name in references]
     case = small([*pairs, ("fusedopt_adamw_reference", "adamw_fused")])
-    results = cpu_measure.run_case(case, "new", cpu_measure.Progress([case], 2, 2))
+    results = measure.run_case(case, bench())
     assert [result.comparison for result in results] == [*case.comparisons]
     return {(r.comparison.pipeline, r.comparison.reference): r for r in results}
 
@@ -190,9 +173,9 @@ def small(pairs: list[tuple[str, str]]) -> Case:
 
 
 def test_a_pipeline_that_cannot_be_measured_takes_no_other_with_it(
-    measured: dict[tuple[str, str], report.Result],
+    measured: dict[tuple[str, str], Result],
 ) -> None:
-    told = {name: (r.note, r.wrong) for (_, name), r in measured.items() if r.summary is None}
+    told = {name: (r.note, r.wrong) for (_, name), r in measured.items() if not r.trials}
     assert told.keys() == {"absent", "fails", "other"}
     assert told["absent"] == ("not installed", False)
     assert told["fails"] == ("RuntimeError: no kernel for this machine", False)
@@ -208,18 +191,17 @@ def test_trials_of_all_builds_are_pooled(monkeypatch: pytest.MonkeyPatch) -> Non
         return KINDS["adamw_foreach"].build(params, grads)
 
     def timed(
-        pivot: object, others: Mapping[str, object], rounds: int, *_: object
+        pivot: object, others: Mapping[str, object], clock: object, rounds: int, *_: object
     ) -> dict[str, list[Trial]]:
         took = next(seconds)
-        return {name: [Trial(took, 1.0, False)] * rounds for name in others}
+        return {name: [Trial((took,), (1.0,))] * rounds for name in others}
 
-    monkeypatch.setattr(cpu_measure, "sandwich", timed)
+    monkeypatch.setattr(measure, "sandwich", timed)
     monkeypatch.setitem(KINDS, "watched", pipelines.Kind("watched", 1, build))
-    case = small([("watched", "adamw_fused")])
-    (result,) = cpu_measure.run_case(case, "new", cpu_measure.Progress([case], 11, 22))
-    assert len(built) == cpu_measure.BUILDS == 5
-    assert result.summary is not None and result.summary.samples == 11
-    assert {result.summary.reference_ms.p20, result.summary.reference_ms.p80} == {2000.0, 4000.0}
+    (result,) = measure.run_case(small([("watched", "adamw_fused")]), bench(11))
+    assert len(built) == measure.BUILDS == 5
+    theirs = [trial.reference[0] for trial in result.trials]
+    assert len(theirs) == 11 and {*theirs} == {2.0, 3.0, 4.0}
 
 
 @pytest.mark.parametrize(
@@ -229,66 +211,78 @@ def test_trials_of_all_builds_are_pooled(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_every_build_gets_its_share_of_the_rounds(
     rounds: int, numel: int, shares: list[int]
 ) -> None:
-    assert cpu_measure._shares(rounds, numel) == shares
+    assert measure._shares(rounds, numel) == shares
 
 
 def test_the_ratio_is_that_of_the_reference_to_the_pipeline(
-    measured: dict[tuple[str, str], report.Result],
+    measured: dict[tuple[str, str], Result],
 ) -> None:
     """Whichever of the two is the pivot."""
-    as_pipeline = measured["adamw_fused", "adamw_foreach"].summary
-    as_reference = measured["fusedopt_adamw_reference", "adamw_fused"].summary
-    assert as_pipeline is not None and as_reference is not None
-    assert (as_pipeline.ms.p50, as_pipeline.ratio.p50) == (1000.0, 2.0)
-    assert (as_reference.ms.p50, as_reference.ratio.p50) == (2000.0, 0.5)
+    report = rows.Report({"timestamp": "", "commit": "", "dirty": 0}, None)
+    for result in measured.values():
+        result.add_to(report, bench(), ceiling_gb_s="7")
+    known = {figure["reference"]: figure for figure in report.figures()}
+    assert known.keys() == {"adamw_foreach", "adamw_fused", "stream_4k"}
+    for reference, ms, ratio, n_bytes in (
+        ("adamw_foreach", 1000.0, 2.0, ("48", "100")), ("adamw_fused", 2000.0, 0.5, ("32", "48"))
+    ):  # fmt: skip
+        figure = known[reference]
+        assert (figure.median(), figure.ratio().median) == (ms, ratio)
+        assert (figure["bytes_per_param"], figure["reference_bytes"]) == n_bytes
+        assert (figure["ceiling_gb_s"], figure["params"], figure["tensors"]) == ("7", "507", "3")
 
 
 def test_ours_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KINDS, OURS, pipelines.Kind("ours", 32, fail))
-    case = small([(OURS, "adamw_fused"), (OURS, "adamw_foreach")])
-    results = cpu_measure.run_case(case, "new", cpu_measure.Progress([case], 1, 1))
-    assert [(r.summary, r.wrong) for r in results] == [(None, True)] * 2
+    results = measure.run_case(small([(OURS, "adamw_fused"), (OURS, "adamw_foreach")]), bench())
+    assert [(r.trials, r.wrong) for r in results] == [([], True)] * 2
 
 
 def test_a_stream_alone_is_no_measure_of_a_step() -> None:
-    case = small([("adamw_fused", "stream_4k")])
-    (result,) = cpu_measure.run_case(case, "new", cpu_measure.Progress([case], 1, 1))
-    assert result.summary is None and "agreed with no other" in result.note
+    (result,) = measure.run_case(small([("adamw_fused", "stream_4k")]), bench())
+    assert not result.trials and "agreed with no other" in result.note
+
+
+def measured_cases(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trials: list[Trial], *options: str
+) -> list[rows.Row]:
+    """Rows of the command, with these trials of each case's first pair."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    first = lambda case, _: [Result(case, case.comparisons[0], trials)]  # noqa: E731
+    monkeypatch.setattr(cpu_step, "run_case", first)
+    assert cpu_step.main([*options, "--out", str(tmp_path / "rows.csv")]) == 0
+    return read(tmp_path / "rows.csv")
 
 
 def test_the_ceiling_is_taken_before_and_after_each_case(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    summary = summarize([Trial(1.0, 1.0, False)] * 3)
     ceilings = iter([10.0, 20.0, 40.0, None])
     monkeypatch.setattr(cpu_step.stream, "ceiling_gb_s", lambda *_: next(ceilings))
-    monkeypatch.setattr(
-        cpu_step,
-        "run_case",
-        lambda case, *_: [report.Result(case, case.comparisons[0], summary)],
-    )
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     names = ["adamw-tiny", "adamw-one-1M", "sgd-gpt-1M"]
-    assert cpu_step.main(["--cases", *names, "--out", str(tmp_path / "rows.csv")]) == 0
-    with (tmp_path / "rows.csv").open(newline="") as file:
-        found = [(row["case"], row["ceiling_gb_s"]) for row in csv.DictReader(file)]
-    assert found == [*zip(names, ["15.000", "30.000", ""], strict=True)]
+    found = measured_cases(monkeypatch, tmp_path, [Trial((1.0,), (1.0,))] * 3, "--cases", *names)
+    wanted = [*zip(names, ["15", "30", ""], strict=True)]
+    assert [(row["case"], row["ceiling_gb_s"]) for row in found] == wanted
 
 
-@pytest.mark.parametrize(("disturbed", "verdict"), [(False, "| NO |"), (True, "| ? |")])
-def test_disturbed_samples_are_no_ground_for_a_verdict(disturbed: bool, verdict: str) -> None:
-    case = all_cases()["adamw-tiny"]
-    summary = summarize([Trial(1.0, 2.0, disturbed)] * 3 + [Trial(1.0, 2.0, True)])
-    told = report.table([report.Result(case, case.comparisons[0], summary)], goals=True)
-    assert ("(disturbed)" in told) is disturbed
-    assert told.splitlines()[2].endswith(verdict)
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_goals_are_for_those_who_ask_and_disturbed_samples_no_ground_for_a_verdict(
+    disturbed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(cpu_step.stream, "ceiling_gb_s", lambda *_: None)
+    trials = [Trial((1.0,), (2.0,), disturbed)] * 3 + [Trial((1.0,), (2.0,), True)]
+    (row,) = measured_cases(monkeypatch, tmp_path, trials, "--goals", "--cases", "adamw-tiny")
+    told = capsys.readouterr().out
+    assert goals.SAY in told and ("DISTURBED" in told) is disturbed
+    assert (" | MISSED |" in told, " | open |" in told) == (not disturbed, disturbed)
+    wanted = ("4", "0", "1 1 1 1") if disturbed else ("1", "1", "1 1 1")
+    assert (row["disturbed"], row["quiet"], row["values"]) == wanted
 
 
-def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_measure, "available_bytes", lambda: 0)
+def test_a_case_that_does_not_fit_is_left_out() -> None:
     case = all_cases()["adamw-one-1M"]
-    results = cpu_measure.run_case(case, "new", cpu_measure.Progress([case], 1, 1))
-    assert [r.summary for r in results] == [None] * len(case.comparisons)
+    results = measure.run_case(case, replace(bench(), free_bytes=lambda: 0))
+    assert [r.trials for r in results] == [[]] * len(case.comparisons)
     assert all("memory" in r.note for r in results)
 
 

@@ -8,26 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import figure_helpers
+import bench_helpers
 import pytest
 import torch
-from figure_helpers import medians, read
+from bench_helpers import medians, read
 
-import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
-
-pytest.importorskip("numpy")
-pytest.importorskip("tqdm")
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-from benchmarks import memory, peak_memory, row_files  # noqa: E402
+from benchmarks import memory, rows as row_files
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 READINGS = {  # of a scripted meter, in bytes
     "now": [100, 110, 120],  # with parameters and gradients, before the first and the second step
     "peak": [115, 150, 160],  # while the optimizer was made, of the first and the second step
 }
-one_thread = figure_helpers.one_thread
+one_thread = bench_helpers.one_thread
 
 
 QUICK_PIPELINES = ("torch_foreach", "fusedopt", "fusedopt_init_state")
@@ -79,39 +72,26 @@ def hold_promises(figures: dict[str, dict[str, float]]) -> None:
     assert added_second["torch_foreach"] > 0.9 * params
 
 
-class Scripted:
+def scripted(name: str, resets: list[str]) -> memory.Meter:
     """A meter that reads what it was given, as a GPU's allocator would."""
-
-    exact = True
-
-    def __init__(self, name: str, resets: list[str]) -> None:
-        self.name = name
-        self._now, self._peak = iter(READINGS["now"]), iter(READINGS["peak"])
-        self._resets = resets
-
-    def now(self) -> int:
-        return next(self._now)
-
-    def reset_peak(self) -> None:
-        self._resets.append(self.name)
-
-    def peak(self) -> int:
-        return next(self._peak)
+    now, peak = (iter(READINGS[reading]) for reading in ("now", "peak"))
+    reset = lambda: resets.append(name)  # noqa: E731
+    return memory.Meter(name, True, lambda: next(now), reset, lambda: next(peak))
 
 
-@pytest.mark.parametrize("pipeline", peak_memory.PIPELINES)
+@pytest.mark.parametrize("pipeline", memory.PIPELINES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_measuring_with_the_meters_of_a_gpu(
     pipeline: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resets: list[str] = []
     monkeypatch.setattr(
-        peak_memory, "meters", lambda _: [Scripted(n, resets) for n in ("allocated", "reserved")]
+        memory, "meters", lambda _: [scripted(n, resets) for n in ("allocated", "reserved")]
     )
-    monkeypatch.setitem(peak_memory.LISTS, "small", lambda: [(40, 5), (7,)])
-    monkeypatch.setattr(peak_memory, "WARM_UP_LIST", "small")
-    job = peak_memory.Job("small", dtype, pipeline, "cpu", torch.get_num_threads())
-    measured = json.loads(json.dumps(peak_memory.measure(job)))
+    monkeypatch.setitem(memory.LISTS, "small", lambda: [(40, 5), (7,)])
+    monkeypatch.setattr(memory, "WARM_UP_LIST", "small")
+    job = memory.Job("small", dtype, pipeline, "cpu", torch.get_num_threads())
+    measured = json.loads(json.dumps(memory.measure(job)))
     expected = {"first_peak": 50, "first_added": 40, "second_peak": 60, "second_added": 40}
     assert measured["peaks"] == {"allocated": expected, "reserved": expected}
     assert resets == ["allocated"] * 3
@@ -124,11 +104,11 @@ def test_measuring_with_the_meters_of_a_gpu(
 def test_the_peak_while_state_is_made_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With init_state() the peak may lie before the step."""
     monkeypatch.setitem(READINGS, "peak", [170, 150, 160])
-    monkeypatch.setattr(peak_memory, "meters", lambda _: [Scripted("allocated", [])])
-    monkeypatch.setitem(peak_memory.LISTS, "small", lambda: [(7,)])
-    monkeypatch.setattr(peak_memory, "WARM_UP_LIST", "small")
-    job = peak_memory.Job("small", "fp32", "fusedopt", "cpu", torch.get_num_threads())
-    assert peak_memory.measure(job)["peaks"]["allocated"]["first_peak"] == 70
+    monkeypatch.setattr(memory, "meters", lambda _: [scripted("allocated", [])])
+    monkeypatch.setitem(memory.LISTS, "small", lambda: [(7,)])
+    monkeypatch.setattr(memory, "WARM_UP_LIST", "small")
+    job = memory.Job("small", "fp32", "fusedopt", "cpu", torch.get_num_threads())
+    assert memory.measure(job)["peaks"]["allocated"]["first_peak"] == 70
 
 
 def test_meters_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +117,7 @@ def test_meters_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda n=name: calls.append(n) or 1)
         monkeypatch.setattr(torch.cuda, f"max_{name}", lambda n=name: calls.append(f"max_{n}") or 2)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
-    allocated, reserved = peak_memory.meters(CUDA)
+    allocated, reserved = memory.meters(CUDA)
     assert (allocated.now(), allocated.peak(), reserved.now(), reserved.peak()) == (1, 2, 1, 2)
     reserved.reset_peak()
     names = ["memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"]
@@ -145,11 +125,11 @@ def test_meters_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_proc_the_figures_are_lower_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(self: object) -> None:
+    def denied() -> None:
         raise PermissionError
 
-    monkeypatch.setattr(peak_memory.Resident, "reset_peak", denied)
-    (meter,) = peak_memory.meters(CPU)
+    monkeypatch.setattr(memory, "_reset_resident", denied)
+    (meter,) = memory.meters(CPU)
     assert not meter.exact
     assert meter.peak() >= meter.now() > 10 << 20
 
@@ -163,7 +143,7 @@ def test_memory_on_a_gpu(
     """The command for a GPU, with the processes that would measure replaced."""
     jobs = []
 
-    def run_child(job: peak_memory.Job) -> dict[str, Any]:
+    def run_child(job: memory.Job) -> dict[str, Any]:
         jobs.append(job)
         peaks = dict.fromkeys(("first_peak", "first_added", "second_peak", "second_added"), 3 << 20)
         return {
@@ -179,16 +159,16 @@ def test_memory_on_a_gpu(
     monkeypatch.setattr(row_files, "RESULTS", tmp_path)
     assert memory.main(["--device", "cuda"]) == 0
     assert [(dtype, sorted(names), device) for dtype, names, device in checked] == [
-        (dtype, sorted(peak_memory.PIPELINES), CUDA) for dtype in ("fp32", "bf16")
+        (dtype, sorted(memory.PIPELINES), CUDA) for dtype in ("fp32", "bf16")
     ]
     assert {job.device for job in jobs} == {"cuda"}
     assert len(jobs) == 2 * 4 * 3  # dtypes, pipelines, runs
     assert memory.processes_at_a_time("llama-3.2-1B", CUDA) == 1
-    rows = read(tmp_path / "local" / "nvidia-h100-80gb-memory.csv")
+    rows = read(tmp_path / "local" / "nvidia-h100-80gb.csv")
     assert {row["machine"] for row in rows} == {"NVIDIA H100 80GB"}
     wanted = set(memory.COLUMNS) | {f"reserved_{name}" for name in memory.COLUMNS[1:]}
     assert {row["figure"] for row in rows} == wanted
-    assert {row["p50"] for row in rows if "beyond" in row["figure"]} == {"1.0000"}
+    assert {row["values"] for row in rows if "beyond" in row["figure"]} == {"1 1 1"}
     assert "reserved first peak" in capsys.readouterr().out
 
 
@@ -207,9 +187,9 @@ def test_pipelines_that_take_other_steps_are_not_compared(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    peak_memory.check_same_step(dtype, peak_memory.PIPELINES, CPU)
-    monkeypatch.setattr(peak_memory, "MAX_GRAD_NORM", 0.5)  # of ours alone
-    for names in (peak_memory.PIPELINES, ["fusedopt"], ["fusedopt", "fusedopt_init_state"]):
+    memory.check_same_step(dtype, memory.PIPELINES, CPU)
+    monkeypatch.setattr(memory, "MAX_GRAD_NORM", 0.5)  # of ours alone
+    for names in (memory.PIPELINES, ["fusedopt"], ["fusedopt", "fusedopt_init_state"]):
         assert memory.main(["--quick", "--dtypes", dtype, "--pipelines", *names]) == 1
         assert "not measured: the two pipelines take different steps" in capsys.readouterr().out
 
@@ -236,4 +216,4 @@ def test_a_process_that_fails_is_reported(
     done = SimpleNamespace(returncode=status, stdout="", stderr=stderr)
     monkeypatch.setattr(memory.subprocess, "run", lambda *args, **options: done)
     with pytest.raises(memory.NotMeasured, match=reason):
-        memory.run_child(peak_memory.Job("gpt-1M", "fp32", "fusedopt", "cpu", 1))
+        memory.run_child(memory.Job("gpt-1M", "fp32", "fusedopt", "cpu", 1))

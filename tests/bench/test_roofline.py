@@ -1,25 +1,15 @@
-"""The roofline's times, the columns that come from it, and the page that shows it."""
+"""The roofline's bytes and times; tests/docs/test_tables.py looks at the page that shows them."""
 
 from __future__ import annotations
 
-import csv
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
+import bench_helpers  # noqa: F401
 import pytest
 
-import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
-
-pytest.importorskip("numpy")
-pytest.importorskip("tqdm")
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-from benchmarks import registry, report, roofline, stream, timing  # noqa: E402
-from benchmarks.cases import Comparison, all_cases  # noqa: E402
-from benchmarks.traffic import Options, traffic  # noqa: E402
+from benchmarks import clocks, registry, roofline, stream
+from benchmarks.traffic import Options, traffic
 
 # ---- the literals that other files carry --------------------------------------------------------
 
@@ -45,7 +35,7 @@ ON_GPU = registry.gpu_kinds({"cuda": "cpu", "triton": "cpu"})
 
 @pytest.mark.parametrize("name", OF_KINDS)
 def test_rows_carry_these_bytes(name: str) -> None:
-    kinds = [kinds[name] for kinds in (report.KINDS, ON_GPU) if name in kinds]
+    kinds = [kinds[name] for kinds in (registry.KINDS, ON_GPU) if name in kinds]
     assert {kind.bytes_per_param for kind in kinds} == {OF_KINDS[name]}
 
 
@@ -98,66 +88,20 @@ def test_the_fewest_ranks_with_room(numel: int, ranks: int) -> None:
     assert roofline.ranks_needed(numel, 16, 100_000.0) == ranks
 
 
-def result(seconds: float, ceiling_gb_s: float | None = None) -> report.Result:
-    case = all_cases()["adamw-one-1M"]
-    summary = timing.summarize([timing.Trial(seconds, seconds, False)] * 3)
-    comparison = Comparison("fusedopt_adamw", "adamw_fused")
-    return report.Result(case, comparison, summary, ceiling_gb_s=ceiling_gb_s)
-
-
-def test_rows_say_measured_over_predicted() -> None:
-    (row,) = report.rows([result(2e-3, 32.0)], report.provenance())
-    figures = [float(str(row[name])) for name in report.ROOFLINE]
-    assert figures == [16.0, 32.0, 1.0, 2.0]
-    assert "| 2.00 |" in report.table([result(2e-3, 32.0)])
-    (row,) = report.rows([result(2e-3)], report.provenance())
-    assert [row[name] for name in report.ROOFLINE] == ["16.000", "", "", ""]
-
-
 def test_the_ceiling_is_bytes_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = iter([1.0, 1e-3, 2.0, 5e-4, 4e-3])
+    taken = iter([1000.0, 1.0, 2000.0, 0.5, 4.0])
 
-    class Sampler:
-        def __init__(self, pipeline: stream.Stream) -> None:
-            pass
+    def sampler(self: object, pipeline: stream.Stream) -> clocks.Sampler:
+        return lambda: (lambda ms: clocks.Sample((ms,), ms > 500))(next(taken))
 
-        def __call__(self) -> timing.Sample:
-            seconds = next(taken)
-            return timing.Sample(seconds, disturbed=seconds > 0.5)
-
-    monkeypatch.setattr(stream, "Sampler", Sampler)
+    monkeypatch.setattr(clocks.HostClock, "sampler", sampler)
     monkeypatch.setattr(stream, "_compiled", lambda: lambda *arguments: 0.0)
     assert stream.ceiling_gb_s(100_000, rounds=5) == pytest.approx(3.2)
     monkeypatch.setattr(stream, "_compiled", lambda: None)
     assert stream.ceiling_gb_s(100_000) is None
 
 
-def test_all_cpu_results_have_the_columns() -> None:
-    for path in (ROOT / "benchmarks" / "results").glob("*.csv"):
-        with path.open(newline="") as file:
-            header, *rows = csv.reader(file)
-        if "ceiling_fraction" in header:
-            assert header == report.COLUMNS
-        assert {len(row) for row in rows} <= {len(header)}
-
-
-def test_readme_of_results_names_the_columns_of_figures() -> None:
-    text = (ROOT / "benchmarks" / "results" / "README.md").read_text()
-    assert [column for column in report.FIGURE_COLUMNS if f"`{column}`" not in text] == []
-
-
-# ---- the page and the command -------------------------------------------------------------------
-
-PAGE = ROOT / "docs" / "performance.md"
-BLOCK = re.compile(r"<!-- begin: (\w+) -->\n(.*?)\n<!-- end: \1 -->", re.DOTALL)
-
-
-@pytest.mark.skipif(not PAGE.exists(), reason="the documents are not here")
-def test_the_tables_of_the_page_are_the_functions() -> None:
-    blocks = dict(BLOCK.findall(PAGE.read_text()))
-    assert blocks.keys() == roofline.TABLES.keys()
-    for name, make in roofline.TABLES.items():
-        assert blocks[name] == make(), f"docs/performance.md: run roofline --table {name}"
+# ---- the command ----------------------------------------------------------------------------
 
 
 def test_predictions_are_marked() -> None:

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bench_helpers import rows  # noqa: F401
 from dispatched_bytes import Bytes
 from torch import Tensor
 
-import fusedopt  # the installed one, before the checkout is on the path
-
-pytest.importorskip("numpy")
-pytest.importorskip("tqdm")
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
-
-from benchmarks import param_sets, pipelines, registry, roofline  # noqa: E402
-from benchmarks.traffic import (  # noqa: E402
+import fusedopt
+from benchmarks import param_sets, pipelines, registry, roofline
+from benchmarks.traffic import (
     MASTER,
     SCALERS,
     STATES,

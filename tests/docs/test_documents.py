@@ -1,7 +1,7 @@
 """What README and docs claim: their code runs, their commands, files and links exist.
 
-Beside it: figures, test_figures.py; messages, test_troubleshooting.py; the worked example of an
-optimizer, test_worked_example.py.
+Beside it: measured tables, test_tables.py; messages, test_troubleshooting.py; the worked example
+of an optimizer, test_worked_example.py.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ FOLDERS = ("tests", "benchmarks", "fusedopt", "csrc", "docs", "examples", ".ci",
 PATH = re.compile(rf"(?<![\w./<>-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./{{}},*<>…-]*")
 COMMAND = re.compile(r"python -m (benchmarks|fusedopt)(?:\.([\w.]+))?((?: [^\s`#]+)*)")
 
-# Named by a page and not in a checkout: made by the build, or by the worked example.
-MADE = {"fusedopt/_build_config.py", "examples/out"}
+# Named by a page and not in a checkout: made by the build, the worked example or the plots.
+MADE = {"fusedopt/_build_config.py", "examples/out", "docs/pictures"}
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents are not here"),
