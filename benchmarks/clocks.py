@@ -99,8 +99,7 @@ def _waiting_seconds() -> float:
 class HostClock:
     """A sample is the median of as many steps as make up `MIN_SAMPLE_S`."""
 
-    def __init__(self, figure: str = "step") -> None:
-        self.units = {figure: "ms"}
+    units = {"step": "ms"}  # noqa: RUF012
 
     def sampler(self, pipeline: Steppable) -> Sampler:
         quickest = min(step_ms(pipeline) for _ in range(2))

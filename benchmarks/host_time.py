@@ -19,8 +19,8 @@ import torch
 import fusedopt
 from benchmarks import arguments as args_of
 from benchmarks.arguments import positive
-from benchmarks.clocks import HostClock, Sample
-from benchmarks.measure import undisturbed
+from benchmarks.clocks import HostClock
+from benchmarks.measure import add_trials, sandwich
 from benchmarks.param_sets import Gradients, equal, make_params
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, Ours
 from benchmarks.rows import Report, add_options, destination, provenance, table, told
@@ -31,7 +31,8 @@ CASE = "host-300x1k"
 PIPELINE = "fusedopt_adamw_triton_host"
 
 # What has moved since the last step: nothing; gradients (new tensors); the learning rate.
-MOVED = {"nothing": "kept", "gradients": "new", "lr": "kept"}
+STILL = "nothing"
+MOVED = {STILL: "kept", "gradients": "new", "lr": "kept"}
 
 
 class _Over:
@@ -72,20 +73,15 @@ class HostOnly(Ours):
 
 
 def measure(report: Report, rounds: int) -> None:
-    """By what has moved, in turns; there is no reference."""
-    clock = HostClock("host")
-    samplers = {moved: clock.sampler(HostOnly(moved)) for moved in MOVED}
-    samples: dict[str, list[Sample]] = {moved: [] for moved in MOVED}
-    for _ in range(rounds):
-        for moved, take in samplers.items():
-            samples[moved].append(take())
-    for moved, taken in samples.items():
-        used, said = undisturbed([sample.disturbed for sample in taken])
-        report.add(
-            "host", "us", [1e3 * taken[index].times[0] for index in used], case=CASE,
+    """What has moved, each in turns with a step before which nothing has."""
+    pipelines = {moved: HostOnly(moved) for moved in MOVED}
+    trials = sandwich(pipelines.pop(STILL), pipelines, HostClock(), rounds, 2 * rounds)
+    for moved, taken in trials.items():
+        add_trials(
+            report, {"host": "us"}, taken, (1e3, 1e3), case=CASE, dtype="float32",
             params=sum(torch.Size(shape).numel() for shape in SHAPES), tensors=len(SHAPES),
-            dtype="float32", grads=MOVED[moved], pipeline=f"{PIPELINE}:{moved}",
-            note=f"moved: {moved}; launches do nothing", **said,
+            grads=MOVED[moved], pipeline=f"{PIPELINE}:{moved}", reference=f"{PIPELINE}:{STILL}",
+            note=f"moved: {moved}; launches do nothing",
         )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from benchmarks.clocks import HostClock
 from benchmarks.gpu import machine as gpu
 from benchmarks.gpu.kernels import time_kernels
 from benchmarks.gpu.streams import measure_streams
-from benchmarks.measure import available_bytes, sandwich, undisturbed
+from benchmarks.measure import add_trials, available_bytes, sandwich
 from benchmarks.param_sets import one_tensor
 from benchmarks.pipelines import DifferentStep, Unavailable
 from benchmarks.verbs import DTYPES, RULES, VERBS, Verbs, Workload, check_same_step
@@ -84,14 +84,12 @@ def measure_on_cpu(
     for name, taken in trials.items():
         backend, verb = name.split(" ")
         share = workload.bytes_per_param(verb) / stream.BYTES_PER_PARAM
-        used, said = undisturbed([trial.disturbed for trial in taken])
-        times = [taken[index].own[0] / calls[name].count for index in used]
-        theirs = [taken[index].reference[0] / reference.count * share for index in used]
+        scales = (1 / calls[name].count, share / reference.count)
         note = f"{beside.describe()}; as many elements, its time scaled to these bytes"
-        columns = workload.columns(backend, verb, shapes) | said
+        columns = workload.columns(backend, verb, shapes)
         columns |= {"case": case, "reference": REFERENCE, "note": note}
         columns["reference_bytes"] = columns["bytes_per_param"]
-        report.add("call", "ms", times, theirs, **columns)
+        add_trials(report, {"call": "ms"}, taken, scales, **columns)
 
 
 def wanted_verbs(workloads: Sequence[Workload], verbs: Sequence[str]) -> list[list[str]]:

@@ -86,15 +86,23 @@ def sandwich(
     return trials
 
 
-def undisturbed(flags: Sequence[bool]) -> tuple[list[int], dict[str, object]]:
-    """The samples to use by their flags, and what a row says of that.
+def add_trials(
+    report: Report, units: Mapping[str, str], trials: Sequence[Trial],
+    scales: Sequence[float] = (1.0, 1.0), **columns: object,
+) -> list[Trial]:  # fmt: skip
+    """A row for each figure of a clock; times are multiplied by a scale for each side.
 
-    All of them are, and the row is not `quiet`, where too few were undisturbed.
+    Of the undisturbed trials, which are given back. It is all of them, and the rows are not
+    `quiet`, where too few were undisturbed.
     """
-    clean = [index for index, disturbed in enumerate(flags) if not disturbed]
-    quiet = len(clean) >= max(3, len(flags) // 4) or len(clean) == len(flags)
-    used = clean if quiet else list(range(len(flags)))
-    return used, {"disturbed": len(flags) - len(clean), "quiet": int(quiet)}
+    clean = [trial for trial in trials if not trial.disturbed]
+    quiet = len(clean) >= max(3, len(trials) // 4) or len(clean) == len(trials)
+    used = clean if quiet else list(trials)
+    said = {"disturbed": len(trials) - len(clean), "quiet": int(quiet)}
+    for index, (figure, unit) in enumerate(units.items()):
+        sides = ([s * trial[side][index] for trial in used] for side, s in enumerate(scales))
+        report.add(figure, unit, *sides, **said, **columns)
+    return used
 
 
 @dataclass
@@ -128,18 +136,15 @@ class Result:
         if not self.trials:
             return
         case, pair = self.case, self.comparison
-        used, said = undisturbed([trial.disturbed for trial in self.trials])
-        kept = [self.trials[index] for index in used]
         reference = bench.kinds.get(pair.reference)
-        for index, (figure, unit) in enumerate(bench.clock(case).units.items()):
-            report.add(
-                figure, unit, [t.own[index] for t in kept], [t.reference[index] for t in kept],
-                case=case.name, params=case.numel, tensors=len(case.shapes()), grads=case.grads,
-                dtype=str(case.dtype).removeprefix("torch."), note=self.note,
-                pipeline=pair.pipeline, reference=pair.reference,
-                bytes_per_param=bench.kinds[pair.pipeline].bytes_per_param,
-                reference_bytes=reference.bytes_per_param if reference else 32, **said, **columns,
-            )  # fmt: skip
+        add_trials(
+            report, bench.clock(case).units, self.trials, case=case.name, params=case.numel,
+            tensors=len(case.shapes()), grads=case.grads, note=self.note,
+            dtype=str(case.dtype).removeprefix("torch."),
+            pipeline=pair.pipeline, reference=pair.reference,
+            bytes_per_param=bench.kinds[pair.pipeline].bytes_per_param,
+            reference_bytes=reference.bytes_per_param if reference else 32, **columns,
+        )  # fmt: skip
 
 
 def run_case(case: Case, bench: Bench) -> list[Result]:

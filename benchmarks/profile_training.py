@@ -11,9 +11,7 @@ iterations under it. docs/training.md tells what the figures mean.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
-import random
 import sys
 import tempfile
 from collections import Counter
@@ -30,8 +28,8 @@ from tqdm import tqdm
 
 from benchmarks import arguments as args_of
 from benchmarks.arguments import device, gpu_name, positive
-from benchmarks.clocks import ForeignLoad
-from benchmarks.measure import undisturbed
+from benchmarks.clocks import ForeignLoad, Sample, Sampler
+from benchmarks.measure import Trial, add_trials, sandwich
 from benchmarks.pipelines import DifferentStep, Unavailable
 from benchmarks.rows import ROOT, Report, add_options, destination, provenance, told, wide
 
@@ -139,52 +137,29 @@ def check_same_training(runs: Mapping[str, Any], dtype: str) -> None:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-@dataclass
-class Rounds:
-    """Times of iterations by pipeline in ms, one per round, and which rounds were disturbed."""
+class TrainingClock:
+    """The clocks of the examples: a sample is one iteration."""
 
-    optimizer: dict[str, list[float]]
-    iteration: dict[str, list[float]]
-    disturbed: list[bool]
+    units = {"optimizer": "ms", "iteration": "ms"}  # noqa: RUF012
 
-
-def time_rounds(runs: Mapping[str, Any], rounds: int, bar: tqdm[Any]) -> Rounds:
-    """One iteration of every pipeline per round, in random order."""
-    rng, disturbed = random.Random(0), []
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
+    def sampler(self, run: Any) -> Sampler:
+        def take() -> Sample:
             with ForeignLoad() as load:
-                for pipeline in rng.sample(list(runs), len(runs)):
-                    runs[pipeline].step()
-            disturbed.append(load.disturbed)
-            bar.update()
-    finally:
-        gc.enable()
-    return Rounds(
-        {pipeline: run.watch.times[-rounds:] for pipeline, run in runs.items()},
-        {pipeline: run.whole_watch.times[-rounds:] for pipeline, run in runs.items()},
-        disturbed,
-    )
+                run.step()
+            return Sample((run.watch.times[-1], run.whole_watch.times[-1]), load.disturbed)
+
+        return take
 
 
-def add_times(report: Report, case: str, timed: Rounds, note: str) -> None:
-    """Ours against each of the others in the same round, and the share of each."""
-    used, said = undisturbed(timed.disturbed)
-    kept = {
-        name: {pipeline: [times[index] for index in used] for pipeline, times in all_of_it.items()}
-        for name, all_of_it in (("optimizer", timed.optimizer), ("iteration", timed.iteration))
-    }
-    for pipeline in timed.optimizer:
-        columns = {"case": case, "note": note, **said}
-        if pipeline != OURS:
-            for name, times in kept.items():
-                report.add(name, "ms", times[OURS], times[pipeline], pipeline=OURS,
-                           reference=pipeline, **columns)  # fmt: skip
-        pairs = zip(kept["optimizer"][pipeline], kept["iteration"][pipeline], strict=True)
-        shares = [100 * part / whole for part, whole in pairs]
-        report.add("optimizer_share", "%", shares, pipeline=pipeline, **columns)
+def add_times(report: Report, trials: Mapping[str, Sequence[Trial]], **columns: object) -> None:
+    """Ours in turns with each of the others, and the share of each."""
+    for pipeline, taken in trials.items():
+        named = {**columns, "pipeline": OURS, "reference": pipeline}
+        swapped = [trial.swapped() for trial in taken]
+        kept = add_trials(report, TrainingClock.units, swapped, **named)
+        for name, times in ((pipeline, [t.reference for t in kept]), (OURS, [t.own for t in kept])):
+            shares = [100 * part / whole for part, whole in times]
+            report.add("optimizer_share", "%", shares, pipeline=name, **columns)
 
 
 class Range(NamedTuple):
@@ -273,7 +248,8 @@ def _top(times: Sequence[Counter[str]], calls: Sequence[Counter[str]]) -> str:
 def measure(case: Case, args: argparse.Namespace, report: Report, bar: tqdm[Any]) -> None:
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else case.rounds)
     bar.set_description(case.name)
-    runs = start(case, MAX_WARM_UP + rounds + 1 + args.profiled, args.device, args.quick)
+    steps = MAX_WARM_UP + 2 * rounds + 2 + args.profiled  # ours is between all the others
+    runs = start(case, (len(PIPELINES) - 1) * steps, args.device, args.quick)
     warm_up(runs)
     check_same_training(runs, case.dtype)
     backend = next(iter(runs[OURS].optimizer.backend.values()))
@@ -282,7 +258,9 @@ def measure(case: Case, args: argparse.Namespace, report: Report, bar: tqdm[Any]
     numel = sum(param.numel() for param in runs[OURS].model.parameters())
     scaler = "with" if runs[OURS].scaler.is_enabled() else "without"
     note = f"{numel} params; {scaler} scaler; backend {backend}"
-    add_times(report, case.name, time_rounds(runs, rounds, bar), note)
+    others = {pipeline: run for pipeline, run in runs.items() if pipeline != OURS}
+    trials = sandwich(runs[OURS], others, TrainingClock(), rounds, rounds, bar.update)
+    add_times(report, trials, case=case.name, note=note)
     with tempfile.TemporaryDirectory() as folder:
         for pipeline, run in runs.items():
             path = (args.trace or Path(folder)) / f"{case.name}-{pipeline}.json"
@@ -320,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [all_cases(args.device)[name] for name in args.cases]
     rounds = [args.rounds or (QUICK_ROUNDS if args.quick else case.rounds) for case in cases]
     problems: dict[str, Exception] = {}
-    with tqdm(total=sum(rounds), unit="round") as bar:
+    with tqdm(total=(len(PIPELINES) - 1) * sum(rounds), unit="sample") as bar:
         for case in cases:
             try:
                 measure(case, args, report, bar)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_helpers import SHAPES
 
-from benchmarks import clocks, goals, measure, param_sets, stream
+from benchmarks import clocks, goals, measure, param_sets, rows, stream
 from benchmarks.cases import _CASES, Comparison, all_cases
 from benchmarks.registry import KINDS
 
@@ -93,14 +93,24 @@ def test_every_candidate_sample_lies_between_samples_of_the_reference(
     assert len(orders) > 1
 
 
-def test_disturbed_samples_are_taken_again_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disturbed_samples_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clocks, "MAX_FOREIGN_SHARE", -1.0)
     assert len(sandwich(3, 5, "a")[1]["a"]) == 5
-    assert measure.undisturbed([False, True, False, False]) == (
-        [0, 2, 3], {"disturbed": 1, "quiet": 1})  # fmt: skip
-    assert measure.undisturbed([False, True, True, True]) == (
-        [0, 1, 2, 3], {"disturbed": 3, "quiet": 0})  # fmt: skip
-    assert measure.undisturbed([False])[1] == {"disturbed": 0, "quiet": 1}
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "kept", "said"),
+    [("-x--", "1 3 4", ("1", "1")), ("-xxx", "1 2 3 4", ("3", "0")), ("-", "1", ("0", "1"))],
+)
+def test_disturbed_samples_are_left_out_while_enough_remain(
+    disturbed: str, kept: str, said: tuple[str, str]
+) -> None:
+    trials = [measure.Trial((n,), (2 * n,), mark == "x") for n, mark in enumerate(disturbed, 1)]
+    report = rows.Report({}, None)
+    used = measure.add_trials(report, {"step": "ms"}, trials, (1.0, 0.5), case="x")
+    (row,) = report.rows
+    assert (row["values"], row["reference_values"]) == (kept, kept)
+    assert (row["disturbed"], row["quiet"]) == said and len(used) == len(kept.split())
 
 
 def test_the_ratio_is_to_the_mean_of_both_sides() -> None:

@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 import fusedopt
-from benchmarks import pipelines, profile_training, rows as row_files
+from benchmarks import clocks, measure, pipelines, profile_training, rows as row_files
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 EXAMPLES = ("common", "train_digits", "train_char_transformer")
@@ -138,17 +138,44 @@ def new_report() -> row_files.Report:
     return row_files.Report({"timestamp": "", "commit": "", "dirty": 0}, None)
 
 
+class Timed:
+    """Stands for a training: each step takes as long as the script says, on both of its clocks."""
+
+    def __init__(self, *script: tuple[float, float]) -> None:
+        self._script = iter(script)
+        self.watch, self.whole_watch = SimpleNamespace(times=[]), SimpleNamespace(times=[])
+
+    def step(self) -> None:
+        for watch, ms in zip((self.watch, self.whole_watch), next(self._script), strict=True):
+            watch.times.append(ms)
+
+
+def test_a_sample_is_one_iteration_by_the_clocks_of_the_example(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clocks, "MAX_FOREIGN_SHARE", float("inf"))
+    ours, theirs = Timed((1, 8), (3, 8), (1, 8)), Timed((4, 16), (8, 16))
+    clock = profile_training.TrainingClock()
+    trials = measure.sandwich(ours, {"torch_fused": theirs}, clock, rounds=2, attempts=2)
+    assert trials["torch_fused"] == [((4, 16), (2, 8), False), ((8, 16), (2, 8), False)]
+
+
 def test_ratios_are_of_the_same_round_and_disturbed_rounds_are_left_out() -> None:
-    step = {"torch_fused": [2.0, 30.0, 1.0, 2.0], "fusedopt": [1.0, 10.0, 99.0, 1.0]}
-    whole = {"torch_fused": [20.0, 40.0, 5.0, 20.0], "fusedopt": [10.0, 20.0, 2.0, 10.0]}
-    disturbed, report = [False, False, True, False], new_report()
-    profile_training.add_times(report, "x", profile_training.Rounds(step, whole, disturbed), "")
+    trials = [
+        measure.Trial((2.0, 20.0), (1.0, 10.0)),
+        measure.Trial((30.0, 40.0), (10.0, 20.0)),
+        measure.Trial((1.0, 5.0), (99.0, 2.0), True),
+        measure.Trial((2.0, 20.0), (1.0, 10.0)),
+    ]
+    report = new_report()
+    profile_training.add_times(report, {"torch_fused": trials}, case="x")
     found = {(f["pipeline"], f["figure"]): f for f in report.figures()}
     assert found["fusedopt", "optimizer"]["reference"] == "torch_fused"
     assert found["fusedopt", "optimizer"].ratio() == (2.0, 2.0, 3.0)
     assert found["fusedopt", "iteration"].ratio().median == 2.0
     assert [*found["torch_fused", "optimizer_share"].samples()] == [10.0, 75.0, 10.0]
-    assert {(row["disturbed"], row["quiet"]) for row in report.rows} == {("1", "1")}
+    assert [*found["fusedopt", "optimizer_share"].samples()] == [10.0, 50.0, 10.0]
+    assert {row["disturbed"] for row in report.rows if row["reference"]} == {"1"}
 
 
 def event(
