@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("old", metavar="OLD")
     parser.add_argument("new", metavar="NEW")
     options = parser.parse_args(arguments)
+    files.need_intervals()
     old, new = read(options.old), read(options.new)
     found = changes(old, new)
     if not found:

@@ -33,8 +33,15 @@ from benchmarks import arguments as args_of, pipelines as pipelines_of
 from benchmarks.arguments import device, gpu_name, positive
 from benchmarks.measure import available_bytes
 from benchmarks.param_sets import LISTS, Gradients, make_params
-from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, DifferentStep, Ours, Pipeline
-from benchmarks.rivals import TorchOpsMasters, torch_adamw
+from benchmarks.pipelines import (
+    ADAMW,
+    MAX_GRAD_NORM,
+    DifferentStep,
+    Ours,
+    Pipeline,
+    TorchOpsMasters,
+)
+from benchmarks.rivals import torch_adamw
 from benchmarks.rows import Report, add_options, destination, provenance, told, wide
 
 # The packages are those that this process has, whatever lies on the path before them.

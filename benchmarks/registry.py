@@ -16,8 +16,17 @@ from torch import Tensor
 
 from benchmarks import rivals
 from benchmarks.param_sets import Gradients
-from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, SGD, Kind, Ours, Pipeline, Unavailable
-from benchmarks.rivals import Build, TorchOpsMasters, library, torch_adamw, torch_sgd
+from benchmarks.pipelines import (
+    ADAMW,
+    MAX_GRAD_NORM,
+    SGD,
+    Kind,
+    Ours,
+    Pipeline,
+    TorchOpsMasters,
+    Unavailable,
+)
+from benchmarks.rivals import Build, library, torch_adamw, torch_sgd
 from benchmarks.traffic import Options, traffic
 
 TRITON = "_triton"  # at the end of the names of pipelines and kernels of the Triton backend

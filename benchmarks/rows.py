@@ -20,6 +20,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,12 +193,19 @@ def estimate(own: Samples, reference: Samples | None = None) -> Estimate:
     return Estimate(float(found.low), median, float(found.high))
 
 
-class Figure(NamedTuple):
+def need_intervals() -> None:
+    """For what judges by them, or writes them down."""
+    if not importlib.util.find_spec("scipy"):
+        raise SystemExit("scipy is not installed: pip install 'fusedopt[bench]'")
+
+
+@dataclass(frozen=True)
+class Figure:
     """The runs of one figure."""
 
     rows: Sequence[Row]
 
-    def __getitem__(self, column: Any) -> Any:
+    def __getitem__(self, column: str) -> str:
         """What the last run's row says."""
         return self.rows[-1][column]
 
@@ -296,7 +304,7 @@ def shown(found: Estimate, unit: str) -> str:
     return f"{median}{separated}" + (f" [{low}\u2013{high}]" if low != high else "")
 
 
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join(
         f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)
     )

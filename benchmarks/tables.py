@@ -20,6 +20,7 @@ from benchmarks.rows import (
     figures,
     find,
     markdown,
+    need_intervals,
     read,
     shown,
     wide,
@@ -193,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = args_of.parser("tables", __doc__)
     parser.add_argument("--record", action="store_true", help="write them into the documents")
     record = parser.parse_args(arguments).record
+    need_intervals()
     stale = 0
     for document, blocks in BLOCKS.items():
         path = ROOT / document

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import shutil
 import subprocess
@@ -139,6 +140,14 @@ def test_the_interval_is_a_bootstrap_of_pairs() -> None:
     assert rows.estimate(own, reference) == (low, median, high), "the same rows, the same table"
     assert rows.estimate(np.array([3.0])) == (3.0, 3.0, 3.0)
     assert rows.estimate(np.full(5, 7.0)) == (7.0, 7.0, 7.0)
+
+
+def test_without_scipy_a_run_is_told_and_nothing_is_judged(monkeypatch: Any) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert rows.estimate(np.array([1.0, 2.0, 9.0])) == (2.0, 2.0, 2.0)
+    for command in ("compare", "tables"):
+        with pytest.raises(SystemExit, match="scipy is not installed"):
+            module(command).main(["a", "b"] if command == "compare" else [])
 
 
 @pytest.mark.parametrize("n", [7, 30])
