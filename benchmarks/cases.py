@@ -57,10 +57,7 @@ def tiny() -> list[Shape]:
 
 Pairs = Sequence[tuple[str, str]]
 
-_AGAINST_FUSED = (
-    ("fusedopt_adamw", "adamw_fused"),
-    ("fusedopt_adamw_amp_scaling", "adamw_fused"),
-)
+_AGAINST_FUSED = (("fusedopt_adamw", "adamw_fused"), ("fusedopt_adamw_amp_scaling", "adamw_fused"))
 _ROOF = ("adamw_fused", "stream_huge")  # no step can be further ahead of torch than a stream is
 _ADAMW_MANY = (
     *_AGAINST_FUSED,

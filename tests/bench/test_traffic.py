@@ -14,14 +14,7 @@ from torch import Tensor
 
 import fusedopt
 from benchmarks import param_sets, pipelines, registry, roofline
-from benchmarks.traffic import (
-    MASTER,
-    SCALERS,
-    STATES,
-    Options,
-    memory_per_param,
-    traffic,
-)
+from benchmarks.traffic import MASTER, SCALERS, STATES, Options, memory_per_param, traffic
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NUMEL = 8192 + 300  # a chunk and a part of one
