@@ -124,6 +124,8 @@ HOST_US = {"adamw_fused": (150, 2.9), "sgd_fused": (150, 2.9), "adamw_foreach": 
            "adamw_compiled": (250, 4.0), "adamw_bf16_torch_ops": (180, 3.5),
            "sgd_foreach": (200, 3.0), "megatron_fp16": (200, 8.0), "deepspeed_fp16": (200, 25.0),
            "flashoptim_adamw": (200, 40.0), "bitsandbytes_adamw8bit": (200, 30.0)}  # fmt: skip
+# Of a process with Triton, by what is in Triton's cache: three kernels to compile, one launcher.
+FIRST_STEP_MS = {"empty": 6000.0, "filled": 900.0}
 WAIT = ("adamw_foreach", "adamw_compiled", "sgd_foreach", "megatron_fp16", "deepspeed_fp16")
 
 

@@ -18,7 +18,7 @@ import torch
 
 import fusedopt
 from benchmarks.cases import tiny
-from benchmarks.goals import FIRST_STEP
+from benchmarks.goals import FIRST_STEP, FIRST_STEP_MS
 from benchmarks.gpu.machine import DryRun, Machine
 from benchmarks.param_sets import GRAD_SCALE, Gradients, equal, make_params
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM
@@ -37,7 +37,8 @@ def add_first_steps(machine: Machine, report: Report) -> None:
             ]
             last = found[-1]
             note = (
-                f"{last['compiled']} kernels compiled, {last['cached']} from the cache; "
+                f"predicted {FIRST_STEP_MS[state]:g} ms; {last['compiled']} kernels compiled, "
+                f"{last['cached']} from the cache; "
                 f"{last['import_ms']:.0f} ms of it import Triton; second step "
                 f"{last['second_ms']:.3g} ms"
             )
