@@ -56,9 +56,9 @@ def time_of(figure: Figure) -> bool:
 
 
 def in_sweep(figure: Figure) -> bool:
-    return time_of(figure) and (
-        figure["case"] in SWEEP_GPU or str(figure["case"]).startswith(SWEEP_CPU)
-    )
+    on_gpu = figure["figure"] == "gpu"
+    swept = figure["case"] in SWEEP_GPU if on_gpu else figure["case"].startswith(SWEEP_CPU)
+    return time_of(figure) and swept
 
 
 def step_time(known: Sequence[Figure]) -> Drawn:
