@@ -50,6 +50,7 @@ ELSEWHERE = {
     "pytest -n 2": (*TEST, "quiet"),
     "pytest tests/step": (*TEST, "with all others"),
     ".ci/run": (".github/workflows/ci.yml", ".ci/run", ""),
+    ".ci/planted": (".github/workflows/ci.yml", ".ci/planted", ""),
     ".ci/sanitize build/sanitized": (".ci/run", ".ci/sanitize", "another folder"),
     ".ci/instructions": (".ci/run", ".ci/instructions", ""),
     "FUSEDOPT_CPU=1 python setup.py -q build_ext --inplace": (
