@@ -109,11 +109,18 @@ def load_values(stream, block, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def values_of(loaded, codec, ALIGNED: tl.constexpr):
+def values_of(loaded, stream, ALIGNED: tl.constexpr):
     values, halves = loaded
-    if codec != FLOAT32:
-        values = widened(unpacked(halves, ALIGNED), codec)
+    if stream.codec != FLOAT32:
+        values = widened(unpacked(halves, ALIGNED), stream.codec)
     return values
+
+
+@triton.jit
+def or_absent(stream, values, ABSENT: tl.constexpr):
+    """``ABSENT`` where there is no such stream."""
+    _, _, there = stream  # so deep in a tuple, Triton 3.6 has lost the names
+    return tl.where(there, values, ABSENT)
 
 
 @triton.jit

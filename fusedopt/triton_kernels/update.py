@@ -64,7 +64,7 @@ def apply_rule(w, grad, param, states, RULE: tl.constexpr, STATES: tl.constexpr)
         if k >= STATES:
             given = given + (param,)  # which the rule does not look at
         elif k >= RULE.n_always and RULE.absent[k] != 0.0:
-            given = given + (tl.where(w.states[k].there, states[k], RULE.absent[k]),)
+            given = given + (access.or_absent(w.states[k], states[k], RULE.absent[k]),)
         else:
             given = given + (states[k],)
     hyper = read(RULE.row_step, w.row_steps, w.row)  # for every block: registers are for the data
@@ -91,7 +91,7 @@ def update_block(
         states_loaded = states_loaded + (access.load_values(w.states[k], block, ALIGNED),)
     grad_loaded = access.load_gradient(w.grad, grad_aligned, block, ALIGNED)
 
-    param = access.values_of(param_loaded, w.primary.codec, ALIGNED)
+    param = access.values_of(param_loaded, w.primary, ALIGNED)
     half_bits = access.unpacked(half_loaded, ALIGNED)
     grad = access.gradient_of(grad_loaded, w.grad, grad_aligned, block, ALIGNED)
     if w.half.there:
@@ -99,7 +99,7 @@ def update_block(
     grad = clipped(grad, w.grad_mult, w.max_grad_value)
     states = ()
     for k in tl.static_range(STATES):
-        states = states + (access.values_of(states_loaded[k], w.states[k].codec, ALIGNED),)
+        states = states + (access.values_of(states_loaded[k], w.states[k], ALIGNED),)
     new = apply_rule(w, grad, param, states, RULE, STATES)
 
     access.store_values(w.primary, block, new[0], ALIGNED)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from functools import cached_property
 from types import ModuleType
 
+import triton.language as tl
+
 # By its full name: tests import this folder a second time, for Triton's interpreter.
 from fusedopt.backends.modules import compare
 from fusedopt.backends.records import Record
@@ -27,9 +29,10 @@ class Text:
         self.name = rule.name
         self.prepare, self.variant, self.update = module.prepare, module.variant, module.update
         self.Hyper = module.Hyper
-        self.options = layout(Record(**rule.options), OPTIONS_BYTES)
+        # Constants of their own: before Triton 3.9 an attribute of a constant was no constant.
+        self.options = tl.constexpr(layout(Record(**rule.options), OPTIONS_BYTES))
         row_step = Record(**dict.fromkeys((*rule.hyper, "count"), "f"))
-        self.row_step = layout(row_step, rule.row_step_bytes)
+        self.row_step = tl.constexpr(layout(row_step, rule.row_step_bytes))
         self.n_always = rule.n_always
         self.absent = tuple(state.absent for state in rule.states)
 
