@@ -45,6 +45,7 @@ def test_every_block_is_written_by_the_program() -> None:
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "PICTURES", tmp_path / "pictures")
     return tmp_path / "machine.csv"
 
 
