@@ -20,6 +20,8 @@ from harness import Trio, make_param, randn, scaler_attributes
 from tolerances import assert_same_bits
 from torch import Tensor
 
+import fusedopt
+
 # How a step comes to be skipped: by the optimizer's own check, or because a scaler is in charge.
 SKIPPERS: dict[str, dict[str, Any]] = {
     "own_check": {"common": {"skip_nonfinite": True}, "step": {}},
@@ -252,3 +254,16 @@ def test_grads_stay_scaled_after_a_skip(backend: str) -> None:
         trio.opt.step()
     for param, grad in zip(trio.params, grads, strict=True):
         assert_same_bits(param.grad, grad, "grad")
+
+
+def test_the_first_step_of_a_new_plan_counts_as_before_when_it_is_skipped(backend: str) -> None:
+    param = make_param(randn(17, 0))
+    opt = fusedopt.FusedAdamW([param], skip_nonfinite=True, backend=backend)
+    for _ in range(3):
+        param.grad = randn(17, 1)
+        opt.step()
+    opt.load_state_dict(opt.state_dict())  # after which there is no plan
+    param.grad = torch.full_like(param, math.nan)
+    opt.step()
+    assert opt.skipped_steps == 1
+    assert opt.state[param]["step"] == 3

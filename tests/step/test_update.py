@@ -18,6 +18,8 @@ from harness import Trio, check_together, make_param, randn
 from models.reference import Oracle, TorchStep
 from torch import Tensor
 
+import fusedopt
+
 RUN_SHAPES: list[tuple[int, ...]] = [(), (3, 5), (0,), (17,), (1500,)]
 
 
@@ -279,3 +281,14 @@ def test_no_gradient_at_all(backend: str) -> None:
     assert trio.opt.grad_norm.item() == 0.0
     trio.step(run_grads(trio.params, 0))
     trio.check()
+
+
+@pytest.mark.parametrize("numel", [1, 17, 8197])
+def test_lion_does_not_move_where_the_sign_is_zero(numel: int, backend: str) -> None:
+    start = randn(numel, 0)
+    param = make_param(start.clone())
+    opt = fusedopt.FusedLion([param], lr=0.1, backend=backend)
+    for zero in (0.0, -0.0):
+        param.grad = torch.full_like(param, zero)
+        opt.step()
+    assert torch.equal(param, start)
