@@ -2,7 +2,7 @@
 
 A module for which there is no compiler, or only one that fails, is left out with a reason. It is an
 error where the switch says that the module must be there (FUSEDOPT_CPU=1), where an environment
-variable is wrong, and where the disk is full. CONTRIBUTING.md lists the variables.
+variable is wrong, and where the disk is full. docs/building.md lists the variables.
 """
 
 from __future__ import annotations

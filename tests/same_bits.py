@@ -3,7 +3,7 @@
     python tests/same_bits.py OLD_CHECKOUT [--backends cpu reference triton cuda] [--steps 50]
                                            [--quick] [--match TEXT]
 
-Both checkouts have to be built (CONTRIBUTING.md); an old build is what is compared, whatever the
+Both checkouts have to be built (docs/building.md); an old build is what is compared, whatever the
 sources say. Each trains in a process of its own, on the CPU: "cuda" are its kernels compiled for
 the CPU, "triton" those in Triton's interpreter. Every param, gradient, state, option and scale at
 the end, and what every step found, are compared by their bits, payloads of NaNs included. The norm
