@@ -1,5 +1,5 @@
-// What the pybind11 doors of both native modules share: tables that Python has filled, and what
-// Python compares with its own declarations when it imports a module.
+// Shared by the pybind11 bindings of both native modules: access to tables that Python fills, and
+// the descriptions that Python compares with its own declarations at import.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -52,8 +52,8 @@ inline int rule_named(const std::string& name) {
   return found;
 }
 
-// Name, offset and size of each field, and what it is in the words of Python's struct: d double,
-// f float; q for anything else.
+// Name, offset and size of each field, and its format in Python's struct module: d for double, f
+// for float, q for anything else.
 template <class Record>
 py::list described() {
   const Record record = {};

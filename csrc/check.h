@@ -1,4 +1,4 @@
-// One exception type at the native door. Messages say what was wrong with which argument.
+// Native code throws one exception type. Its message names the argument that was wrong.
 #pragma once
 
 #include <sstream>

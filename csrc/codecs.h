@@ -1,17 +1,16 @@
-// How the elements of a stream lie in memory: every codec's way to fp32 registers and back.
+// How the elements of a stream are stored in memory: each codec's conversion to fp32 and back.
 //
-// A codec of 16 bits is declared here, and nowhere else in C++. It is a struct, an element as it
-// lies in memory, with
+// A 16-bit codec is declared here, and nowhere else in C++. It is a struct that holds one element
+// as stored in memory, with
 //   kCodec      its number in rows and gradients
-//   kName       what Python calls that number
-//   kTypeCode   DLPack's code of such a dtype
-//   kInPlace    whether CPU loops that only read widen it where it lies: compilers vectorise the
-//               shift of bf16, and find no instruction for the conversion of fp16
+//   kName       the name of that number in Python kTypeCode   DLPack's code of such a dtype
+//   kInPlace    whether read-only CPU loops convert elements straight from memory: compilers
+//               vectorise the shift of bf16, but find no instruction for the conversion of fp16
 //   widened()   exact
 //   narrowed()  rounded to nearest even
-// On a CPU it uses integer arithmetic only, so that the result does not depend on the instruction
-// set or on the process's denormal flags, and does not branch, so that loops over it vectorise.
-// CUDA's conversions give the same values, and other payloads to NaNs.
+// On a CPU the result does not depend on the instruction set or on the process's denormal flags:
+// arithmetic is on integers, or on floats with a normal result. Nothing branches, so that loops
+// vectorise. CUDA's conversions give the same values, but other payloads in NaNs.
 #pragma once
 
 #include "platform.h"
@@ -56,10 +55,10 @@ struct Float16 {
 #else
     const uint32_t f = bits_of(x);
     const uint32_t a = f & 0x7fffffffu;
-    // Normal range: drop 13 bits, ties to even; what rounds past 65504 carries into infinity.
+    // Normal range: drop 13 bits, ties to even; values that round past 65504 carry into infinity.
     uint32_t normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;
     normal = a >= 0x47800000u ? 0x7c00u : normal;
-    // Below 2^-14 the spacing is 2^-24, as that of fp32 is in [0.5, 1): adding 0.5 rounds.
+    // Below 2^-14 the spacing of fp16 is 2^-24, as is fp32's in [0.5, 1): adding 0.5 rounds.
     const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - 0x3f000000u;
     const uint32_t quiet_nan = 0x7e00u | ((a >> 13) & 0x3ffu);
     uint32_t h = a < 0x38800000u ? subnormal : normal;
@@ -89,7 +88,7 @@ struct BFloat16 {
 
 template <class C, class... Others>
 struct CodecList {
-  // visit(C()) of the codec with this number, which is in the list: the last is not asked.
+  // Calls visit(C()) for the codec with this number, which must be in the list.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif

@@ -1,9 +1,9 @@
-// Fields of a record by name, so that Python can compare what it packs with what a kernel reads.
+// A record's fields by name: Python compares the record that it packs with the one kernels read.
 #pragma once
 
 #include "platform.h"
 
-// Stands in the record: with_fields(visit) calls visit("one, other, ...", one, other, ...).
+// Belongs inside the struct: with_fields(visit) calls visit("one, other, ...", one, other, ...).
 #define FUSEDOPT_FIELDS(...)                                   \
   template <class Visit>                                       \
   FUSEDOPT_MEMBER void with_fields(const Visit& visit) const { \

@@ -1,8 +1,8 @@
-// The few words that differ between a C++ and a CUDA compiler.
+// The few definitions that differ between a C++ and a CUDA compiler.
 //
 // Everything in csrc/*.h is compiled several times with different instruction sets and linked into
-// one library. A function that is merely `inline` would be merged by the linker, and the copy it
-// keeps might hold instructions the running CPU lacks; hence FUSEDOPT_FN forces inlining.
+// one library. Of a function that is merely `inline` the linker keeps one copy, which might hold
+// instructions that the running CPU lacks. So FUSEDOPT_FN forces inlining.
 #pragma once
 
 #include <cstddef>
@@ -72,7 +72,7 @@ FUSEDOPT_FN float float_of(uint32_t bits) {
 #endif
 }
 
-// 2^exponent, of an exponent that is in the range of doubles.
+// 2^exponent, which must be a normal double.
 FUSEDOPT_FN double power_of_two(int exponent) {
   const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
 #if defined(__CUDA_ARCH__)

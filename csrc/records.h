@@ -1,6 +1,6 @@
-// All that Python lays out in memory for the kernels. Non-owning: every pointer belongs to a tensor
-// that Python keeps alive, and nothing below Python allocates. fusedopt/backends/records.py
-// declares the same records, and compares them field by field when a native module is imported.
+// The records that Python lays out in memory for the kernels. They own nothing: Python keeps the
+// tensor behind every pointer alive. fusedopt/backends/records.py declares the same records, and
+// modules.py in that folder compares the two, field by field, when it imports a native module.
 #pragma once
 
 #include "codecs.h"
@@ -8,28 +8,28 @@
 
 namespace fusedopt {
 
-// Part of the numeric contract: the norm of a tensor depends on both constants, and on nothing
-// else.
-constexpr int64_t kChunk = 8192;  // elements handled together: one partial each
+// Part of the numeric contract: the norm depends on the gradients, on these two constants, and on
+// nothing else.
+constexpr int64_t kChunk = 8192;  // elements that are handled together and have one partial
 constexpr int kLanes = 256;       // fp32 accumulators of a chunk, by element index modulo kLanes
 static_assert(kChunk / kLanes <= 256, "the accuracy of a lane rests on at most 256 adds");
 
-// The streams of a tensor: what a kernel reads and writes for each element.
+// The streams of a tensor: arrays of which a kernel reads or writes every element.
 constexpr int kParam = 0, kMaster = 1, kStates = 2;  // the states are the last streams
 constexpr int kMaxStates = 3;
 constexpr int kStreams = kStates + kMaxStates;
-constexpr int kCodecBits = 4;  // of a stream in Row::codecs
+constexpr int kCodecBits = 4;  // of one stream in Row::codecs
 
-// One tensor; changes only when the plan is rebuilt. A stream is its data, the codec of its
-// elements and, where the codec wants one, a table of scales. The first half is all that fp32
-// kernels read.
+// One tensor; changes only when the plan is rebuilt or bound to other memory. A stream is its data,
+// the codec of its elements and, if the codec needs one, a table of scales. Without a master the
+// param takes its place. Kernels for fp32 read the first half of the record only.
 struct Row {
-  void* data[kStreams];  // dense, in memory order; null: no such stream. No master: the param is it
+  void* data[kStreams];  // dense, in memory order; null: there is no such stream
   float* step;           // applied steps; null: the rule does not count (SGD without momentum)
   int64_t numel;
   int32_t group;                  // line in the options table
   uint32_t codecs;                // kCodecBits a stream, the param's lowest; zero: all are fp32
-  const float* scales[kStreams];  // of codecs that have them
+  const float* scales[kStreams];  // for codecs that have them
   int64_t reserved[3];
 
   FUSEDOPT_FIELDS(data, step, numel, group, codecs, scales, reserved)
@@ -41,7 +41,7 @@ struct Row {
 };
 static_assert(sizeof(Row) == 128, "two cache lines");
 
-// The live half of a row, refreshed before every step.
+// The gradient of a row; refreshed before every step.
 struct Grad {
   const void* data;
   Codec codec;
@@ -59,8 +59,8 @@ struct Chunk {
   FUSEDOPT_FIELDS(row, index, position)
 };
 
-// A field of the options table that the user keeps in a tensor on the device (a learning rate under
-// a captured graph); read there, so that nobody waits for it.
+// An option that the user keeps in a tensor on the device, such as a learning rate under a captured
+// graph. Kernels read it there, so that the host does not wait for its value.
 struct DeviceNumber {
   const void* data;  // fp32 or fp64, one element
   int32_t field;     // which double of the options table
@@ -76,7 +76,7 @@ struct StepScalars {
   float grad_mult;      // the single factor update applies: clip_coef / grad_scale
   float inv_scale;      // 1 / grad_scale, the reciprocal taken in fp64 as GradScaler does
   float found_inf;      // 1: some gradient element is inf or NaN
-  float skip;           // 1: this step moves nothing
+  float skip;           // 1: this step updates nothing
   float skipped_steps;  // running count
   float reserved;
 
@@ -89,8 +89,8 @@ struct StepRecord {
   double max_grad_norm;     // negative: no clipping
   double max_grad_value;    // infinity: no clipping
   const float* grad_scale;  // null: 1
-  const float* found_inf;   // null: no scaler has looked
-  float* inf_flag;          // null: none. The tensor that GradScaler.update() will read
+  const float* found_inf;   // null: no scaler has checked
+  float* inf_flag;          // the flag that GradScaler.update() will read; null: none
   StepScalars* scalars;
   int64_t n_device_numbers;
   uint64_t flags;
@@ -99,9 +99,9 @@ struct StepRecord {
                   n_device_numbers, flags)
 
   enum Flag : uint64_t {
-    kNormIsTwo = 1,      // else it is the largest magnitude
+    kNormIsTwo = 1,      // the 2-norm; otherwise the largest magnitude
     kMeasured = 2,       // reduce runs, so the words are those of this step
-    kSkipNonfinite = 4,  // a scaler is in charge, or the user asked
+    kSkipNonfinite = 4,  // a scaler decides about the step, or the user asked for it
   };
   FUSEDOPT_MEMBER bool has(Flag flag) const { return (flags & flag) != 0; }
 };

@@ -1,4 +1,4 @@
-// What one step needs to know besides the tensors: norm, clip coefficient, skip decision.
+// The scalars of a step: norm, clip coefficient, and the decision to skip.
 #pragma once
 
 #include "records.h"
@@ -15,8 +15,8 @@ FUSEDOPT_FN float inverse_scale(const float* grad_scale) {
 // Whether the sum of squares of a chunk neither over- nor underflowed fp32; false for NaN.
 FUSEDOPT_FN bool in_range(float sum) { return sum >= 0x1p-80f && sum <= 0x1.fffffep127f; }
 
-// Otherwise the chunk is summed once more, scaled by a power of two to around one. Finite elements
-// thus have a finite sum; an inf or NaN element is the only way to a non-finite partial.
+// Otherwise the chunk is summed once more, with elements scaled by a power of two to around one. So
+// finite elements have a finite sum, and only an inf or NaN element makes a partial non-finite.
 struct Rescale {
   float scale;
   int exponent;  // the sum is to be multiplied by 2^exponent, which is 1 / scale^2
@@ -30,14 +30,14 @@ FUSEDOPT_FN Rescale rescale_for(float largest) {
 
 FUSEDOPT_FN bool is_finite(double x) { return x - x == 0.0; }
 
-// The norm of all gradients: of finite elements finite, inf or NaN otherwise.
+// The norm of all gradients: finite if all elements are finite, else inf or NaN.
 FUSEDOPT_FN double norm_of(const StepRecord& step, const uint64_t* words) {
   if (!step.has(StepRecord::kNormIsTwo)) return float_of(static_cast<uint32_t>(words[kLargest]));
   return sqrt(sum_of_squares(words));
 }
 
-// A scale that has no finite reciprocal (0, below 2^-128, NaN) would make every param NaN: nobody
-// can ask for that. A skip is counted by the update: no error can follow there.
+// A loss scale without a finite reciprocal (up to 2^-128, or NaN) would make every param NaN, so it
+// always skips the step. The update counts the skipped step: no error can follow there.
 FUSEDOPT_FN void decide(const StepRecord& step, const uint64_t* words, StepScalars& s) {
   const bool measured = step.has(StepRecord::kMeasured);
   const double norm = measured ? norm_of(step, words) : 0.0;

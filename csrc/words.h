@@ -1,5 +1,5 @@
-// The norm as a sum of integers, which has no order: threads, blocks, devices and ranks add where
-// and when they like, and the sum has the same bits.
+// The norm as a sum of integers. Integer addition has no order: threads, blocks and devices may add
+// in any order, and the sum has the same bits.
 //
 // A chunk's partial is an fp32 number, maybe times a power of two: 24 significant bits somewhere
 // between 2^-321 and 2^270. It is added, exactly, to a fixed-point number of 20 digits of 32 bits.
@@ -26,13 +26,13 @@ struct Partial {
   int exponent;
 };
 
-// What a partial adds to words[at] and words[at + 1].
+// The numbers that a partial adds to words[at] and words[at + 1].
 struct Addend {
   int at;
   uint64_t low, high;
 };
 
-// Of a sum that is normal: neither zero, nor denormal, inf or NaN.
+// The sum must be normal: not zero, denormal, inf or NaN.
 FUSEDOPT_FN Addend addend_of_normal(Partial partial) {
   const uint32_t bits = bits_of(partial.sum);
   const uint32_t lowest_bit =
@@ -50,7 +50,7 @@ FUSEDOPT_FN Addend addend_of(Partial partial) {
   return addend_of_normal(partial);
 }
 
-// Of two threads, blocks or devices.
+// A word of two threads, blocks or devices together.
 FUSEDOPT_FN uint64_t combined(int word, uint64_t a, uint64_t b) {
   return word != kLargest ? a + b : a > b ? a : b;
 }
@@ -59,8 +59,8 @@ FUSEDOPT_FN uint64_t combined(int word, uint64_t a, uint64_t b) {
 FUSEDOPT_FN double sum_of_squares(const uint64_t* words) {
   if (words[kNanChunks] != 0) return float_of(0x7fc00000u);
   if (words[kInfChunks] != 0) return float_of(0x7f800000u);
-  // From the highest digit that is not zero on, three have 65 bits at least. A double keeps 53 of
-  // them; of all that is below only matters whether it is zero.
+  // The highest digit that is not zero and the two below it have at least 65 significant bits. A
+  // double keeps 53 of them. Of all lower bits it matters only whether they are zero.
   uint64_t carry = 0, first = 0, second = 0, third = 0, high = 0, low = 0;
   bool below = false, sticky = false;
   int at = 0;

@@ -1,4 +1,4 @@
-// The pybind11 door of fusedopt._cpu: addresses and numbers in, nothing out but status.
+// The pybind11 bindings of fusedopt._cpu. Plans take addresses and numbers, and return nothing.
 #include "../bindings.h"
 
 #include <pybind11/stl.h>

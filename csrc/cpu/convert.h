@@ -1,4 +1,4 @@
-// Any codec in memory, fp32 in the loops.
+// Conversion between any codec in memory and the fp32 of the loops.
 //
 // Included by kernels.cpp alone, which is compiled once per instruction set; hence the anonymous
 // namespace: nothing in here may be shared between the copies.
@@ -19,16 +19,16 @@ int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t kSlice = 256;  // fp32 elements between two rounds of prefetching
 
-// The streams begin anew at every tensor and stride of chunks, and the hardware's prefetchers need
-// a while to follow; with few streams they never have enough lines on the way.
+// Streams jump to a new address at every tensor and stride of chunks, and the hardware prefetchers
+// need a while to follow. With few streams they never have enough cache lines in flight.
 enum class Fetch {
-  kNone,  // it is in L1
+  kNone,  // the data is in L1
   kNear,  // to L1
-  kFar,   // to L2, and from further off: one stream needs more lines on the way than L1 waits for
+  kFar,   // to L2, from further ahead: one stream needs more lines in flight than L1 can await
 };
 
-// Fetches what lies ahead of the n elements at `at`, which may be past the end of the tensor, so
-// that tensors of no more than a slice are better off without.
+// Prefetches memory ahead of the n elements at `at`. That memory may be past the tensor's end, so
+// prefetching does not pay for tensors of a slice or less.
 template <Fetch kFetch, class T>
 void prefetch(const T* at, int64_t n) {
   if (kFetch == Fetch::kNone) return;
@@ -46,7 +46,7 @@ FUSEDOPT_FN float widened(C x) {
   return C::widened(x.bits);
 }
 
-// Eight elements at a time, where there are instructions for a codec. Return where they stop.
+// Convert eight elements at a time, if the codec has instructions. Return where they stopped.
 template <class C>
 int64_t widen_eights(const uint16_t*, int64_t, float*) {
   return 0;

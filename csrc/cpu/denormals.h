@@ -1,5 +1,5 @@
-// Denormals are kept in the kernels, whatever the flags of a thread say: torch.set_flush_denormal()
-// sets them for the calling thread alone, and the threads of one step would compute different bits.
+// The kernels keep denormals, whatever the thread's flags. torch.set_flush_denormal() sets them for
+// the calling thread alone: the threads of one step would compute different bits.
 //
 // Included by kernels.cpp, which is compiled once per instruction set; hence the anonymous
 // namespace: nothing in here may be shared between the copies.
@@ -11,7 +11,7 @@ namespace fusedopt {
 namespace {
 
 #if defined(__SSE2__)
-constexpr unsigned kFlush = 0x8040;  // of MXCSR: results to zero, inputs to zero
+constexpr unsigned kFlush = 0x8040;  // of MXCSR: FTZ for results, DAZ for inputs
 inline unsigned float_flags() { return __builtin_ia32_stmxcsr(); }
 inline void set_float_flags(unsigned flags) { __builtin_ia32_ldmxcsr(flags); }
 #elif defined(__aarch64__)
@@ -28,7 +28,7 @@ inline unsigned float_flags() { return 0; }
 inline void set_float_flags(unsigned) {}
 #endif
 
-// For the calling thread, as long as it lives.
+// Keeps denormals on the calling thread until the destructor runs.
 class DenormalsKept {
  public:
   DenormalsKept() : saved_(float_flags()) {

@@ -35,7 +35,7 @@ KernelList& kernel_list() {
   return list;
 }
 
-// Tensors mostly share group and step count, so the last answer is usually the next one.
+// Most tensors share group and step count with the one before, and copy its result.
 template <class R>
 void prepare_rows(const PlanView& plan) {
   const auto* groups = static_cast<const typename R::Options*>(plan.options);

@@ -1,7 +1,7 @@
 // reduce and update on the CPU, over all chunks of a plan. Compiled once per instruction set
 // (FUSEDOPT_SIMD names it): plain loops that the compiler vectorises, so every build rounds at the
-// same places and gives the same bits. No templates or inline functions of the standard library:
-// the linker would share them between instruction sets.
+// same places and gives the same bits. Nothing here calls templates or inline functions of the
+// standard library: the linker would share them between instruction sets.
 #include "kernels.h"
 
 #include "denormals.h"
@@ -21,7 +21,7 @@ namespace fusedopt {
 namespace {
 
 constexpr int64_t kStride = 16;               // chunks
-constexpr int64_t kSerialElements = 1 << 15;  // below this a second thread costs more than it does
+constexpr int64_t kSerialElements = 1 << 15;  // below this a second thread costs more than it saves
 
 int64_t n_elements(const PlanView& plan) {
   if (plan.n_chunks == 0) return 0;
@@ -29,7 +29,7 @@ int64_t n_elements(const PlanView& plan) {
   return last.position + min(kChunk, plan.rows[last.row].numel - last.index * kChunk);
 }
 
-// First chunk whose position is at or past the given share of the plan's elements.
+// The first chunk whose position is `element` or more.
 int64_t chunk_at(const PlanView& plan, int64_t element) {
   int64_t low = 0;
   int64_t high = plan.n_chunks;
@@ -44,8 +44,8 @@ int64_t chunk_at(const PlanView& plan, int64_t element) {
   return low;
 }
 
-// body(first, last) for each thread's run of chunks. Both verbs cut the plan at the same places, so
-// a thread finds the gradients it has just reduced in its own cache.
+// Calls body(first, last) for each thread's range of chunks. Both verbs divide the plan in the same
+// way, so a thread finds the gradients that it has just reduced in its own cache.
 template <class Body>
 void for_chunk_ranges(const PlanView& plan, int num_threads, const Body& body) {
 #if defined(_OPENMP)
@@ -83,8 +83,8 @@ void update(const PlanView& plan, int rule, const StepRecord& step, int num_thre
   UpdateChunk update_one = nullptr;
   Rules::with(rule, [&](auto tag) { update_one = update_chunk<typename decltype(tag)::Rule>; });
   for_chunk_ranges(plan, num_threads, [&](int64_t first, int64_t last) {
-    // Strides of chunks backwards, since the last gradients reduced are the likeliest to be in
-    // cache still; forwards inside a stride, long enough for the hardware prefetchers.
+    // Strides of chunks go backwards: the gradients reduced last are the likeliest to be in cache
+    // still. Chunks in a stride go forwards, long enough for the hardware prefetchers.
     for (int64_t end = last; end > first; end -= kStride) {
       for (int64_t c = end - kStride > first ? end - kStride : first; c < end; ++c) {
         update_one(plan, plan.chunks[c], step);

@@ -1,4 +1,4 @@
-// One chunk of gradients -> its partial, or its largest magnitude, -> the words of this thread.
+// Adds a chunk of gradients, as its partial or largest magnitude, to the words of this thread.
 //
 // Included by kernels.cpp alone, which is compiled once per instruction set; hence the anonymous
 // namespace: nothing in here may be shared between the copies.
@@ -10,7 +10,7 @@
 namespace fusedopt {
 namespace {
 
-// Adjacent pairs, level by level: ((a0+a1)+(a2+a3))+... width is a power of two.
+// Sums adjacent pairs, level by level: ((a0+a1)+(a2+a3))+... The width is a power of two.
 float tree_sum(float* lanes, int width) {
   float level[kLanes / 2];
   float* in = lanes;
@@ -66,13 +66,13 @@ void add_squares_of(const Grad& grad, int64_t begin, int64_t n, float mult1, flo
 }
 
 // Sum over the chunk of (grad * mult1 * mult2)^2. Lanes past the last element hold zero, and adding
-// zero is exact, so a short chunk needs only the lanes it has, rounded up to a vector or more.
+// zero is exact. So a short chunk needs a lane for each element, rounded up to a power of two.
 float sum_squares(const Grad& grad, int64_t begin, int64_t n, float mult1, float mult2) {
   alignas(64) float lanes[kLanes];
   int width = 8;
   while (width < kLanes && width < n) width *= 2;
   for (int l = 0; l < width; ++l) lanes[l] = 0.0f;
-  if (n == kChunk) {  // most of what is fetched early is its own
+  if (n == kChunk) {  // most of the prefetched lines belong to this chunk
     add_squares_of<Fetch::kFar>(grad, begin, n, mult1, mult2, lanes);
   } else {
     add_squares_of<Fetch::kNear>(grad, begin, n, mult1, mult2, lanes);
@@ -80,7 +80,7 @@ float sum_squares(const Grad& grad, int64_t begin, int64_t n, float mult1, float
   return tree_sum(lanes, width);
 }
 
-// max |grad * mult|. As integers the magnitudes of floats are ordered, with NaN above infinity.
+// max |grad * mult|. Read as integers, magnitudes of floats keep their order, with NaN above inf.
 float max_magnitude(const Grad& grad, int64_t begin, int64_t n, float mult) {
   alignas(64) float buffer[kBlock];
   int32_t largest = 0;
@@ -106,7 +106,7 @@ struct GradChunk {
         n(min(kChunk, plan.rows[chunk.row].numel - begin)) {}
 };
 
-// Of a chunk whose sum has left the range.
+// The partial of a chunk whose sum is out of range.
 __attribute__((noinline)) Partial rescued(const GradChunk& c, float inv_scale) {
   if (!c.grad.present) return {0.0f, 0};
   const float largest = max_magnitude(c.grad, c.begin, c.n, inv_scale);
@@ -126,8 +126,8 @@ void add_partial(const PlanView& plan, int64_t c, float sum, float inv_scale, ui
       words);
 }
 
-// Each partial is added a chunk later: the loads of a chunk would wait for the sum of the one
-// before, which decides where that is stored.
+// Each partial is added one chunk later. The sum decides to which words it is added, and the loads
+// of the next chunk would wait for those stores.
 void reduce_squares(const PlanView& plan, int64_t first, int64_t last, float inv_scale,
                     uint64_t* words) {
   float before = 0.0f;

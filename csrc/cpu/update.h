@@ -1,9 +1,9 @@
-// One chunk of params and states, updated in place by the rules of ../rules.h. One element's story:
+// Updates one chunk of params and states in place, by the rules of ../rules.h. For one element:
 //
 //   for each chunk, by one thread:                           update_chunk()
 //     g = grad[i]                                            fp32 in place, or widened into L1
 //     p = master[i], or param[i] where there is none         likewise
-//     if (param[i] != narrowed(p)) p = widened(param[i])     someone wrote to it: it is the truth
+//     if (param[i] != narrowed(p)) p = widened(param[i])     someone wrote to the param
 //     s[k] = state[k][i]
 //     for each element, vectorised:                          run()
 //       g = clip(g * grad_mult, max_grad_value)              unscale, clip, maximize: one factor
@@ -34,7 +34,7 @@ struct Run {
 template <class R>
 using RunFn = void (*)(const typename R::Hyper&, const Run&, float grad_mult, float max_grad_value);
 
-// The kinds of a rule are numbered: decay by decay the variants.
+// kNumber is that of a kind: decay * kVariants + variant.
 template <class R, int kNumber, size_t... k>
 void run(const typename R::Hyper& hyper, const Run& run, float grad_mult, float max_grad_value,
          std::index_sequence<k...>) {
@@ -74,9 +74,9 @@ RunFn<R> run_of(Kind kind, std::integer_sequence<int, kNumber...>) {
   return kRuns[static_cast<int>(kind.decay) * R::kVariants + kind.variant];
 }
 
-// The param is the truth wherever it is not the rounding of its master: someone wrote to it since
-// the last step. The lines are fetched for the write anyway, so on a CPU looking costs no
-// bandwidth.
+// Where a param is not the rounding of its master, someone wrote to it since the last step, and the
+// master takes that value. The param's cache lines are loaded for the write anyway, so on a CPU the
+// comparison costs no bandwidth.
 void follow_external_writes(const uint16_t* param, Codec codec, int64_t n, float* master) {
   if (n <= 0) __builtin_unreachable();
   alignas(64) uint16_t expected[kBlock];
@@ -89,7 +89,7 @@ void follow_external_writes(const uint16_t* param, Codec codec, int64_t n, float
   }
 }
 
-// A stream of the row that is read and written, n elements of it from `begin` on.
+// A stream of the row that is read and written, from element `begin` on.
 class Stream {
  public:
   Stream(const Row& row, int number, int64_t begin)
@@ -100,7 +100,7 @@ class Stream {
     widen<Fetch::kNear>(half(), codec_, n, buffer);
     return buffer;
   }
-  // x is what load() has returned, or of another stream.
+  // x: the result of this stream's load(), or of another's.
   void store(int64_t n, const float* x) const {
     if (data_ != x) narrow(x, codec_, n, half());
   }
@@ -112,7 +112,7 @@ class Stream {
   const Codec codec_;
 };
 
-// Any codecs: the rule runs over buffers where memory is not fp32.
+// For any codecs: streams that are not fp32 go through buffers.
 template <class RunRule>
 void update_block(const Row& row, const Grad& grad, int64_t begin, int64_t n, int n_states,
                   const RunRule& run_rule) {

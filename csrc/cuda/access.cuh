@@ -49,9 +49,8 @@ FUSEDOPT_DEVICE void narrow_group(const float* x, Codec codec, uint32_t* pair) {
   pair[1] = narrowed_pair(x[2], x[3], codec);
 }
 
-// A group of a stream: the bits as they lie in memory, which widen_group() makes fp32. Loads come
-// before the first use of any. kAnyCodec: else the stream is known to be fp32. It is the last read
-// in this step: evict first.
+// Loads a group of a stream as bits in memory; widen_group() converts it to fp32 after all loads.
+// Without kAnyCodec the stream is known to be fp32. The step does not read it again: evict first.
 template <bool kAnyCodec>
 FUSEDOPT_DEVICE void load_group(const Stream& s, int at, int t, float* x) {
   if (kAnyCodec && s.codec != Codec::kFloat32) {
@@ -84,7 +83,7 @@ FUSEDOPT_DEVICE void store_group(const Stream& s, int at, int t, const float* x)
          make_float4(x[0], x[1], x[2], x[3]));
 }
 
-// One element, wherever it lies.
+// One element, whatever its alignment.
 template <bool kAnyCodec>
 FUSEDOPT_DEVICE float load_element(const Stream& s, int i) {
   if (!kAnyCodec || s.codec == Codec::kFloat32)
@@ -109,8 +108,8 @@ FUSEDOPT_DEVICE void store_eight(const Stream& s, int at, int t, const uint4& x)
   __stcs(reinterpret_cast<uint4*>(s.half() + at) + t, x);
 }
 
-// From the order of memory to the thread's group of half 0 or 1 of the warp's elements: group g
-// lies with thread g / 2.
+// From the order in memory to the thread's group in half 0 or 1 of the warp's elements. Group g
+// comes from thread g / 2.
 FUSEDOPT_DEVICE void spread(const uint4& memory, int t, int half, uint32_t* pair) {
   const int from = half * (kWarp / 2) + t / 2;
   const uint32_t x = __shfl_sync(kAllThreads, memory.x, from);
@@ -121,7 +120,7 @@ FUSEDOPT_DEVICE void spread(const uint4& memory, int t, int half, uint32_t* pair
   pair[1] = t % 2 ? w : y;
 }
 
-// The way back: thread t collects groups 2t and 2t+1.
+// The reverse of spread(): thread t collects groups 2t and 2t+1.
 FUSEDOPT_DEVICE uint4 gather(const uint32_t (&pair)[4], int t) {
   const int from = (2 * t) % kWarp;
   const bool high = t >= kWarp / 2;

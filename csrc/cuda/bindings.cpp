@@ -1,4 +1,4 @@
-// The pybind11 door of fusedopt._cuda: addresses and numbers in, nothing out but errors.
+// The pybind11 bindings of fusedopt._cuda. Plans take addresses and numbers, and throw errors.
 #include "../bindings.h"
 
 #include <cstring>
@@ -15,11 +15,11 @@ namespace {
 
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call to look would report it once more
+  cudaGetLastError();  // clears it, or the next check would report it again
   fail("CUDA: ", call, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 
-// Makes a device current and the caller's current again.
+// Makes a device current; the destructor makes the caller's device current again.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -39,7 +39,7 @@ class DeviceGuard {
   bool moved_ = false;
 };
 
-// All but the record.
+// Everything except the record, which begin() fills in.
 DeviceStep device_step(const std::string& rule, const py::dict& tables) {
   const DeviceStep step = {plan_view(tables),
                            {},
@@ -57,10 +57,10 @@ DeviceStep device_step(const std::string& rule, const py::dict& tables) {
   return step;
 }
 
-constexpr size_t kRecord = sizeof(StepRecord);  // first in the table of inputs; travels by value
+constexpr size_t kRecord = sizeof(StepRecord);  // first in the table of inputs; passed by value
 
 // The verbs over the tables of a plan on one device. Every method throws std::runtime_error with
-// CUDA's words; an error leaves the plan usable.
+// CUDA's message; an error leaves the plan usable.
 class Plan {
  public:
   Plan(const std::string& rule, const py::dict& tables)
@@ -77,8 +77,8 @@ class Plan {
     FUSEDOPT_CHECK(reduce_blocks_ > 0 && update_blocks_ > 0, "this GPU cannot hold one block");
   }
 
-  // Comes before the launches of a step. Writes the pages of the table of inputs that have changed,
-  // and all of them into a graph that is being captured.
+  // Comes before the launches of a step. Writes the pages of the table of inputs that have changed;
+  // from the first captured step on, all pages.
   void begin(uintptr_t stream, bool capturing) {
     std::memcpy(&step_.record, host_inputs_, kRecord);
     stream_ = reinterpret_cast<cudaStream_t>(stream);
@@ -119,17 +119,17 @@ class Plan {
   const int device_;
   const char* const host_inputs_;
   char* const inputs_;
-  // What the device holds, by pages of kPayloadBytes, where that is known.
+  // The device's copy of the table, and whether each page of kPayloadBytes is certain.
   std::vector<char> written_;
   std::vector<bool> known_;
-  bool captured_ = false;  // replays write the table too, so what it holds is never known
+  bool captured_ = false;  // replays write the table too, so its contents are uncertain
   DeviceStep step_;
   int reduce_blocks_ = 0, update_blocks_ = 0;
   cudaStream_t stream_ = nullptr;
   int64_t updates_ = 0;
 };
 
-// Devices that CUDA offers. Throws where there is no driver, or one too old for this build.
+// The number of CUDA devices. Throws if there is no driver, or if it is too old for this build.
 int device_count() {
   int driver = 0;
   check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");

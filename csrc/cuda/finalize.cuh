@@ -8,7 +8,7 @@
 
 namespace fusedopt {
 
-// Options that the user keeps on the device. The block meets a barrier before it reads them.
+// Copies options that the user keeps on the device. A barrier follows before the block reads them.
 FUSEDOPT_DEVICE void fetch_device_numbers(const DeviceStep& step) {
   for (int64_t i = threadIdx.x; i < step.record.n_device_numbers; i += kThreads) {
     const DeviceNumber& number = step.numbers[i];
@@ -17,7 +17,7 @@ FUSEDOPT_DEVICE void fetch_device_numbers(const DeviceStep& step) {
   }
 }
 
-// Word t of all devices. Read past the L1 cache: another block may just have written it.
+// Word t of all devices together. Loads bypass L1: another block may just have written the word.
 FUSEDOPT_DEVICE uint64_t word_of_devices(const DeviceStep& step, int t) {
   uint64_t word = 0;
   for (int d = 0; d < step.n_devices; ++d) {
@@ -28,16 +28,15 @@ FUSEDOPT_DEVICE uint64_t word_of_devices(const DeviceStep& step, int t) {
 
 FUSEDOPT_DEVICE float next_step(const Row& row) { return row.step ? *row.step + 1.0f : 0.0f; }
 
-// Takes part in the step, and on this device.
+// Whether row r takes part in the step on this device.
 FUSEDOPT_DEVICE bool is_active(const PlanView& plan, int64_t r) {
   return plan.grads[r].present && (plan.rows[r].numel > 0 || plan.rows[r].step);
 }
 
 constexpr int kSharedGroups = 32;
 
-// fp64 is slow on consumer GPUs and the tensors of a group mostly share their step count: one
-// thread a group works out the numbers of whichever tensor came first, and the others look whether
-// they are theirs too.
+// fp64 is slow on consumer GPUs, and the tensors of a group mostly share their step count. So one
+// thread a group computes the numbers of one tensor, and tensors with the same count copy them.
 template <class R>
 FUSEDOPT_DEVICE void prepare_rows(const PlanView& plan) {
   __shared__ RowStep<R> group_step[kSharedGroups];
@@ -68,8 +67,8 @@ FUSEDOPT_DEVICE void prepare_rows(const PlanView& plan) {
   }
 }
 
-// Called by a whole block. All words are there: of this device alone, or of every one that shares
-// the norm.
+// Called by a whole block, once all words are there: of this device alone, or of every device that
+// shares the norm.
 FUSEDOPT_DEVICE void finalize_step(const DeviceStep& step) {
   __shared__ uint64_t words[kWords];
   __shared__ bool skip;

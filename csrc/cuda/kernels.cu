@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < n; i += kThreads) destination[i] = payload.words[i];
 }
 
-// A warp a chunk, so that chunks need no barrier. Warps add their words to the block's, blocks to
-// the sums; the block that is last hands over the sums and leaves zeros for the next launch.
+// One warp for each chunk, so that chunks need no barrier. Warps add their words to the block's,
+// blocks to the sums. The last block copies the sums and leaves zeros for the next launch.
 __global__ void __launch_bounds__(kThreads, 4)
     reduce_kernel(const __grid_constant__ DeviceStep step, bool finalizes) {
   __shared__ float inv_scale;
@@ -53,8 +53,8 @@ FUSEDOPT_DEVICE void write_step_counts(const PlanView& plan, int64_t first, int6
   }
 }
 
-// Counts are written here, after which no launch can fail, so that a step that raised has not
-// counted. 64 registers let four blocks reside.
+// Step counts are written in the last launch of a step, so that a step that raised has not counted.
+// With 64 registers four blocks are resident.
 template <class R, int n, bool kHalfStates>
 __global__ void __launch_bounds__(kThreads, 4)
     update_kernel(const __grid_constant__ DeviceStep step) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 using UpdateKernel = void (*)(DeviceStep);
 
-// Of a rule there is a kernel for each number of states that a tensor may have.
+// Each rule has a kernel for each number of states that a tensor may have.
 template <class R, int n = R::kStates>
 UpdateKernel update_kernel_of(int n_states, bool half_states) {
   if constexpr (n > 1 && n > R::kAlways) {

@@ -1,5 +1,5 @@
-// What one launch gets, and one function for each kernel. The functions are asynchronous, on
-// `stream` of the current device; each returns the launch's own error.
+// The arguments of a launch, and one function for each kernel. The functions are asynchronous, on
+// `stream` of the current device; each returns the error of its launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,15 +9,15 @@
 
 namespace fusedopt {
 
-using Word = unsigned long long;  // of csrc/words.h, as atomics want it
+using Word = unsigned long long;  // of csrc/words.h, in the type that CUDA's atomics take
 
-// The tables of a plan on this device and the record of this step; travels by value.
+// The tables of a plan on this device and the record of this step; passed by value.
 struct DeviceStep {
   PlanView plan;
   StepRecord record;
-  double* fields;  // of the table of options, where the numbers that follow are written to
+  double* fields;  // of the options table; `numbers` are written to them
   const DeviceNumber* numbers;
-  Word* sums;        // to which the blocks of reduce add; zero between launches
+  Word* sums;        // the blocks of reduce add to these; zero between launches
   Word* words;       // of each device that shares the norm
   uint32_t* ticket;  // blocks of reduce that are done; zero between launches
   int32_t n_devices;
@@ -27,14 +27,14 @@ struct DeviceStep {
   bool half_states;    // some state or master is 16 bits wide
 };
 
-// Bytes that travel in a kernel's parameters, of which every toolkit and GPU allows 4,096.
+// Bytes passed in a kernel's parameters; every toolkit and GPU allows 4,096 of parameters.
 constexpr size_t kPayloadBytes = 3840;
 
-// destination[0, bytes) = source[0, bytes), read before the call returns; at most kPayloadBytes, a
-// multiple of 16 on a 16-byte boundary.
+// Copies source[0, bytes), which is read before the call returns, to `destination` on a 16-byte
+// boundary. `bytes` is a multiple of 16, and at most kPayloadBytes.
 cudaError_t write_page(void* destination, const void* source, size_t bytes, cudaStream_t stream);
 
-// Gradients to this device's words. `finalizes`: the last block goes on to what finalize() does.
+// Gradients to this device's words. `finalizes`: the last block also does the work of finalize().
 cudaError_t reduce(const DeviceStep& step, bool finalizes, int blocks, cudaStream_t stream);
 
 // The words of all devices to StepScalars, and a RowStep for each row.

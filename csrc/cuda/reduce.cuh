@@ -1,8 +1,8 @@
-// A warp turns one chunk of gradients into its partial, and that into integers.
+// A warp turns a chunk of gradients into its partial, and the partial into integers.
 //
-// The lanes of the numeric contract are by element index modulo 256. A thread holds eight of them,
-// so they meet in the contract's order: inside the thread, then by shuffles between neighbours. Of
-// the words of the norm thread t keeps word t.
+// A lane of the numeric contract has the elements of one index modulo 256. A thread holds eight
+// lanes. They are added in the contract's order: inside the thread, then by shuffles between
+// neighbours. Thread t keeps word t of the norm.
 #pragma once
 
 #include "../scalars.h"
@@ -27,13 +27,13 @@ FUSEDOPT_DEVICE ChunkOfGrads chunk_of_grads(const PlanView& plan, const Chunk& c
   return {stream_at(grad.data, grad.codec, begin), static_cast<int>(left < kChunk ? left : kChunk)};
 }
 
-// Lane of the contract that accumulator j of thread t stands for.
+// The contract's lane of accumulator j of thread t.
 FUSEDOPT_DEVICE int lane_of(Codec codec, int t, int j) {
   if (codec != Codec::kFloat32) return 8 * t + j;
   return 4 * t + (j < 4 ? j : kWarpElements / 2 + j - 4);
 }
 
-// A row one element at a time, all eight loads before the first use.
+// Loads a row one element at a time, all eight before the first use.
 template <class T>
 FUSEDOPT_DEVICE void load_some(const ChunkOfGrads& c, int row, int t, T (&x)[8]) {
   const T* data = static_cast<const T*>(c.grad.data);
@@ -44,8 +44,8 @@ FUSEDOPT_DEVICE void load_some(const ChunkOfGrads& c, int row, int t, T (&x)[8])
   }
 }
 
-// Each of these visits, by visit(j, value), elements of this thread from `row` on, and returns
-// where it has stopped. Those of each lane come in ascending order.
+// Each of these calls visit(j, value) for this thread's elements of the whole rows at the chunk's
+// start, and returns where they end. The elements of each lane come in ascending order.
 
 template <class Visit>
 FUSEDOPT_DEVICE int visit_floats(const ChunkOfGrads& c, int t, const Visit& visit) {
@@ -125,7 +125,7 @@ struct Scan {
 
 FUSEDOPT_DEVICE Scan scan(const ChunkOfGrads& c, int t, float mult1, float mult2) {
   float lane[8] = {};
-  uint32_t largest = 0;  // as integers magnitudes are ordered, with NaN above infinity
+  uint32_t largest = 0;  // as integers, magnitudes keep their order, with NaN above inf
   for_each_element(c, t, [&](int j, float grad) {
     const float x = grad * mult1;
     const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
@@ -153,7 +153,7 @@ FUSEDOPT_DEVICE Partial partial_of(const ChunkOfGrads& c, int t, const Scan& s, 
   return {scan(c, t, inv_scale, rescale.scale).sum, rescale.exponent};
 }
 
-// What a chunk adds to word t.
+// The number that a chunk adds to word t.
 FUSEDOPT_DEVICE uint64_t word_of_chunk(const ChunkOfGrads& c, int t, bool norm_is_two,
                                        float inv_scale) {
   const Scan s = scan(c, t, inv_scale, 1.0f);
@@ -175,7 +175,7 @@ FUSEDOPT_DEVICE uint64_t word_of_warp(const DeviceStep& step, int t, float inv_s
   return word;
 }
 
-// words[t] = combined(t, words[t], word), whoever does the same meanwhile.
+// words[t] = combined(t, words[t], word), atomically.
 FUSEDOPT_DEVICE void add_word(Word* words, int t, Word word) {
   if (word == 0) return;
   if (t == kLargest) {
@@ -185,8 +185,8 @@ FUSEDOPT_DEVICE void add_word(Word* words, int t, Word word) {
   }
 }
 
-// Whether all other blocks are done, and what they have written is visible. By a ticket that each
-// block draws; it is zero again after the last.
+// Whether all other blocks are done; their writes are then visible. Each block draws a ticket, and
+// the counter is zero again after the last.
 FUSEDOPT_DEVICE bool is_last_block(uint32_t* ticket) {
   __shared__ bool is_last;
   __syncthreads();

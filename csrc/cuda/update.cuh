@@ -1,5 +1,5 @@
-// A block updates one chunk of a param and its states in place, by the rules of ../rules.h. One
-// element's story:
+// A block updates one chunk of a param and its states in place, by the rules of ../rules.h. For one
+// element:
 //
 //   if (scalars->skip) return                                  nothing moves
 //   for each chunk, by one block:                              update_chunks()
@@ -21,8 +21,8 @@
 
 namespace fusedopt {
 
-// What a kernel is compiled for: tensors of rule R with n states or fewer. kHalfStates: states and
-// masters may be 16 bits wide; else all are fp32.
+// The tensors that a kernel is compiled for: those of rule R with n states or fewer. kHalfStates:
+// states and masters may be 16 bits wide; else all are fp32.
 template <class R_, int n, bool kHalfStates_>
 struct Compiled {
   using R = R_;
@@ -30,13 +30,13 @@ struct Compiled {
   static constexpr bool kHalfStates = kHalfStates_;
 };
 
-// A chunk's streams and numbers, uniform over the block. In shared memory and read again wherever
-// they are used: registers are for the data, of which 64 a thread leave no room for this.
+// A chunk's streams and numbers, uniform over the block. They stay in shared memory and are read
+// again for every use: the 64 registers of a thread have room for the data alone.
 template <class K>
 struct Work {
   int64_t chunk;  // negative: the block is done
   Stream grad;
-  Stream primary;  // where fp32 values live: the param, or its master; null: in `half` alone
+  Stream primary;  // the values to update: param or master; null: `half` has them
   Stream half;     // the fp16 or bf16 param
   Stream state[K::kStates];
   typename K::R::Hyper hyper;
@@ -79,8 +79,8 @@ FUSEDOPT_DEVICE void prepare(const DeviceStep& step, const Chunk& chunk, Work<K>
   w.max_grad_value = static_cast<float>(step.record.max_grad_value);
 }
 
-// What the param was before this step, in fp32. Where it is not the rounding of its master someone
-// wrote to it, and it is the truth.
+// The param before this step, in fp32. Where it is not the rounding of its master, someone wrote to
+// the param, and its own value counts.
 template <bool kHalfParam, class K>
 FUSEDOPT_DEVICE float current_param(const Work<K>& w, float master, uint16_t half) {
   if (!kHalfParam) return master;
@@ -96,14 +96,14 @@ FUSEDOPT_DEVICE void apply(const Work<K>& w, float grad, float& param, float* st
   K::R::template update<K::kStates>(w.hyper, w.kind, grad, param, state[k]...);
 }
 
-// `state` has room for all that the rule may have.
+// `state` has room for every state of the rule.
 template <class K>
 FUSEDOPT_DEVICE void apply(const Work<K>& w, float grad, float& param, float* state) {
   apply(w, grad, param, state, std::make_index_sequence<K::R::kStates>());
 }
 
 constexpr int kHalfWarp = kWarpElements / 2;            // elements
-constexpr int kBlockElements = kWarps * kWarpElements;  // that are on their way at a time
+constexpr int kBlockElements = kWarps * kWarpElements;  // with loads in flight at a time
 
 enum class GradAccess { kFloat, kHalf, kNarrow };
 
@@ -159,9 +159,9 @@ FUSEDOPT_DEVICE void store(const Work<K>& w, int at, int t, const Group<K>& x) {
   }
 }
 
-// The thread's groups from half `first` of the warp's elements on: loads, arithmetic, stores.
-// Halves that came 16 bytes at a time are in grad_bits and half_bits, and so is what the params
-// become.
+// Loads, updates and stores the thread's groups, from half `first` of the warp's elements on. The
+// caller has loaded aligned 16-bit gradients and params, as grad_bits and half_bits, and stores the
+// new 16-bit params, which it finds in `half`.
 template <class K, GradAccess kGrad, bool kHalfParam, int kGroups>
 FUSEDOPT_DEVICE void update_groups(const Work<K>& w, int at, int t, int first,
                                    const uint4& grad_bits, const uint4& half_bits, uint32_t* half) {
@@ -191,10 +191,9 @@ FUSEDOPT_DEVICE void update_groups(const Work<K>& w, int at, int t, int first,
   }
 }
 
-// 256 elements by a warp, all of them there and every stream on a 16-byte boundary, the gradient
-// excepted under kNarrow. Loads first: eight of 16 bytes are in flight with two fp32 states. More
-// streams do not fit in 64 registers that way, so the warp takes one half of its elements after the
-// other.
+// A warp updates 256 elements. All of them exist, and every stream but a kNarrow gradient is on a
+// 16-byte boundary. Loads come first: eight of 16 bytes are in flight with two fp32 states. More
+// streams do not fit in 64 registers, so the warp takes one half of its elements after the other.
 template <class K, GradAccess kGrad, bool kHalfParam>
 FUSEDOPT_DEVICE void update_warp(const Work<K>& w, int at, int t) {
   constexpr bool kOneByOne =
@@ -211,7 +210,7 @@ FUSEDOPT_DEVICE void update_warp(const Work<K>& w, int at, int t) {
   if (kHalfParam) store_eight(w.half, at, t, gather(half, t));
 }
 
-// The elements that make up no whole warp's share, and tensors that lie on odd addresses.
+// For elements that do not fill a warp's share, and for tensors that are not on 16-byte boundaries.
 template <class K>
 FUSEDOPT_DEVICE void update_element(const Work<K>& w, int i) {
   float p = w.primary.data ? load_element<K::kHalfStates>(w.primary, i) : 0.0f;
@@ -241,8 +240,8 @@ FUSEDOPT_DEVICE void update_whole(const Work<K>& w) {
   }
 }
 
-// Called by a whole block. Chunks from the last to the first: the end of the gradients is likeliest
-// to be in the L2 cache still.
+// Called by a whole block. Chunks go from the last to the first: the end of the gradients is
+// likeliest to be in the L2 cache still.
 template <class K>
 FUSEDOPT_DEVICE void update_chunks(const DeviceStep& step) {
   __shared__ Work<K> work;

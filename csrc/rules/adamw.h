@@ -29,12 +29,12 @@ struct AdamW {
 
   FUSEDOPT_FN int variant(const Options& o) { return o.amsgrad ? 1 : 0; }
   FUSEDOPT_FN constexpr int states(int variant) { return 2 + variant; }
-  FUSEDOPT_FN float absent(int) { return float_of(0xff800000u); }  // any second moment is larger
+  FUSEDOPT_FN float absent(int) { return float_of(0xff800000u); }  // below any second moment
 
-  // Bias corrections belong to the betas as rounded for the kernel: weight * geometric_sum is what
-  // the recurrence accumulates for a constant gradient, so a constant gradient comes out exact.
-  // sqrt(bias_correction2) divides sqrt(exp_avg_sq) in torch; here it multiplies numerator and eps,
-  // once a step in fp64, which saves each element a division.
+  // Bias corrections come from the betas as rounded for the kernel. weight * geometric_sum is the
+  // value of the recurrence for a constant gradient of one, so a constant gradient comes out exact.
+  // torch divides sqrt(exp_avg_sq) by sqrt(bias_correction2). Here that root multiplies the
+  // numerator and eps, once a step in fp64: each element saves a division.
   FUSEDOPT_FN Hyper prepare(const Options& o, int64_t step) {
     const float weight1 = static_cast<float>(1.0 - o.beta1);
     const float weight2 = static_cast<float>(1.0 - o.beta2);

@@ -1,4 +1,4 @@
-// What a rule is made of.
+// Types and functions that the rules share.
 #pragma once
 
 #include "../fields.h"
@@ -22,7 +22,7 @@ FUSEDOPT_FN Kind kind_of(const typename R::Options& o) {
   return {o.weight_decay == 0.0 ? Decay::kNone : decay, R::variant(o)};
 }
 
-// What weight decay multiplies the param by before it is added: to the param, or to the gradient.
+// Weight decay adds the param times this factor, to the param or to the gradient.
 template <class Options>
 FUSEDOPT_FN float decay_factor(const Options& o) {
   return static_cast<float>(o.decoupled ? -o.lr * o.weight_decay : o.weight_decay);
@@ -33,10 +33,10 @@ FUSEDOPT_FN void apply_decay(float factor, Kind kind, float& grad, float& param)
   if (kind.decay == Decay::kCoupled) grad = fma(factor, param, grad);
 }
 
-// What a rule gets as its gradient.
+// The gradient that a rule gets.
 FUSEDOPT_FN float clipped(float grad, float grad_mult, float max_grad_value) {
   float g = grad * grad_mult;
-  g = g > max_grad_value ? max_grad_value : g;  // NaN passes both comparisons
+  g = g > max_grad_value ? max_grad_value : g;  // NaN stays NaN
   return g < -max_grad_value ? -max_grad_value : g;
 }
 
@@ -46,7 +46,7 @@ FUSEDOPT_FN double geometric_sum(double b, int64_t t) {
   double sum = 0.0;
   double power = 1.0;
   int bit = 62;
-  while (bit > 0 && ((t >> bit) & 1) == 0) --bit;  // leading zeros change neither
+  while (bit > 0 && ((t >> bit) & 1) == 0) --bit;  // leading zeros change no value
   for (; bit >= 0; --bit) {
     sum = sum * (1.0 + power);
     power = power * power;
@@ -58,7 +58,7 @@ FUSEDOPT_FN double geometric_sum(double b, int64_t t) {
   return sum;
 }
 
-// What finalize leaves for the update of one tensor.
+// The result of finalize for the update of one tensor.
 template <class R>
 struct alignas(32) RowStep {
   typename R::Hyper hyper;
@@ -79,7 +79,7 @@ template <class... R>
 struct RuleList {
   static constexpr int kCount = sizeof...(R);
 
-  // visit(RuleTag<R>()) of the rule at `index`. A visitor is for the host or for the device.
+  // Calls visit(RuleTag<R>()) for the rule at `index`. `visit` is a host or a device function.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif

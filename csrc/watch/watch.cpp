@@ -11,7 +11,7 @@ struct Torch {
   PyObject* tensor_type = nullptr;
   PyObject* parameter_type = nullptr;
   PyObject* is_neg = nullptr;
-  const PyGetSetDef* grad = nullptr;  // of torch.Tensor; null: ask by name
+  const PyGetSetDef* grad = nullptr;  // of torch.Tensor; null: look it up by name
 } torch;
 
 PyObject* interned(const char* text) {
@@ -20,7 +20,7 @@ PyObject* interned(const char* text) {
   return name;
 }
 
-// Null unless the type answers for the attribute with a C function.
+// The C getter of a type's attribute; null if there is none.
 const PyGetSetDef* getset_named(py::handle type, const char* name) {
   const py::object attribute = py::getattr(type, name, py::none());
   if (Py_TYPE(attribute.ptr()) != &PyGetSetDescr_Type) return nullptr;
@@ -34,15 +34,15 @@ bool view(PyObject* object, dlpack::Tensor& out) {
   return strided;
 }
 
-// A subclass may keep its values elsewhere, which the exchange does not show.
+// No subclass: it may keep its values elsewhere, and the exchange does not show that.
 bool plain_tensor(PyObject* object) {
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return type == torch.tensor_type || type == torch.parameter_type;
 }
 
-// A lazily negated view, which the exchange does not show either. Such views come from the
-// imaginary part of a conjugate and have a stride of two, so that only a single element can look
-// dense.
+// Whether it is a lazily negated view; the exchange does not show that either. Such views come from
+// the imaginary part of a conjugate. They have a stride of two, so only one of a single element can
+// look dense.
 bool negated(PyObject* tensor) {
   const auto answer =
       py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr));
@@ -50,8 +50,8 @@ bool negated(PyObject* tensor) {
   return answer.ptr() != Py_False;
 }
 
-// New reference, or null with an error set. For the two plain types the attribute's own function is
-// called, which leaves out the search for the name.
+// New reference, or null with an error set. For the two plain types the attribute's C getter is
+// called, which saves the lookup by name.
 PyObject* grad_of(PyObject* param) {
   static PyObject* const kGrad = interned("grad");
   if (torch.grad && plain_tensor(param)) return torch.grad->get(param, torch.grad->closure);
@@ -74,15 +74,15 @@ bool kernel_codec(const dlpack::Tensor& t, Codec& codec) {
   return found;
 }
 
-// A thousand tensors are more than a cache holds, and a look at each is a chain of dependent
-// misses. So the lines of the tensors to come are asked for this many rows ahead.
+// The records of a thousand tensors do not fit in a cache, and reading one is a chain of dependent
+// cache misses. So the cache lines of the tensors are prefetched this many rows ahead.
 constexpr size_t kAhead = 8;
 
-// Of tensors with a second owner: see SecondOwner.
-constexpr int64_t kSmall = 4 << 10;  // bytes of one: a page, of which nothing returns to the system
+// Limits of tensors with a second owner: see SecondOwner.
+constexpr int64_t kSmall = 4 << 10;       // bytes of one: a page; freed, it stays with the process
 constexpr int64_t kSmallInAll = 8 << 20;  // bytes
 
-// The Python object, and torch's record around the sizes that the exchange showed.
+// Prefetches the Python object, and torch's record around the sizes that the exchange showed.
 void fetch(const void* object, const void* record) {
   __builtin_prefetch(object);
   const auto middle = reinterpret_cast<uintptr_t>(record);  // a hint: null and stale are allowed
@@ -93,7 +93,7 @@ void fetch(const void* object, const void* record) {
 
 py::object borrowed(py::handle object) { return py::reinterpret_borrow<py::object>(object); }
 
-// Borrowed; null when the group has no sequence of params.
+// A borrowed reference; null when the group has no sequence of params.
 PyObject* params_of(PyObject* group) {
   static PyObject* const kParams = interned("params");
   if (!PyDict_Check(group)) return nullptr;
@@ -125,7 +125,7 @@ bool in_place(const Placement& placement, PyObject* object) {
          t.device_id == placement.device_id && same_layout(placement, t);
 }
 
-// Null for what is not exchangeable as a consumer: slower, not wrong.
+// Null if torch does not export the tensor: the watch is then slower, not wrong.
 SecondOwner second_owner(PyObject* tensor) {
   dlpack::ManagedTensor* managed = nullptr;
   if (torch.exchange->managed_from_py_object(tensor, &managed) == 0) return SecondOwner(managed);
@@ -144,7 +144,7 @@ void use_torch(const py::object& tensor_type, const py::object& parameter_type,
   while (api && api->version.major != 1) api = api->previous;
   FUSEDOPT_CHECK(api && api->dltensor_from_py_object,
                  "this torch offers no DLPack 1.x C exchange; use torch 2.11 or newer");
-  // Never given back: the module keeps them as long as the process lives.
+  // These references are never released: the module lives as long as the process.
   torch = {api, tensor_type.inc_ref().ptr(), parameter_type.inc_ref().ptr(), is_neg.inc_ref().ptr(),
            getset_named(tensor_type, "grad")};
 }
@@ -227,7 +227,7 @@ bool Watch::same_state(PyObject* state, PyObject* held) const {
     const StateEntry& entry = entries_[e];
     if (key != entry.key.ptr() || value != entry.value) return false;
     if (!PyDict_Check(value)) {
-      if (entry.n_items > 0) return false;  // where a dict was, something else has come to lie
+      if (entry.n_items > 0) return false;  // another object has the address of a dict
       continue;
     }
     if (static_cast<size_t>(PyDict_Size(value)) != entry.n_items) return false;

@@ -1,5 +1,5 @@
 // Looks at every param, gradient and state tensor before each step, through Python's C API and
-// torch's DLPack exchange functions: no libtorch, and nothing interpreted for an ordinary tensor.
+// torch's DLPack exchange functions: no libtorch, and no Python code for an ordinary tensor.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,32 +26,32 @@ struct Release {
 };
 using SecondOwner = std::unique_ptr<dlpack::ManagedTensor, Release>;
 
-// Where a tensor lies and how.
+// A tensor's address, device, type and layout.
 struct Placement {
-  const void* fetch_ahead = nullptr;  // inside torch's own record of the tensor; a hint
+  const void* fetch_ahead = nullptr;  // inside torch's record of the tensor; for prefetching
   const void* data = nullptr;
-  const int64_t* shape = nullptr;  // and behind it the strides
+  const int64_t* shape = nullptr;  // followed by the strides
   int32_t device_type = 0, device_id = 0;
   int32_t ndim = 0;
   uint8_t dtype_code = 0, dtype_bits = 0;
   bool is_tensor = false;
 };
 
-// What a plan was built for, to be compared with what is there now. The optimizer's lists and dicts
-// are compared by identity, in order; tensors by address as well, since `t.data = other` keeps the
-// object and changes the memory.
+// Remembers the optimizer for which a plan was built, and compares it with the optimizer now. Lists
+// and dicts are compared by identity, in order. Tensors are compared by address as well, since
+// `t.data = other` keeps the object and changes the memory.
 class Watch {
  public:
-  // kFrozen: nothing is looked at but whether there is a gradient; it need not be a strided tensor.
+  // kFrozen: only checked for a gradient; the param need not be a strided tensor.
   enum class RowKind { kReady = 0, kAwaitsState = 1, kStaged = 2, kFrozen = 3 };
 
-  // groups: optimizer.param_groups; state: optimizer.state; kinds: one RowKind a row, rows being
-  // the params of all groups in order. Throws std::runtime_error.
+  // groups: optimizer.param_groups; state: optimizer.state; kinds: a RowKind for each row; the rows
+  // are the params of all groups in order. Throws std::runtime_error.
   Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds);
 
-  // Fills grads[row], the Grad of every row, odd ones as absent. Returns None when the plan no
-  // longer describes the optimizer, or three lists:
-  //   odd     rows whose gradient the kernels cannot read as it lies
+  // Fills grads[row] for every row, with odd rows as absent. Returns None when the plan no longer
+  // describes the optimizer, else three lists:
+  //   odd     rows whose gradient the kernels cannot read in place
   //   absent  rows whose .grad is None
   //   held    owned by the step while it runs: the .grad of each row, then the tensors of the state
   //           that have no second owner in the watch. Another thread may drop any of them while the
@@ -64,12 +64,12 @@ class Watch {
     RowKind kind;
     Placement placement;
     bool single_element = false;
-    // Of the last look: hints, never followed.
+    // Addresses of the last look, for prefetching; never dereferenced.
     mutable const void* grad_object = nullptr;
     mutable const void* grad_record = nullptr;
   };
-  // State is not kept alive: what the optimizer drops is freed at once. An object that has taken
-  // the place of another's passes for it only if all that is read of a tensor is the same.
+  // State without a second owner is not kept alive: a tensor that the optimizer drops is freed at
+  // once. A new object at the address of a freed one passes for it only if their placement agrees.
   struct Item {  // one entry of a row's state dict
     py::object key;
     const PyObject* value;
@@ -98,8 +98,8 @@ class Watch {
   std::set<std::vector<int64_t>> layouts_;  // shape and strides of every placement
 };
 
-// torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg and the capsule
-// torch.Tensor.__dlpack_c_exchange_api__, whose version may not be understood: then it throws.
+// Takes torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg and the capsule
+// torch.Tensor.__dlpack_c_exchange_api__. Throws if the capsule's version is not supported.
 void use_torch(const py::object& tensor_type, const py::object& parameter_type,
                const py::object& is_neg, const py::object& exchange);
 
