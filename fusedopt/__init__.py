@@ -1,8 +1,8 @@
 """fusedopt: the training step after ``backward()``, done once.
 
-``FusedAdamW`` and ``FusedSGD`` replace ``torch.optim.AdamW`` and ``torch.optim.SGD``, and
-``FusedLion`` stands beside them; unscaling, inf/NaN check, gradient clipping, weight decay, update
-and the low-precision copy of fp32 masters are one step over the parameters.
+``FusedAdamW`` and ``FusedSGD`` replace ``torch.optim.AdamW`` and ``torch.optim.SGD``; ``FusedLion``
+is Lion, which torch lacks. Unscaling, inf/NaN check, gradient clipping, weight decay, update and
+the low-precision copy of fp32 masters are one step over the parameters.
 """
 
 import torch as _torch  # noqa: F401  first: the native module then shares torch's OpenMP pool

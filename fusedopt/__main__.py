@@ -1,4 +1,4 @@
-"""`python -m fusedopt [--json]`: what is installed and what it will use, for a bug report."""
+"""`python -m fusedopt [--json]`: the environment report, for a bug report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAPS = Path("/proc/self/maps")
 
 
 def openmp_libraries(maps: str) -> list[str]:
-    """The OpenMP runtimes among the mapped files. Two mean two thread pools that fight."""
+    """The OpenMP runtimes among the mapped files. Two of them have thread pools that compete."""
     return sorted(set(re.findall(r"/\S*/lib(?:gomp|omp|iomp5)[-.]\S*", maps)))
 
 
@@ -44,7 +44,7 @@ def devices() -> Iterator[tuple[torch.device, str]]:
 
 
 def self_test(device: torch.device) -> tuple[str, str]:
-    """One clipped AdamW step against torch's: the backend that took it, and what is wrong."""
+    """Compare a clipped AdamW step with torch's. Returns the backend, and the problem if any."""
     start, grad = (torch.randn(1000).to(device) for _ in range(2))
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
     ours.grad, theirs.grad = grad.clone(), grad.clone()
@@ -62,7 +62,7 @@ def self_test(device: torch.device) -> tuple[str, str]:
 def examine(device: torch.device, name: str) -> dict[str, str]:
     try:
         with warnings.catch_warnings():
-            # the report has a line of its own for it
+            # the report shows the fallback in a line of its own
             warnings.simplefilter("ignore", fusedopt.FusedOptFallbackWarning)
             backend, problem = self_test(device)
     except Exception as error:  # a report that ends in a traceback reports nothing
@@ -91,9 +91,9 @@ def collect() -> dict[str, Any]:
 
 
 def problems(report: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """What to warn of, and whether something is broken.
+    """Warnings, and for each whether it means that something is broken.
 
-    A module that the build left out, and says why, is not.
+    A module is not broken if the build left it out and recorded why.
     """
     cpu = report["backends"]["cpu"]
     if not cpu["available"]:

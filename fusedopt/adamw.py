@@ -42,8 +42,8 @@ class FusedAdamW(FusedOptimizer):
         max_grad_value: clamp each unscaled gradient element to ``[-max_grad_value,
             max_grad_value]``, after clipping by norm.
         master_weights: None or True: keep fp32 masters of fp16/bf16 parameters; False: none.
-        skip_nonfinite: without a GradScaler, skip a step whose gradients are not all finite. Off,
-            they propagate as in torch. With a scaler such a step is always skipped.
+        skip_nonfinite: without a GradScaler, skip a step whose gradients are not all finite. If
+            False, they propagate as in torch. With a scaler such a step is always skipped.
         amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first).
         backend: "cuda", "triton", "cpu", "reference" or "auto"; default: ``FUSEDOPT_BACKEND``, else
             "auto".

@@ -1,4 +1,4 @@
-"""The line of the user's that a warning is about."""
+"""Find the line of the user's code that a warning is about."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ OURS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, str(torch.__f
 def users_level() -> int:
     """``stacklevel`` for a ``warnings.warn`` in the caller.
 
-    It leads to the first frame that is neither of this package nor of torch, through which
-    schedulers, hooks and scalers come here; to the outermost where there is no other.
+    It leads to the first frame outside of this package and of torch: schedulers, hooks and scalers
+    call us through torch. If there is no such frame, it leads to the outermost.
     """
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):

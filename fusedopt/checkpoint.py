@@ -1,4 +1,4 @@
-"""Loading a checkpoint: what it must hold, and how its values get into the optimizer's state."""
+"""Load a checkpoint: check what it holds, and copy its values into the optimizer's state."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from .plan.state import (
 from .rules.declaration import Group
 from .shared import SharingOptimizer
 
-Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # of a checkpoint's key: parameter and states
-Write = tuple[Tensor, Tensor]  # a tensor of the optimizer, and the one that is copied to it
-Fill = tuple[ParamState, str, Tensor]  # a checkpoint's tensor, to be copied in the form of another
+Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # by a checkpoint's key: parameter, state names
+Write = tuple[Tensor, Tensor]  # a tensor of the optimizer, and the tensor that is copied to it
+Fill = tuple[ParamState, str, Tensor]  # a state, its name, a tensor with the wanted layout
 
 
 def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
-    """What ``load_state_dict`` does. All is checked before anything is changed."""
+    """Implement ``load_state_dict``. Everything is checked before anything is changed."""
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre_hook(optimizer, state_dict)
         if replaced is not None:
             state_dict = dict(replaced)
-    # Options of the whole optimizer, which a wrapper may have put there, stay as constructed.
+    # A wrapper may have put options of the whole optimizer there; those stay as constructed.
     groups = [
         {name: value for name, value in group.items() if name not in OPTION_NAMES}
         for group in state_dict["param_groups"]
@@ -56,7 +56,7 @@ def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
     state_dict["param_groups"] = groups
     wanted = _check(optimizer, groups, state_dict)
     optimizer._check_loaded_groups(groups)
-    with optimizer._shared.turn, durable(), torch.no_grad():  # not beside a step
+    with optimizer._shared.turn, durable(), torch.no_grad():  # not during a step
         optimizer._shared.drop_plans()
         _copy_in(optimizer, state_dict, wanted)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
@@ -67,13 +67,13 @@ def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
 
 
 def _check(optimizer: SharingOptimizer, groups: list[Group], state_dict: dict[str, Any]) -> Wanted:
-    """Raise unless the checkpoint is one for this optimizer; say whose state each entry is."""
+    """Raise unless the checkpoint fits this optimizer. Returns the parameter of each state."""
     wanted: Wanted = {}
     for g, saved in enumerate(groups):
         _check_group(g, saved, optimizer)
     sizes = [[len(group["params"]) for group in each] for each in (groups, optimizer.param_groups)]
     if sizes[0] != sizes[1]:
-        return wanted  # torch refuses it in a moment
+        return wanted  # torch's load_state_dict refuses it
     _check_keys(state_dict)
     for g, (own, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         names = optimizer._shared.line.state_names({**optimizer.defaults, **saved})
@@ -93,7 +93,7 @@ def _check(optimizer: SharingOptimizer, groups: list[Group], state_dict: dict[st
 
 
 def _check_keys(state_dict: dict[str, Any]) -> None:
-    """A state under a key of no group would be kept beside its parameter, which starts anew."""
+    """Refuse keys such as "0" for 0: their states would stay unused, and parameters start anew."""
     state = state_dict["state"]
     keys = {str(key): key for group in state_dict["param_groups"] for key in group["params"]}
     astray = [key for key in state if str(key) in keys and keys[str(key)] not in state]
@@ -108,10 +108,10 @@ def _check_keys(state_dict: dict[str, Any]) -> None:
 
 
 def _check_group(index: int, group: Group, optimizer: SharingOptimizer) -> None:
-    """Each checkpoint of a rule has its numbers. Of the flags, older ones lack some.
+    """Refuse the group of another optimizer.
 
-    A group of torch's that has ``foreach`` and not the rule's own flags is one of NAdam, RAdam or
-    Adamax. Groups of Apex's Adam have neither.
+    Every checkpoint of a rule has its numbers; older ones lack some flags. A group with ``foreach``
+    and without the rule's own flags is torch's NAdam, RAdam or Adamax. Apex's Adam has neither.
     """
     where, rule = f"param group {index} of the state_dict", optimizer.rule
     refuse_differentiable(group, where)
@@ -146,7 +146,7 @@ def _check_saved(
             "Apex's does; give each its own: `for g in state_dict['param_groups']: [state_dict"
             "['state'][i].update(step=g['step']) for i in g['params'] if i in state_dict['state']]`"
         )
-    # The memory of a parameter may be elsewhere for the time: `param.data` is empty then.
+    # A wrapper may have moved the parameter's memory elsewhere: `param.data` is empty then.
     shaped = is_served(param) and not is_lazy(param) and param.numel() > 0
     check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]", shaped)
 
@@ -155,7 +155,7 @@ def _check_saved(
 
 
 def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wanted) -> None:
-    """Copy a checkpoint that was checked; until all memory is there nothing is changed."""
+    """Copy a checked checkpoint; nothing is changed until all memory has been allocated."""
     state: dict[Any, Any] = {}
     writes: list[Write] = []
     fills: list[Fill] = []
@@ -169,7 +169,7 @@ def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wa
     for (own, name, _), tensor in zip(fills, new, strict=True):
         own[name] = tensor
     names = _names_given(optimizer)
-    # torch would cast state to the parameter's dtype, so it gets the groups alone.
+    # torch would cast state to the parameter's dtype, so torch loads the groups only.
     _load_without_hooks(optimizer, {**state_dict, "state": {}})
     optimizer._shared.names = names
     optimizer.state.update(state)
@@ -184,10 +184,10 @@ def _receive(
     writes: list[Write],
     fills: list[Fill],
 ) -> ParamState:
-    """The state for ``param`` that ``saved`` stands for; shares no memory with it.
+    """Make the state of ``param`` from ``saved``; the two share no memory.
 
-    A tensor of the optimizer that nobody else can see is used again, so that loading needs no
-    second state. What is still to be copied is added to ``writes`` and ``fills``.
+    A tensor of the optimizer that nobody else refers to is reused, so that loading needs no second
+    state. The copies that are still to be made are added to ``writes`` and ``fills``.
 
     Accepts what ``torch.optim`` saves: states in the parameter's dtype, ``step`` as a number or in
     any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
@@ -197,7 +197,7 @@ def _receive(
         return copy.deepcopy(own)  # the step converts it, once the parameter can be updated
     like = dense_like(param)
     if MASTER not in wanted_names(param, names, optimizer._shared.options.master_weights):
-        own.pop(MASTER, None)  # of a half parameter
+        own.pop(MASTER, None)  # this parameter keeps no master
     state: ParamState = {}
     for name, value in own.items():
         if name == STEP and names:
@@ -216,7 +216,7 @@ def _receive(
 
 
 def _can_be_updated(param: Tensor) -> bool:
-    """False for some frozen parameters: nobody asks how they lie in memory."""
+    """False for a frozen parameter of a dtype or layout that no backend can update."""
     try:
         check_param("", param)
     except TypeError:
@@ -235,13 +235,13 @@ def _is_reusable(optimizer: SharingOptimizer, param: Tensor, name: str, like: Te
     whole = storage.resizable() and not shared and storage.nbytes() == tensor.nbytes
     if not whole or tensor.is_inference() or tensor.requires_grad:
         return False
-    del own, tensor, storage  # they would count as owners
+    del own, tensor, storage  # these references would count as owners
     nobody_else = SimpleNamespace(state={param: {name: torch.empty(1)}})
     return _owners(optimizer, param, name) == _owners(nobody_else, param, name)
 
 
 def _owners(holder: Any, param: Tensor, name: str) -> tuple[int, ...]:
-    """How many hold all state, the state of ``param``, its tensor ``name``, the tensor's memory."""
+    """Reference counts of all state, the state of ``param``, its tensor ``name``, that storage."""
     own = holder.state[param]
     tensor = own[name]
     storage = tensor.untyped_storage()
@@ -256,7 +256,7 @@ def _owners(holder: Any, param: Tensor, name: str) -> tuple[int, ...]:
 
 
 def _load_without_hooks(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """torch's own; the hooks see the checkpoint and the result, not the state on its way."""
+    """Call torch's own; ``load`` runs the hooks, on the checkpoint and on the final result."""
     names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
     hooks = {name: getattr(optimizer, name) for name in names}
     optimizer.__dict__.update({name: OrderedDict() for name in names})
@@ -267,7 +267,7 @@ def _load_without_hooks(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 
 def _names_given(optimizer: SharingOptimizer) -> WeakTensorKeyDictionary:
-    """By parameter. torch replaces a group's names by a checkpoint's, which may be in any order."""
+    """Names by parameter. torch takes the checkpoint's names, which may be in another order."""
     names, known = WeakTensorKeyDictionary(), optimizer._shared.names
     for group in optimizer.param_groups:
         in_group = group.get("param_names") or [None] * len(group["params"])

@@ -1,4 +1,4 @@
-"""Where a pickle of fusedopt 0.1 looks for its scaler; the room is fusedopt/scaler."""
+"""Pickles of fusedopt 0.1 import their scaler from here; its code is in fusedopt/scaler."""
 
 from .scaler.grad_scaler import GradScaler, _rebuild, fuse_scaler
 

@@ -1,4 +1,4 @@
-"""Where this package lies, what was built there, and what it hides."""
+"""Where this package lies, what was built there, and which other fusedopt it hides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXT_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 def build_config() -> dict[str, Any]:
-    """What setup.py wrote for this Python; empty where nobody built for it."""
+    """The record that setup.py wrote for this Python; empty if the package was not built for it."""
     try:
         written = importlib.import_module(f"{__package__}._build_config")
     except ImportError:
@@ -32,9 +32,9 @@ def recorded_reason(module: str) -> str | None:
 
 
 def obstacle(module: str) -> str | None:
-    """Why there is no file of a module that nobody left out on purpose; else ``None``.
+    """Why a module that the build did not leave out has no file, or ``None``.
 
-    The folder is then a source tree, or was built for another Python.
+    The folder is then a source tree that was not built, or was built for another Python.
     """
     files = sorted(path.name for path in PACKAGE.glob(f"{module}.*") if path.suffix != ".pyi")
     if recorded_reason(module) or any(module + end in files for end in EXTENSION_SUFFIXES):
@@ -49,9 +49,9 @@ def obstacle(module: str) -> str | None:
 
 
 def strange(module: Any) -> str | None:
-    """What is wrong with a module that came from another fusedopt's folder, or ``None``.
+    """The problem with a module that came from another fusedopt's folder, or ``None``.
 
-    The finder of an editable installation gives a package that hides it the missing modules.
+    If this package hides an editable installation, the latter's finder supplies missing modules.
     """
     if Path(module.__file__).parent.resolve() == PACKAGE.resolve():
         return None
@@ -62,7 +62,7 @@ def hidden() -> Path | None:
     """The folder of another fusedopt, which Python would find if it did not find this one."""
     others = [entry for entry in sys.path if Path(entry).resolve() != PACKAGE.parent.resolve()]
     for finder in sys.meta_path:
-        path = others if finder is PathFinder else None  # an editable installation's needs none
+        path = others if finder is PathFinder else None  # an editable finder needs none
         spec = getattr(finder, "find_spec", lambda *_: None)(__package__, path)
         if spec is not None and spec.origin:
             folder = Path(spec.origin).parent
@@ -72,7 +72,7 @@ def hidden() -> Path | None:
 
 
 def stale() -> list[str]:
-    """Modules of a source tree that are older than a source, say after ``git pull``."""
+    """Modules of a source tree that are older than one of its sources, say after ``git pull``."""
     sources = (PACKAGE.parent / "csrc").rglob("*.*")
     newest = max((path.stat().st_mtime for path in sources), default=0.0)
     files = (PACKAGE / f"{module}{EXT_SUFFIX}" for module in ("_cpu", "_cuda"))
@@ -80,7 +80,7 @@ def stale() -> list[str]:
 
 
 def remedy() -> str:
-    """What helps where there is an obstacle."""
+    """What to do about an ``obstacle``."""
     build = f"`pip install -e {shlex.quote(str(PACKAGE.parent))}` builds it"
     if hidden() is None:
         return build

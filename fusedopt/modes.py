@@ -1,7 +1,7 @@
-"""torch's modes: which of them the step refuses, and what is kept out of them.
+"""torch's modes: those that the step refuses, and how allocations are kept out of them.
 
-The kernels go past torch's dispatcher. Whatever traces, fakes or transforms torch's operations
-would see a step that changes nothing, or would change memory that is none.
+The kernels bypass torch's dispatcher. So a mode that traces, fakes or transforms torch's operations
+would see a step that changes nothing, or the kernels would write to memory that does not exist.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-_PRE_DISPATCH = DispatchKey.PreDispatch  # an enumeration's look-up takes as long as the question
+_PRE_DISPATCH = DispatchKey.PreDispatch  # looking up the member would take as long as the query
 F = TypeVar("F", bound=Callable[..., Any])
 
 NOT_TRACED = (
@@ -34,23 +34,23 @@ NOT_TRACED = (
 
 
 def marked_untraced(function: F) -> F:
-    """Dynamo leaves ``function`` and what it calls alone, and gives our reason where it may not.
+    """Keep Dynamo from tracing ``function`` and callees; with fullgraph=True it gives our reason.
 
-    It would lose what the function notes in an optimizer. The public ``torch.compiler.disable``
-    imports all of Dynamo at once, and costs each call some microseconds, with or without a compiler
-    at work. The attributes are those that it would set; the rest is a mark on the code.
+    A trace would lose what the function stores in an optimizer. The public
+    ``torch.compiler.disable`` imports all of Dynamo at once, and costs each call some microseconds,
+    compiled or not. The attributes are those that it would set; the rest marks the code object.
     """
     marked: Any = function
     marked._torchdynamo_disable = True
     marked._torchdynamo_disable_msg = NOT_TRACED
-    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)  # it, and what it calls
+    skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)  # the function, its callees
     set_code_exec_strategy(marked.__code__, skip)
     return function
 
 
 def untraced(function: F) -> F:
-    """``marked_untraced`` behind a call that Dynamo sees: where ``function`` itself is compiled
-    with fullgraph=True, it refuses before the call and not after it."""
+    """``marked_untraced`` behind a call that Dynamo traces. So where ``function`` itself is
+    compiled with fullgraph=True, Dynamo refuses before the call and not after it."""
     marked_untraced(function)
 
     @functools.wraps(function)
@@ -61,7 +61,7 @@ def untraced(function: F) -> F:
 
 
 def _find_has_callbacks() -> Callable[[], bool]:
-    """torch's ``at::hasCallbacks()`` (ATen/record_function.h), which Python has no name for."""
+    """torch's ``at::hasCallbacks()`` (ATen/record_function.h), which has no Python binding."""
     for library in Path(torch.__file__).parent.glob("lib/*torch_cpu.*"):
         for symbol in ("_ZN2at12hasCallbacksEv", "?hasCallbacks@at@@YA_NXZ"):  # Windows: the second
             with suppress(OSError, AttributeError):
@@ -71,26 +71,26 @@ def _find_has_callbacks() -> Callable[[], bool]:
     return lambda: True
 
 
-# Whether somebody records the ranges of this thread: a profiler, or an ExecutionTraceObserver, of
-# which Python knows nothing. To enter a range that nobody records costs as much as half a step.
+# Whether this thread's ranges are recorded: by a profiler, or by an ExecutionTraceObserver, which
+# Python cannot see. Entering a range costs half a step, even if nothing records it.
 is_recorded = _find_has_callbacks()
 
 
 @contextmanager
 def durable() -> Iterator[None]:
-    """For what outlives the modes of the moment: a tensor made in inference mode could not be
-    written to outside of it, and one made in a FakeTensorMode has no memory."""
+    """For tensors that outlive the current modes: one made in inference mode could not be written
+    to outside of it, and one made in a FakeTensorMode has no memory."""
     with torch.inference_mode(False), _disable_current_modes():
         yield
 
 
 def refuse_tracing() -> None:
-    """Raise ``RuntimeError`` by name where the step could not be seen, or not be done."""
+    """Raise ``RuntimeError``, naming the mode, where the step could not be traced or not be run."""
     traced, transformed = _get_tracing_state(), peek_interpreter_stack() is not None
     before_dispatch = _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     if not (_len_torch_dispatch_stack() or traced or transformed or before_dispatch):
         return
-    # FakeTensorMode, make_fx and functionalization have a key; other modes only look.
+    # FakeTensorMode, make_fx and functionalization have a key; other modes only observe.
     modes = _get_current_dispatch_mode_stack()
     active = [type(m).__name__ for m in modes if getattr(m, "_mode_key", None) is not None]
     others = {

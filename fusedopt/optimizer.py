@@ -1,7 +1,7 @@
 """FusedOptimizer: everything that does not depend on the update rule.
 
 ``step()`` is unscale + inf/NaN check + global-norm clip + weight decay + update + low-precision
-copy, as the verbs of a cached plan. All that can be refused is refused before anything moves.
+copy, as the verbs of a cached plan. Every refusal comes before anything is changed.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from .rules.declaration import Group
 from .scaler.attributes import AmpAttributes, ours
 from .shared import Shared
 
-# Another thread may change gradients and states while a plan is being built.
+# Attempts to build a plan: another thread may change gradients and states meanwhile.
 BUILDS = 8
 
 
 class FusedOptimizer(AmpAttributes):
-    """Base class of the optimizers, ``FusedAdamW`` for one.
+    """Base class of the optimizers, such as ``FusedAdamW``.
 
-    A subclass names its rule and torch's class of the same arguments; it has a signature and a
-    docstring.
+    A subclass names its rule, and torch's class with the same arguments. Otherwise it is a
+    signature and a docstring.
     """
 
-    twin: type[Optimizer]  # torch's, which checks the arguments that it knows
+    twin: type[Optimizer]  # torch's class, which checks the arguments that it knows
 
     @untraced
     def __init__(self, params: Any, arguments: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class FusedOptimizer(AmpAttributes):
     # ---- the step -------------------------------------------------------------------------------
 
     @ours
-    @marked_untraced  # behind the hooks' wrapper
+    @marked_untraced  # inside the wrapper that runs hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
 
@@ -91,14 +91,14 @@ class FusedOptimizer(AmpAttributes):
             try:
                 self._take(self._current_plan(inputs), inputs)
             except BaseException:
-                torch.set_grad_enabled(grad_mode)  # a signal may cut short torch.no_grad's exit
+                torch.set_grad_enabled(grad_mode)  # a signal may interrupt torch.no_grad's exit
                 raise
             finally:
-                inputs.held = None  # frees what nobody else has any more
+                inputs.held = None  # frees gradients and states that others have dropped
         return loss
 
     def _take(self, plan: Plan, inputs: StepInputs) -> None:
-        """All or nothing: a signal's handler may raise anywhere, but inside of a native call."""
+        """All or nothing: a signal's handler may raise anywhere except inside a native call."""
         plan.stage_params()
         plan.begin(inputs)
         if inputs.measured:
@@ -114,7 +114,7 @@ class FusedOptimizer(AmpAttributes):
             raise
 
     def _settle(self, plan: Plan, inputs: StepInputs) -> None:
-        """What is left to do after the update. Done twice, it changes no more."""
+        """Finish the step after the update. A second call changes nothing more."""
         plan.write_back()
         self._shared.measured, self._shared.amp.answered = inputs.measured, True
         updated = plan.updated_params()
@@ -138,16 +138,16 @@ class FusedOptimizer(AmpAttributes):
             if shared.scalars.device != device:
                 with durable():
                     shared.scalars = shared.scalars.to(device)
-            # All that a step knows of the groups is read once: another thread may change them.
+            # The step reads the groups only once, here: another thread may change them.
             groups = [group.copy() for group in self.param_groups]
             if not isinstance(self.param_groups, list):
                 raise TypeError
             table, numbers = pack(groups, shared.line, self._stays_on_device, self._check_options)
-        except (AttributeError, KeyError, TypeError):  # of somebody else's lists and dicts
+        except (AttributeError, KeyError, TypeError):  # others have replaced lists or dicts
             check_containers(self.param_groups, self.state)
             raise
         grad_scale, found_inf, inf_flag, in_charge = self._amp_inputs(device)
-        return StepInputs(  # by their places: names would cost as much as the rest of it
+        return StepInputs(  # positional: keywords would cost as much as the rest of the call
             groups,
             table,
             options,
@@ -197,7 +197,7 @@ class FusedOptimizer(AmpAttributes):
             groups, state = copies(inputs.groups, self.state)
             plan = self._build_plan(groups, state, every_param=False)
             inputs.held = plan.refresh(inputs.groups, self.state)
-            if inputs.held is None:  # another thread changes them: the step goes by the copies
+            if inputs.held is None:  # another thread changes them: use the copies
                 plan.look_at(groups, state)
                 inputs.held = plan.refresh(groups, state)
             if inputs.held is not None:
@@ -205,7 +205,7 @@ class FusedOptimizer(AmpAttributes):
         raise RuntimeError("parameters or gradients changed while step() was preparing")
 
     def _build_plan(self, groups: list[Group], state: dict[Tensor, Any], every_param: bool) -> Plan:
-        """A plan for the optimizer as the copies show it; creates what state is missing."""
+        """Make a plan for copies of the optimizer's groups and state; create missing state."""
         shared, options = self._shared, self._shared.options
         layout = list(map(shared.line.state_names, groups))
         rows = checked_rows(groups, state, layout, shared.names)
@@ -213,7 +213,7 @@ class FusedOptimizer(AmpAttributes):
             plan = shared.plan
             shared.set_aside(self.state)
             backend = choose(options.backend, [row.param for row in rows if row.served])
-            # Here and not in the step, which may be the first and captured.
+            # Moved here, too: the first step may run under graph capture.
             shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
             new = complete_rows(rows, state, layout, options.master_weights, every_param)
             self.state.update({param: dict(own) for param, own in new.items()})
@@ -230,10 +230,10 @@ class FusedOptimizer(AmpAttributes):
 
     @untraced
     def init_state(self) -> None:
-        """Allocate the state of every parameter that requires grad now.
+        """Allocate now the state of every parameter that requires grad.
 
-        Without it state is made in the first ``step()``; with it, running out of memory shows
-        before a round of training. Masters are made from the parameters as they are at the time.
+        Otherwise state is allocated in the first ``step()``. Called before training, this shows at
+        once if memory runs out. Masters are copied from the parameters at the time of the call.
 
         Raises:
             RuntimeError: a parameter cannot be optimized, or there is not enough memory.
@@ -246,11 +246,11 @@ class FusedOptimizer(AmpAttributes):
 
     @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; raises before anything is changed, and refuses what no kernel can update.
+        """As in torch, but refuses parameters that no backend can update. An error changes nothing.
 
         Raises:
             ValueError: an option is no number, or NaN; a parameter is there twice; an option of the
-                whole optimizer differs from the optimizer's own (one that is equal is taken out).
+                whole optimizer differs from the optimizer's own (an equal one is removed).
             TypeError: a parameter that requires grad cannot be updated.
             RuntimeError: ``differentiable=True``.
         """
@@ -287,13 +287,13 @@ class FusedOptimizer(AmpAttributes):
 
         Differs from torch in one respect: states keep (or get) fp32, whatever the parameter's
         dtype. ``max_grad_norm`` and the other options of the whole optimizer stay as constructed.
-        A parameter without state in the checkpoint starts anew. Where nobody else can see the
-        optimizer's own tensors they are written to, so that loading needs no second state.
+        A parameter without state in the checkpoint starts anew. The optimizer's own tensors are
+        overwritten if nobody else refers to them, so that loading needs no second state.
 
         Raises:
             ValueError: the param groups do not match, or are those of another optimizer; a step
-                count is no count.
-            KeyError: a parameter's state is there in part, or is that of another optimizer.
+                count is not a number of steps.
+            KeyError: a parameter's state is incomplete, or is that of another optimizer.
             TypeError: a state is no plain tensor of floating-point numbers.
             RuntimeError: a group of the checkpoint has ``differentiable=True``; a state has no
                 memory, or another shape than its parameter; there is not enough memory. Whatever is

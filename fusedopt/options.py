@@ -1,4 +1,4 @@
-"""Options of a whole optimizer, and what counts as a number or a flag."""
+"""Options of a whole optimizer, and the tests for numbers and flags."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def number(value: Any) -> float:
 
 
 def flag(value: Any) -> bool:
-    """``value`` as a bool, if it is equal to one; not the truth of a string or of None."""
+    """``value`` as a bool, if it equals True or False; a string or None is refused."""
     if not is_flag(value):
         raise TypeError(f"{value!r} is neither True nor False")
     return bool(value)
@@ -42,7 +42,7 @@ _REMEDIES = {
     "skip_nonfinite": "use True or False",
     "backend": f"use one of {', '.join(BACKEND_NAMES)}",
 }
-# Of options that are numbers. The others are flags, but for the backend.
+# Ranges of the options that are numbers. The others are flags, except ``backend``.
 _ALLOWED: dict[str, Callable[[float], bool]] = {
     "max_grad_norm": lambda value: value >= 0.0,
     "norm_type": lambda value: value in (2.0, math.inf),
@@ -99,7 +99,7 @@ def invalid(
 
 
 def literal(value: Any) -> str:
-    """``value`` as code that needs no import: of a tensor or a number of numpy what it holds."""
+    """``value`` as code that needs no import; a tensor or NumPy scalar becomes a plain number."""
     if isinstance(value, (tuple, list)):
         return f"({', '.join(map(literal, value))})"
     plain = value.item() if hasattr(value, "item") else value
@@ -108,9 +108,9 @@ def literal(value: Any) -> str:
 
 
 def is_number(value: Any, nan: bool = False) -> bool:
-    """Whether it is one, and not NaN unless that is allowed.
+    """Whether ``value`` is a number; NaN is one only with ``nan=True``.
 
-    Of a tensor on a device only the shape is looked at: nobody waits for its value.
+    The value of a tensor on a device is not read, so that the host does not wait for it.
     """
     if isinstance(value, Tensor):
         known = value.numel() == 1 and not value.is_complex() and not value.is_meta
@@ -123,8 +123,8 @@ def is_number(value: Any, nan: bool = False) -> bool:
 
 
 def is_pair(value: Any) -> bool:
-    """Whether it is two numbers in an order: a tuple, a list, an array or a tensor of two."""
-    if isinstance(value, (Mapping, bytes, bytearray)):  # which can be unpacked: keys, or bytes
+    """Whether ``value`` is an ordered pair of numbers: a tuple, list, array or tensor."""
+    if isinstance(value, (Mapping, bytes, bytearray)):  # keys or bytes would be unpacked
         return False
     try:
         return len(value) == 2 and is_number(value[0]) and is_number(value[1])

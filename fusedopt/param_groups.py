@@ -28,7 +28,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # RMSNorm: RMS, Norm; Conv2d: Conv, d
 _BIAS_WORDS = {"bias", "biases"}
-# Layers and blocks whose own parameters are weights, also after a norm: LayerNormMLP.
+# Words for layers and blocks. Their own parameters are weights, even in a LayerNormMLP.
 _LAYER_WORDS = {
     *("linear", "bilinear", "dense", "conv", "embedding", "embed", "projection", "proj"),
     *("attention", "attn", "mlp", "ffn", "expert", "rnn", "lstm", "gru", "cell"),
@@ -36,7 +36,7 @@ _LAYER_WORDS = {
     *("net", "network", "model"),
 }
 
-# What a wrapper puts into the names of the parameters inside it.
+# Parts that a wrapper adds to the names of the parameters inside it.
 _OF_WRAPPERS = re.compile(
     r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\."
     r"|(?<![^.])parametrizations\.(?=\w+\.original\d*$)|(?<=\w)\.original\d*$"
@@ -60,16 +60,16 @@ def param_groups(
       that module (timm; ``*`` stands for any text), ``no_weight_decay_keywords()`` a part of the
       name (Swin), or the parameter has a true attribute ``_no_weight_decay`` (Mamba).
 
-    Torch's norms and what derives from them are norms, torch's layers with weights (``nn.Linear``,
-    convolutions, attention and so on) are not. Of another class the name decides: the last word
-    that means a norm (``Norm``, ``Layernorm``, ``Normalization``) or a layer (``Linear``, ``Conv``,
-    ``MLP``, ``Head`` and so on). ``MyRMSNorm``, ``BatchNormAct2d`` and ``ConvLayerNorm`` are norms;
-    ``LayerNormMLP``, ``NormHead`` and ``NormalizingFlow`` are not. If a name has no such word, the
-    class that it derives from is asked. Only what the norm itself owns counts, so a ``PreNorm``
-    around a linear layer takes nothing from that layer.
+    Torch's norms and classes derived from them are norms; torch's layers with weights
+    (``nn.Linear``, convolutions, attention and so on) are not. For another class its name decides,
+    by the last word that means a norm (``Norm``, ``Layernorm``, ``Normalization``) or a layer
+    (``Linear``, ``Conv``, ``MLP``, ``Head`` and so on). ``MyRMSNorm``, ``BatchNormAct2d`` and
+    ``ConvLayerNorm`` are norms; ``LayerNormMLP``, ``NormHead`` and ``NormalizingFlow`` are not. If
+    the name has no such word, the name of its base class decides. Only what the norm itself owns
+    counts, so a ``PreNorm`` around a linear layer takes nothing from that layer.
 
     The originals of a parametrized weight (``torch.nn.utils.parametrize``) count as that weight.
-    Of a scripted or traced module only the name of its class is known, and that name decides.
+    For a scripted or traced module only the name of its class is known, and that name decides.
     Shards count by the shape of the whole parameter: DTensors (FSDP2, tensor parallel), FSDP1 with
     ``use_orig_params=True``, DeepSpeed ZeRO-3. ``fully_shard`` drops the attributes of parameters:
     set ``_no_weight_decay`` again after it.
@@ -154,7 +154,7 @@ def _owned_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, int, n
 
 
 def _dims(label: str, param: nn.Parameter) -> int:
-    """Dimensions of the whole parameter, of which this process may hold a shard."""
+    """Dimensions of the whole parameter; this process may hold only a shard of it."""
     flat = getattr(param, "_fsdp_flattened", False)
     if not (flat or is_lazy(param)):
         whole: torch.Size | None = getattr(param, "ds_shape", None)  # DeepSpeed ZeRO-3
@@ -178,7 +178,7 @@ def _dims(label: str, param: nn.Parameter) -> int:
 
 
 def _dims_before_fsdp(model: nn.Module) -> dict[tuple[nn.Module, str], int]:
-    """Dimensions of what FSDP1 with use_orig_params=True flattened, by owner and name."""
+    """Dimensions of parameters that FSDP1 flattened (use_orig_params=True), by owner and name."""
     dims: dict[tuple[nn.Module, str], int] = {}
     for module in model.modules():
         flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)
@@ -207,7 +207,7 @@ def _exempt(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _names_from(module: nn.Module, method: str) -> list[str]:
-    """What a method of the module returns, if the module has the method."""
+    """The names that a method of the module returns; none if there is no such method."""
     ask = getattr(module, method, None)
     if not callable(ask):
         return []
@@ -264,4 +264,4 @@ def _scripted_class(module: nn.Module) -> str | None:
     """Name of the class that a scripted or traced module was made from."""
     if not isinstance(module, torch.jit.ScriptModule):
         return None
-    return getattr(module, "original_name", None)  # PYTORCH_JIT=0: it has none
+    return getattr(module, "original_name", None)  # with PYTORCH_JIT=0 it has none

@@ -1,8 +1,8 @@
-"""What an optimizer shares with the wrappers and copies that take over its ``__dict__``.
+"""The data that an optimizer shares with wrappers and copies that take over its ``__dict__``.
 
 Lightning, Fabric and others make an object of a derived class and give it the optimizer's
-attributes. An attribute that one of the two binds anew is then lost to the other. So everything
-that changes in the life of an optimizer, and is not torch's, lies in one object that both have.
+attributes. If one of the two rebinds an attribute, the other keeps the old value. So everything of
+ours that changes in the life of an optimizer is in one object to which both refer.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Shared:
     options: Options
     scalars: Tensor  # StepScalars (csrc/records.h)
     line: Line
-    turn: Any = field(default_factory=threading.RLock)  # of the threads that step the optimizer
+    turn: Any = field(default_factory=threading.RLock)  # held by the thread that steps
     measured: bool = False  # the last step computed the norm
     plan: Plan | None = None
-    # What messages call a parameter, once a checkpoint has brought its own names for the groups.
+    # Names of parameters in messages, once a checkpoint has replaced the names in the groups.
     names: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     captured_plans: list[Plan] = field(default_factory=list)  # a CUDA graph may still replay them
     aside: list[Plan] = field(default_factory=list)  # see set_aside
@@ -48,10 +48,10 @@ class Shared:
         self.plan, self.aside = None, []
 
     def set_aside(self, state: dict[Tensor, Any]) -> None:
-        """Drop the plan, or keep it for later where that keeps nothing alive that would be free.
+        """Drop the plan, or keep it for later if it keeps no memory alive that would be freed.
 
-        DeepSpeed's ZeRO steps one param group at a time: ``param_groups`` is a list of one group
-        for as long as a call takes, and each has its plan.
+        DeepSpeed's ZeRO steps one param group at a time: during each call ``param_groups`` has one
+        group only, and each group has its own plan.
         """
         plans = [plan for plan in (self.plan, *self.aside) if plan is not None]
         self.drop_plans()
@@ -67,7 +67,7 @@ def _option(name: str) -> property:
     def read(self: SharingOptimizer) -> Any:
         return getattr(self._shared.options, name)
 
-    @untraced  # which would lose what is written
+    @untraced  # a trace would lose the new value
     def write(self: SharingOptimizer, value: Any) -> None:
         options = self._shared.options.changed(**{name: value})
         if options.master_weights != self._shared.options.master_weights:
@@ -84,7 +84,7 @@ class SharingOptimizer(Optimizer):
     _shared: Shared
 
     def _check_loaded_groups(self, groups: list[Group]) -> None:
-        """Warn of what the groups of a checkpoint, which will be loaded, change."""
+        """Warn if the groups of a checkpoint that is about to be loaded change the computation."""
 
     # ---- what the last step found ---------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class SharingOptimizer(Optimizer):
 
     @property
     def clip_coef(self) -> Tensor:
-        """What the last step multiplied the unscaled gradients by: 0-dim fp32, a copy."""
+        """The factor that the last step applied to the unscaled gradients: 0-dim fp32, a copy."""
         coef = self._shared.scalars[CLIP_COEF]
         return coef.clone() if self._shared.measured else torch.ones_like(coef)
 
@@ -124,7 +124,7 @@ class SharingOptimizer(Optimizer):
         """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``.
 
         Counts the tensors that are there now: before the first step, or ``init_state()``, there is
-        no state yet. An entry of ``state`` that belongs to no parameter counts by its key.
+        no state yet. An entry of ``state`` that belongs to no parameter is listed under its key.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         sizes = {"param": sum(map(_nbytes, params)), "grad": sum(_nbytes(p.grad) for p in params)}

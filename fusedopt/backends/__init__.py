@@ -1,1 +1,1 @@
-"""Who runs the verbs of a step; see registry.py for the choice."""
+"""The backends, which run the verbs of a step; registry.py chooses one."""

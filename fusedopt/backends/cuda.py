@@ -1,7 +1,7 @@
 """The CUDA backend: the kernels of ``fusedopt._cuda`` over the tables of a plan.
 
-When the table of inputs has changed since the last step, and always in a graph that is being
-captured, a third small kernel that carries it in its parameters writes it.
+A third, small kernel has the table of inputs in its parameters and writes it to the device. It runs
+when the table has changed since the last step, and in every step during and after a graph capture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _cuda, _import_error = modules.load("_cuda")
 
 
 class CudaDriver(Driver):
-    """Through a native module: ``_cuda``, or what a test puts in its place."""
+    """Runs the kernels of a native module: ``_cuda``, or a test's replacement."""
 
     def __init__(self, native: Any) -> None:
         self.native = native
@@ -56,7 +56,7 @@ def unavailable_reason() -> str | None:
 
 
 def driver_problem() -> str | None:
-    """What keeps a module that was built from using this machine's GPUs, or ``None``."""
+    """Why the module, although it was built, cannot use this machine's GPUs, or ``None``."""
     if driver.made is not None or _import_error is not None:
         return None
     try:

@@ -1,9 +1,9 @@
-"""What the backends of GPUs share: the tables of a plan on every device, and the order of launches.
+"""Shared by the GPU backends: the tables of a plan on every device, and the order of launches.
 
 A steady step is two launches whatever the number of tensors: ``reduce``, whose last block
 finalizes, and ``update``. The table of gradient addresses and options lies on the device, and is
-written when it has changed. With parameters on several devices every device reduces, each gets the
-words of all, and every device finalizes for itself.
+written when it has changed. With parameters on several devices every device reduces, the words of
+each are copied to all, and every device finalizes for itself.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ T = TypeVar("T", Tensor, "Tensor | None")
 
 
 class Launches(Protocol):
-    """The kernels over the tables of one device. Errors are ``RuntimeError`` and move nothing."""
+    """The kernels over the tables of one device. Errors are ``RuntimeError`` and change nothing."""
 
     def begin(self, stream: int, capturing: bool) -> None:
-        """Comes before the launches of a step: brings the table of inputs to the device where it
-        has changed, and into every graph that is being captured."""
+        """Called before the launches of a step: copies the table of inputs to the device if it has
+        changed, and always during graph capture."""
 
     def reduce(self, finalizes: bool) -> None:
-        """``finalizes``: the last block goes on to what ``finalize`` does."""
+        """``finalizes``: the last block also does the work of ``finalize``."""
 
     def finalize(self) -> None: ...
 
@@ -60,7 +60,7 @@ class Driver(ABC):
             return torch.cuda.is_current_stream_capturing()
 
     def record_stream(self, tensor: Tensor, device: torch.device) -> None:
-        """Tell the allocator that the current stream, too, has to be done before it reuses it."""
+        """Tell the allocator not to reuse ``tensor`` before the current stream is done with it."""
         tensor.record_stream(torch.cuda.current_stream(device))
 
     def index(self, device: torch.device) -> int:
@@ -68,7 +68,7 @@ class Driver(ABC):
 
 
 class DriverOnDemand:
-    """The driver of this machine's GPUs, which is made when it is first asked for."""
+    """The driver of this machine's GPUs, created by the first call."""
 
     def __init__(
         self, title: str, make: Callable[[], Driver], reason: Callable[[], str | None]
@@ -93,12 +93,12 @@ class DeviceTables:
     """The tables of one device, and its launches.
 
     Attributes:
-        tensors: by name, in bytes on the device.
-        host_inputs: what the table of inputs is to hold; its gradients begin at ``grads_at``.
+        tensors: the tables by name, as bytes on the device.
+        host_inputs: new contents of the table of inputs; its gradients begin at ``grads_at``.
         arguments: addresses and counts, by the names that kernels have for them.
         n_states: of a parameter, at most.
         half_params: some param is fp16 or bf16.
-        half_states: some state or master is.
+        half_states: some state or master is fp16 or bf16.
     """
 
     def __init__(self, plan: DevicePlan, device: torch.device, number: int, count: int) -> None:
@@ -115,7 +115,7 @@ class DeviceTables:
             "rows": self._zeros(max(len(rows), 1) * ROW.size),
             "chunks": self._zeros(max(len(chunks), 1) * CHUNK.size),
             "row_steps": self._zeros(max(len(rows), 1) * plan.rule.row_step_bytes),
-            # To which the blocks of reduce add; zero between launches, and so is the ticket.
+            # The blocks of reduce add to the sums. Sums and ticket are zero between launches.
             "sums": self._zeros(WORDS * 8),
             "words": self._zeros(count * WORDS * 8),  # of each device, once reduce is over
             "ticket": self._zeros(16),
@@ -134,7 +134,7 @@ class DeviceTables:
         self.half_params = any(row.dense.dtype in HALF_DTYPES for row in own)
         states = [t for row in own for t in (row.master, *row.states) if t is not None]
         self.half_states = any(t.dtype in HALF_DTYPES for t in states)
-        # The optimizer's own scalars live with the first part; others decide for themselves.
+        # The first part uses the optimizer's own scalars; the others have scalars of their own.
         self.scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device=device)
         self.launches = plan.driver.launches(self)
         self._kept: list[Tensor | None] = []
@@ -144,7 +144,7 @@ class DeviceTables:
         return torch.zeros(n_bytes, dtype=torch.uint8, device=self.device)
 
     def _rows_of(self, plan: DevicePlan) -> list[Row | None]:
-        """Those of this device."""
+        """The plan's rows, with ``None`` for those of other devices."""
         here = [row.served and plan.device_of(row) == self.device for row in plan.rows]
         return [row if own else None for row, own in zip(plan.rows, here, strict=True)]
 
@@ -161,7 +161,7 @@ class DeviceTables:
         return self.tensors["words"][number * WORDS * 8 : (number + 1) * WORDS * 8]
 
     def local(self, value: T) -> T:
-        """``value`` on this device, by a copy that the device orders after what made it."""
+        """``value`` on this device; the copy is ordered after the work that makes ``value``."""
         return None if value is None else value.to(self.device, non_blocking=True)
 
     def begin(self, plan: DevicePlan, step: StepInputs, first: bool) -> None:
@@ -195,7 +195,7 @@ class DevicePlan(TablePlan):
         self._finalized = False
 
     def rebind(self, rows: Sequence[Row]) -> bool:
-        """Another stream could still read the table of rows, which is written on this one."""
+        """False also after use on another stream, which could still read the table of rows."""
         usable = all(part.on_one_stream for part in self.parts)
         return usable and super().rebind(rows)
 
@@ -220,7 +220,7 @@ class DevicePlan(TablePlan):
             part.begin(self, step, first=number == 0)
 
     def reduce(self) -> None:
-        """On one device the last block finalizes, which spares a launch."""
+        """On one device the last block finalizes, which saves a launch."""
         alone = len(self.parts) == 1
         for part in self.parts:
             part.launches.reduce(finalizes=alone)
@@ -238,7 +238,7 @@ class DevicePlan(TablePlan):
                 part.launches.finalize()
 
     def update(self) -> None:
-        """On all devices or on none: what a signal's handler raises between two is raised later."""
+        """On all devices or none: an exception between two launches is raised after the last."""
         before = [part.launches.updates for part in self.parts]
         try:
             for part in self.parts:

@@ -1,4 +1,4 @@
-"""The native modules: nothing else imports them, or says why one of them is not there."""
+"""Import the native modules, and say why one is missing. No other module does that."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _CONSTANTS = (
     *("CHUNK_ELEMENTS", "WORDS", "DIGITS", "LOWEST", "STREAMS", "CODEC_BITS"),
     *("NORM_IS_TWO", "MEASURED", "SKIP_NONFINITE"),
 )
-_ROW_KINDS = ("READY", "AWAITS_STATE", "STAGED", "FROZEN")  # of the CPU's module alone
+_ROW_KINDS = ("READY", "AWAITS_STATE", "STAGED", "FROZEN")  # only in the CPU's module
 SIMD_VARIABLE = "FUSEDOPT_SIMD"
 
 
 @cache
 def load(name: str) -> tuple[Any, str | None]:
-    """``_cpu`` or ``_cuda``, or None and why it cannot be used.
+    """The module ``_cpu`` or ``_cuda``, or None; and the reason why it cannot be used, or None.
 
     Raises:
         ImportError: ``_cuda`` was built from other sources. (Without ``_cpu`` plain torch serves.)
@@ -40,7 +40,7 @@ def load(name: str) -> tuple[Any, str | None]:
     except ImportError as error:
         reason = str(error)
     if reason is not None:
-        # First what setup.py wrote down, then what the folder shows.
+        # The reason that setup.py recorded goes first, then that of the folder.
         return None, installation.recorded_reason(name) or installation.obstacle(name) or reason
     if name == "_cuda":
         check_mirrors(module)
@@ -48,7 +48,7 @@ def load(name: str) -> tuple[Any, str | None]:
 
 
 def check_mirrors(module: Any) -> None:
-    """Compare what the module reads with what Python writes: every field, by its name.
+    """Compare the records that the module reads with those that Python writes, field by field.
 
     Raises:
         ImportError: the module was built from other sources than this package; names both fields.
@@ -87,7 +87,7 @@ def check_rule(module: Any, name: str, theirs: dict[str, Any]) -> None:
 def compare(
     module: Any, where: str, theirs: Iterable[tuple[Any, ...]], ours: Iterable[tuple[Any, ...]]
 ) -> None:
-    """Raise ``ImportError`` at the first of the module's fields that is not the one of ours."""
+    """Raise ``ImportError`` at the first field of the module that differs from ours."""
     for their, our in zip_longest(theirs, ours, fillvalue=("nothing",)):
         if tuple(their) != tuple(our):
             raise ImportError(
@@ -98,7 +98,7 @@ def compare(
 
 
 def _set_up(module: Any) -> str | None:
-    """Make the CPU's module ready; what is in the way, or ``None``."""
+    """Set up the CPU's module. Returns what prevents its use, or ``None``."""
     module.use_torch(
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,

@@ -25,10 +25,10 @@ READY, AWAITS_STATE, STAGED, FROZEN = range(4)  # RowKind in csrc/watch/watch.h
 
 
 class Record:
-    """Fields in order, each with its format in the words of ``struct``."""
+    """Fields in order, each with its ``struct`` format."""
 
     def __init__(self, **fields: str) -> None:
-        # Name, offset and size in bytes, and `d`, `f` or, of anything else, `q`.
+        # Name, offset and size in bytes, and `d`, `f`, or `q` for anything else.
         self.fields: list[tuple[str, int, int, str]] = []
         at = 0
         for name, format in fields.items():
@@ -88,7 +88,7 @@ def chunk_table(numels: Sequence[int]) -> Tensor:
 
 
 def pack_rows(rows: Sequence[Row | None]) -> bytearray:
-    """The table of rows; of ``None``, a row that is not for this device, an empty record."""
+    """The table of rows. A row of another device is ``None``, and gets an empty record."""
     return bytearray(b"".join(bytes(ROW.size) if row is None else pack_row(row) for row in rows))
 
 

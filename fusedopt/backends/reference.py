@@ -45,7 +45,7 @@ class ReferencePlan(Plan):
 
     def __init__(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         super().__init__(rule, rows, layout)
-        # Of the rows that have a gradient; reduce leaves them for finalize.
+        # One for each row that has a gradient; reduce computes them for finalize.
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
 

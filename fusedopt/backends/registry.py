@@ -21,11 +21,11 @@ BACKEND_VARIABLE = "FUSEDOPT_BACKEND"
 
 
 class FusedOptFallbackWarning(UserWarning):
-    """A slower backend serves than the one that was expected; the message says why."""
+    """A slower backend serves than expected; the message says why."""
 
 
 class Backend(Protocol):
-    """Stateless: what belongs to one parameter set is in its plan, and so are the verbs."""
+    """Stateless: the data of a parameter set is in its plan, and so are the verbs."""
 
     name: str
 
@@ -38,7 +38,7 @@ UPDATE_DRIVER = "update the driver, or reinstall fusedopt with an older CUDA too
 
 
 def _module(name: str) -> Any:
-    """Imported when it is first asked for."""
+    """Import a backend's module when it is first needed."""
     return importlib.import_module(f".{name}", __package__)
 
 
@@ -53,7 +53,7 @@ def requested_backend(argument: str | None) -> str:
 
 
 def prepare(argument: str | None, params: Sequence[Tensor]) -> None:
-    """Import what will serve ``params``, so that the first step need not.
+    """Import the backend that will serve ``params``, so that the first step need not.
 
     Raises:
         ValueError: ``FUSEDOPT_BACKEND`` names no backend.
@@ -68,8 +68,8 @@ def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
     """The backend for ``params``.
 
     Raises:
-        RuntimeError: a backend was asked for by name that cannot serve these parameters; or the
-            CUDA backend is there, its driver is not, and Triton cannot serve either.
+        RuntimeError: the backend that was asked for by name cannot serve these parameters; or the
+            CUDA backend is built but has no usable driver, and Triton cannot serve either.
     """
     name = requested_backend(argument)
     if not params and name != REFERENCE:
@@ -87,7 +87,7 @@ def choose(argument: str | None, params: Sequence[Tensor]) -> Backend:
 
 
 def _best(params: Sequence[Tensor]) -> str:
-    """The fastest that can serve; announces one that is slower than was to be expected."""
+    """The fastest backend that can serve; warns if it is slower than expected."""
     names = _by_speed(params)
     obstacle = _unfit(names[0], "cpu" if names[0] == "cpu" else "cuda", params)
     if obstacle is not None:
@@ -119,13 +119,13 @@ def _by_speed(params: Sequence[Tensor]) -> list[str]:
 
 
 def _missing(name: str) -> str | None:
-    """Why the backend can serve no parameters here, whatever they are."""
+    """Why the backend cannot serve any parameters on this machine, or ``None``."""
     reason: str | None = None if name == REFERENCE else _module(name).unavailable_reason()
     return None if reason is None else f"the {TITLES[name]} backend is not available ({reason})"
 
 
 def _remedy(name: str) -> str:
-    """What would make the backend available. Some reasons say that themselves."""
+    """Advice on how to make the backend available; empty if the reason has it already."""
     reason: str = _module(name).unavailable_reason()
     if name == "triton" or any(words in reason for words in ("reinstall", "; use ", "Windows")):
         return ""
@@ -149,7 +149,7 @@ def _device_type(name: str) -> str:
 
 
 def _unfit(name: str, device_type: str, params: Sequence[Tensor]) -> str | None:
-    """Why the kernels of a backend are not for these parameters."""
+    """Why the kernels of a backend cannot update these parameters, or ``None``."""
     elsewhere = {p.device.type for p in params} - {device_type}
     if elsewhere:
         return (

@@ -29,8 +29,8 @@ from .watch import PythonWatch, row_kind
 class TablePlan(Plan):
     """Keeps the table of inputs, which is written before every step.
 
-    In it are the step's record, a line of options for each group, the numbers that a device keeps
-    itself, and the gradients, which a watch fills in.
+    The table has the step's record, a line of options for each group, the numbers that stay on a
+    device, and the gradients. A watch fills in the gradients.
     """
 
     def __init__(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:

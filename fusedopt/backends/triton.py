@@ -1,8 +1,8 @@
 """The Triton backend: the kernels of ``fusedopt/triton_kernels`` over the tables of a plan.
 
-For GPUs that the CUDA module does not serve: no nvcc at the build, or AMD. Kernels are compiled
-when a plan is made, after the first time from Triton's cache, and launched without the JIT's search
-for a variant. The table of inputs is copied from pinned memory when it has changed.
+For GPUs that the CUDA module does not serve: AMD's, or any if the build found no nvcc. Kernels are
+compiled when a plan is made, or taken from Triton's cache. They are launched without the JIT's
+search for a variant. The table of inputs is copied from pinned memory when it has changed.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .device import DeviceBackend, DeviceTables, Driver, DriverOnDemand, Launche
 from .records import GRAD
 
 OLDEST = (3, 6)  # release of Triton
-OLDEST_ON_AMD = (3, 7)  # before, its square root of tiny numbers was not the correctly rounded one
+OLDEST_ON_AMD = (3, 7)  # older ones round the square root of tiny numbers incorrectly
 
-# Of the table of inputs, made with the plan: pinning more memory may wait for the device.
+# Pinned buffers of the inputs, made with the plan: later pinning may wait for the device.
 BUFFERS = 32
-SPARE = 4  # kept for captures, which may not make one
+SPARE = 4  # kept for captures, which may not pin memory
 
 Launch = Callable[[int, int], None]  # programs, stream
 Key = tuple[Any, ...]  # of a variant: the fields of triton_kernels.variants.Variant
 
 
 class TritonDriver(Driver):
-    """Through Triton's own driver of the GPUs that torch sees."""
+    """Runs kernels by Triton's own driver, on the GPUs that torch sees."""
 
-    pins = True  # host memory, so that a device copies from it by itself
+    pins = True  # pin host memory, so that copies from it are asynchronous
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, Key], Any] = {}
@@ -43,7 +43,7 @@ class TritonDriver(Driver):
         return TritonLaunches(self, tables)
 
     def launcher(self, device: torch.device, variant: Key, values: dict[str, int]) -> Launch:
-        """Launches of one variant, with its arguments bound; compiles it if need be.
+        """A function that launches one variant, with arguments bound; compiles it if need be.
 
         Raises:
             RuntimeError: it cannot be compiled or loaded.
@@ -53,7 +53,7 @@ class TritonDriver(Driver):
             with torch.cuda.device(index):
                 self._kernels[index, variant] = self._load(variant)
         kernel = self._kernels[index, variant]
-        arguments = [values.get(name, 0) for name in kernel.src.fn.arg_names]  # 0: a constant
+        arguments = [values.get(name, 0) for name in kernel.src.fn.arg_names]  # 0 for constants
         run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
 
         def launch(programs: int, stream: int) -> None:
@@ -86,22 +86,22 @@ class TritonDriver(Driver):
         return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.pins)
 
     def event(self, device: torch.device) -> Any:
-        """Comes after everything that the device's current stream has to do so far."""
+        """An event after all work that is now in the device's current stream."""
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
 
 
 class _Upload:
-    """Copies the table of inputs to its device. Nobody waits: a buffer is used again once the copy
-    from it is over, and one that a graph copies from, never."""
+    """Copies the table of inputs to its device without waiting. A buffer is reused once the copy
+    from it is over; a buffer that a graph copies from is never reused."""
 
     def __init__(self, driver: TritonDriver, tables: DeviceTables) -> None:
         self._driver = driver
         self._device = tables.device
         self._source = tables.host_inputs
         self._target = tables.tensors["inputs"]
-        self._written = b""  # what the device holds, or nothing where that is not known
+        self._written = b""  # the device's contents; empty where unknown
         self._free = [self._new_buffer() for _ in range(BUFFERS)]
         self._busy: list[tuple[Tensor, Any]] = []
         self._captured: list[Tensor] = []
@@ -110,7 +110,7 @@ class _Upload:
         return self._driver.host_buffer(len(self._source))
 
     def due(self, capturing: bool) -> bool:
-        """A graph's replays write the table too, so after a capture what it holds is not known."""
+        """True after a capture: replays write the table, too, so its contents are unknown."""
         return capturing or bool(self._captured) or self._source != self._written
 
     def run(self, capturing: bool) -> None:
@@ -161,7 +161,7 @@ class TritonLaunches:
         return self._driver.launcher(self._device, variant, self._arguments)
 
     def _streams_now(self) -> str:
-        """What is not fp32: masters and states, too; params and gradients at most; or nothing."""
+        """Which streams may not be fp32: see STREAMS in triton_kernels/update.py."""
         if self._streams_at_least == "float32" and any(self._host_inputs[self._grad_codecs]):
             return "any"
         return self._streams_at_least
@@ -171,7 +171,7 @@ class TritonLaunches:
         if not self._upload.due(capturing):
             return
         streams = self._streams_now()
-        # Any of this may fail, and then the table and the variant that reads it are the old ones.
+        # If any of this fails, the old table and the old variant that reads it stay.
         same = streams == self._streams
         update = self._update if same else self._launcher(*self._of_update, streams)
         self._upload.run(capturing)
@@ -227,7 +227,7 @@ def _oldest() -> tuple[int, int]:
 
 
 def _target() -> Any:
-    """What Triton compiles for on this machine."""
+    """The target that Triton compiles for on this machine."""
     from triton.runtime import driver as runtime
 
     return runtime.active.get_current_target()
@@ -240,7 +240,7 @@ def _one_line(error: Exception) -> str:
 def details() -> dict[str, Any]:
     """For the environment report."""
     told = {}
-    with suppress(Exception):  # what is wrong, unavailable_reason says
+    with suppress(Exception):  # unavailable_reason says what is wrong
         import triton
 
         told["version"] = triton.__version__

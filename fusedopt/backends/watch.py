@@ -1,7 +1,7 @@
-"""What a plan was built for, compared before every step with what is there now.
+"""Compare the optimizer before every step with the one that a plan was built for.
 
 ``PythonWatch`` serves the reference backend and installations without the native module. It gives
-the answers and the bytes of ``Watch`` in csrc/watch/watch.h, only slower.
+the same answers and bytes as ``Watch`` in csrc/watch/watch.h, only slower.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def row_kind(row: Row) -> int:
 
 
 def _place(value: object) -> Place | None:
-    """Where a strided tensor lies and how; ``None`` for anything else."""
+    """The place of a strided tensor; ``None`` for anything else."""
     if not isinstance(value, Tensor):
         return None
     try:
-        # As in the native watch: a subclass is not asked, nor is the mode of a default device.
+        # As in the native watch, no subclass and no default-device mode may answer.
         with torch._C.DisableTorchFunction():
             return value.data_ptr(), value.dtype, value.device, value.shape, strides(value)
     except Exception:  # torch raises many kinds where a tensor has no memory of its own
@@ -58,13 +58,13 @@ def _param_lists(groups: object) -> Iterator[Sequence[Any]]:
 
 
 class PythonWatch:
-    """The optimizer's lists and dicts by identity, in order; tensors by their place as well, since
-    ``t.data = other`` keeps the object and changes the memory. Keeps no state alive.
+    """Compares the optimizer's lists and dicts by identity, in order. Tensors are compared by place
+    as well: ``t.data = other`` keeps the object and changes the memory. Keeps no state alive.
 
     Args:
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``.
-        kinds: one RowKind a row, rows being the params of all groups in order.
+        kinds: a RowKind for each row; the rows are the params of all groups in order.
 
     Raises:
         RuntimeError: these are no optimizer's groups and state, or a param has no address.
@@ -81,7 +81,7 @@ class PythonWatch:
         for row, kind in enumerate(kinds):
             if kind != FROZEN and self._places[row] is None:
                 raise RuntimeError(f"param {row} in all is not a strided tensor")
-        # A tensor may be made where another one was freed, and then has the id of that one.
+        # A new tensor may have the address of a freed one, and then also has its id.
         self._items = [weakref.ref(item) for item in items]
 
     def _walk(
@@ -105,11 +105,11 @@ class PythonWatch:
         return params, places, contents, items
 
     def refresh(self, groups: list[Group], state: dict[Tensor, Any], address: int) -> Look | None:
-        """Fill in the Grad records at ``address``, if it is not 0; those of odd rows as absent.
+        """Fill in the Grad records at ``address``, if it is not 0; odd rows are marked absent.
 
         Returns:
-            Rows whose gradient the kernels cannot read as it lies, rows that have none, and what
-            the step has to hold; ``None`` when the plan no longer describes the optimizer.
+            Odd rows, whose gradient the kernels cannot read in place; rows without gradient; and
+            objects that the step has to hold. ``None`` when the plan no longer fits the optimizer.
         """
         try:
             _, places, contents, items = self._walk(groups, state)
@@ -154,5 +154,5 @@ class PythonWatch:
 
 
 def _is_negated(tensor: Tensor, place: Place | None) -> bool:
-    """A lazily negated view has a stride of two: only a single element can look dense."""
+    """Whether it is a lazily negated view: its stride is two, so only one element looks dense."""
     return place is not None and place[3].numel() == 1 and tensor.is_neg()

@@ -1,1 +1,1 @@
-"""From an optimizer's groups and state to what a step touches: nothing here knows a backend."""
+"""From an optimizer's groups and state to the tensors of a step: nothing here knows a backend."""

@@ -1,4 +1,4 @@
-"""What a step can use of parameters and gradients, and in which words it refuses the rest."""
+"""Which parameters and gradients a step can use, and the messages that refuse the others."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..rules.declaration import Group
 from .memory import overlaps_itself
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of both
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of params and gradients
 
 
 def is_served(param: Tensor) -> bool:
-    """Whether a step may have to do with ``param``: frozen parameters without gradient are left
-    alone, whatever they are."""
+    """Whether a step may touch ``param``: frozen parameters without gradient are left alone,
+    whatever their dtype and layout."""
     return param.requires_grad or param.grad is not None
 
 
@@ -27,9 +27,9 @@ def served_params(groups: list[Group]) -> Iterator[Tensor]:
 
 
 def is_of_inference(tensor: Tensor) -> bool:
-    """Whether it may be written to in inference mode alone.
+    """Whether ``tensor`` may be written to only in inference mode.
 
-    ``is_inference()`` says something else once ``tensor.data`` has been assigned.
+    ``is_inference()`` is wrong once ``tensor.data`` has been assigned.
     """
     try:
         return tensor._version < 0

@@ -1,4 +1,4 @@
-"""Param groups as users give and edit them: what is refused, and in which words."""
+"""Param groups as users give and edit them: checks, and the messages that refuse."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..rules.declaration import Group, Rule
 
 
 def torch_defaults(twin: type[Optimizer], rule: Rule, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The group keys and defaults of torch's own class, which checks its arguments: same errors,
-    any version. What it lets pass, or refuses without a name, is refused here.
+    """The group keys and defaults of torch's own class, which checks the arguments: errors are
+    torch's, in any version. Bad arguments that torch accepts or does not name are refused here.
 
     Raises:
         ValueError: an argument is out of range, no number, or NaN.
@@ -26,10 +26,10 @@ def torch_defaults(twin: type[Optimizer], rule: Rule, arguments: dict[str, Any])
         defaults = twin([torch.zeros(0)], **{name: arguments[name] for name in known}).defaults
     except ValueError:
         raise
-    except Exception:  # torch has compared None with a number, say
+    except Exception:  # for example, torch compared None with a number
         check_group(arguments, rule)
         raise
-    check_group(arguments, rule)  # not the defaults: torch makes a pair of a dict's keys
+    check_group(arguments, rule)  # not the defaults: torch unpacks a dict's keys as a pair
     return {name: defaults.get(name, value) for name, value in arguments.items()}
 
 
@@ -56,7 +56,7 @@ def check_group(
 
 
 def check_containers(groups: Any, state: Any) -> None:
-    """Refuse what is no list of param groups, or no params in them."""
+    """Refuse groups, params or state of a wrong type."""
     if not isinstance(groups, list):
         convert = isinstance(groups, Iterable) and not isinstance(groups, Mapping)
         anew = "[{**optimizer.defaults, 'params': params}]"
@@ -85,7 +85,7 @@ def check_containers(groups: Any, state: Any) -> None:
 
 
 def copies(groups: Any, state: Any) -> tuple[list[Group], dict[Any, Any]]:
-    """What an optimizer's own lists and dicts hold now; another thread may change those."""
+    """Copies of an optimizer's lists and dicts; another thread may change the originals."""
     check_containers(groups, state)
     return (
         [{**group, "params": list(group["params"])} for group in groups],
@@ -94,15 +94,15 @@ def copies(groups: Any, state: Any) -> tuple[list[Group], dict[Any, Any]]:
 
 
 def is_plain_dict(own: object) -> bool:
-    """The plan looks into it without asking its class; see Watch in csrc/watch/watch.h."""
+    """Whether its class has dict's own access: the native watch (csrc/watch) uses no other."""
     return isinstance(own, dict) and type(own).__getitem__ is dict.__getitem__
 
 
 def take_out_options(
     group: Group, where: str, optimizer: str, options: Options, error: type[Exception]
 ) -> None:
-    """Options of the whole optimizer get into a group where a wrapper passes its keyword
-    arguments on: no harm in a value that is the optimizer's own."""
+    """Remove options of the whole optimizer from a group: wrappers that pass on their keyword
+    arguments put them there. A value other than the optimizer's own is refused."""
     for name in OPTION_NAMES & group.keys():
         value, own = group[name], getattr(options, name)
         if getattr(options.changed(**{name: value}), name) != own:
@@ -123,7 +123,7 @@ def refuse_differentiable(group: dict[str, Any], label: str) -> None:
 
 
 def refuse_duplicates(group: dict[str, Any], where: str) -> None:
-    """torch warns, and the second row of a parameter would be refused by the first step."""
+    """torch only warns, and the first step would refuse the second row of a parameter."""
     params = group.get("params")
     if params is None or isinstance(params, (Tensor, set)):  # a set is refused by torch
         return

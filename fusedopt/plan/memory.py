@@ -23,14 +23,14 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 @contextmanager
 def unfilled_state(likes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """A state tensor for each of ``likes``, laid out as it is; the block writes the first values.
+    """Allocate state laid out like each of ``likes``; the ``with`` block writes the first values.
 
-    An optimizer streams through its state once a step, and with pages of 4 KiB it would wait for
-    the page tables, too. So the kernel of Linux is asked for huge pages; it may refuse. Large
-    allocations mostly lie side by side. All of a run are asked for together, so that a huge page
-    may hold the end of one and the beginning of the next; it is split when one of them is freed.
-    The allocator has written some bytes in front of each. The page of these bytes is a small one
-    already; it is made huge after the block.
+    A step streams through all state. With pages of 4 KiB it would also wait for page tables. So the
+    Linux kernel is asked for huge pages; it may refuse. Large allocations mostly are neighbours in
+    memory. One request covers a run of neighbours, so that a huge page may hold the end of one
+    tensor and the beginning of the next; it is split when one of them is freed. The allocator has
+    written a header in front of each tensor, so the page of the header already exists as a small
+    one. It is made huge after the block.
 
     Args:
         likes: their elements are dense in memory (no gaps, no overlap).
@@ -38,8 +38,8 @@ def unfilled_state(likes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     Raises:
         RuntimeError: there is not enough memory.
     """
-    # torch's record of a tensor lies where the C library finds room. So all records are made first:
-    # between the memory of small tensors, each look at all of them would go through as many pages.
+    # torch's record of a tensor is where the C library found room. So all records are made first:
+    # scattered between the memory of small tensors, they would lie in as many pages at every look.
     tensors = [torch.empty(0, dtype=state_dtype(like), device=like.device) for like in likes]
     for tensor, like in zip(tensors, likes, strict=True):
         tensor.resize_(like.numel()).as_strided_(like.size(), like.stride())
@@ -59,9 +59,9 @@ def _advise(start: int, end: int, advice: int) -> None:
 
 
 def _runs(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Where the memory of ``tensors`` begins and ends, in whole pages; neighbours are one.
+    """Address ranges of the memory of ``tensors``, in whole pages; neighbours are merged.
 
-    Runs of less than a huge page are left out.
+    Ranges of less than a huge page are left out.
     """
     page = mmap.PAGESIZE
     runs: list[tuple[int, int]] = []
@@ -86,7 +86,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def extent(tensor: Tensor) -> int:
-    """Elements of memory from the first of the tensor's to its last, gaps included."""
+    """The length of a tensor's memory in elements, from its first to its last, gaps included."""
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * st for n, st in zip(tensor.size(), tensor.stride(), strict=True))
@@ -94,7 +94,7 @@ def extent(tensor: Tensor) -> int:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a run of memory exactly: no gaps and no overlap, in any order."""
-    if tensor.is_contiguous():  # most are, and torch knows it
+    if tensor.is_contiguous():  # the usual case, which torch knows
         return True
     return extent(tensor) == tensor.numel() and not overlaps_itself(tensor)
 
@@ -113,6 +113,6 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def strides(tensor: Tensor) -> tuple[int, ...]:
-    """The strides that say where elements lie; 0 for a dimension of one, which may have any."""
+    """The strides, with 0 for a dimension of size one, where a stride has no meaning."""
     dims = zip(tensor.shape, tensor.stride(), strict=True)
     return tuple(stride if size > 1 else 0 for size, stride in dims)

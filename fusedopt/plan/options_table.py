@@ -1,4 +1,4 @@
-"""The options table: what the kernels read of the param groups, a line of 64 bytes each."""
+"""The options table: the options that kernels read, a line of 64 bytes for each group."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from ..options import OPTION_NAMES, flag, number
 from ..rules.declaration import DEVICE_NUMBERS, OPTIONS_BYTES, Group, Rule
 
-# Stands in the table for a number that is on the device: a NaN that nobody else uses, so that a
-# table which holds a number again differs from it.
+# Stands in the table for a number that is on the device. It is a NaN with bits that no number has,
+# so that the table differs once it has the number itself again.
 ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))[0]
 _DEVICE_DTYPES = (torch.float32, torch.float64)
 
 _NUMBER = struct.Struct("=d")
 
-# Options that the user keeps on the device: which double of the table, and one element.
+# Options that the user keeps on the device: index of the double in the table, and tensor.
 DeviceNumbers = list[tuple[int, Tensor]]
 
 
 class Line:
-    """How one group's Options of a rule are read and written, worked out once."""
+    """Reads and writes one group's Options; prepared once for a rule."""
 
     def __init__(self, rule: Rule) -> None:
         self.values, self.state_names = rule.values(), rule.state_names()
@@ -33,13 +33,13 @@ class Line:
         kinds = tuple(rule.options.values())
         self.flags = {i for i, kind in enumerate(kinds) if kind == "q"}
         self.on_device = [i for i in range(len(kinds)) if i not in self.flags][:DEVICE_NUMBERS]
-        # Types of values that can be packed as they are: floats, ints and bools in their places.
+        # Types of a group's values that can be packed without conversion: floats, ints and bools.
         self.plain: set[tuple[type, ...]] = set()
 
     def convert(
         self, values: tuple[Any, ...], stays: Callable[[Tensor], bool]
     ) -> tuple[tuple[float, ...], dict[int, Tensor]]:
-        """Values of any types as numbers; zero for those that stay on the device, which come too.
+        """Values as numbers, zero for those that stay on the device; and the latter by index.
 
         Raises:
             TypeError, ValueError, OverflowError, RuntimeError: one is no number, or no flag.
@@ -70,8 +70,8 @@ def pack(
     Args:
         groups: copies of ``optimizer.param_groups``.
         line: of the rule.
-        stays: whether the kernels read a tensor where it is, so that nobody waits for its value.
-        check: refuses the group of an index by name, where something is wrong with it.
+        stays: whether the kernels read a tensor on its device, so that the host need not wait.
+        check: raises if the group with that index is wrong, and names the option.
     """
     table = bytearray(OPTIONS_BYTES * len(groups))
     device_numbers: DeviceNumbers = []

@@ -1,8 +1,8 @@
 """The plan: which tensors a step touches, in which order, and where their gradients are now.
 
-Built once for a set of parameters. Before every step ``refresh`` looks whether the optimizer is
-still what the plan was built for; only the gradients are expected to have moved. How the rows are
-handed to kernels is each backend's own business (``fusedopt/backends``).
+Built once for a set of parameters. Before every step ``refresh`` checks that the optimizer is still
+the one that the plan was built for; only gradients may have moved. Each backend decides how its
+kernels get the rows (``fusedopt/backends``).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Layout = list[tuple[str, ...]]  # names of the states that a parameter of each g
 class Row:
     """One parameter in the plan.
 
-    ``served`` is False of a frozen parameter without gradient: nothing but its ``.grad`` is looked
-    at until it has one, and the other attributes have no meaning.
+    ``served`` is False for a frozen parameter without gradient. Until it has one, only its
+    ``.grad`` is read, and the other attributes have no meaning.
 
-    ``dense`` is what the kernels update: the parameter itself, or a copy without gaps that is
-    written back after the update. ``states`` are in the rule's order.
+    ``dense`` is the tensor that the kernels update: the parameter itself, or a copy without gaps
+    that is written back after the update. ``states`` are in the rule's order.
 
-    State is the optimizer's. A row refers to it weakly, and to no memory of the parameter's, so
-    that what a user drops or moves elsewhere between two steps is freed at once, as with torch.
+    The optimizer owns the state. A row has weak references to state, and none to the parameter's
+    memory. So memory that a user drops or moves between two steps is freed at once, as with torch.
     (The native watch keeps tensors of a page or less until the next step: csrc/watch/watch.h.)
     """
 
@@ -77,21 +77,21 @@ class Row:
         return self.served and self.dense.data_ptr() != self.param.data_ptr()
 
     def memory(self) -> list[Tensor]:
-        """Everything a step on this row touches, to be kept by who must."""
+        """All tensors that a step on this row touches, for a caller that has to keep them alive."""
         return [self.param.detach(), self.dense.detach(), *self.own()]
 
     def own(self) -> list[Tensor]:
-        """Its state, as far as it is alive."""
+        """The tensors of its state that are still alive."""
         return [tensor for ref in self._refs() if (tensor := ref()) is not None]
 
     def is_in(self, state: dict[Tensor, Any]) -> bool:
-        """Whether its state is what ``state`` holds for it."""
+        """Whether ``state`` still holds the row's state."""
         own = state.get(self.param, {})
         values = set(map(id, own.copy().values())) if isinstance(own, dict) else ()
         return all(ref() is not None and id(ref()) in values for ref in self._refs())
 
     def form(self) -> tuple[Any, ...]:
-        """All that a plan's tables depend on, but for addresses."""
+        """Everything that a plan's tables depend on, except addresses."""
         dense, states = self.dense, len(self._states)
         which = (self.served, self.awaits_state, self.group, states, self._master is None)
         return (*which, *self._dtypes, dense.numel(), dense.dtype, dense.device)
@@ -102,13 +102,13 @@ class Row:
 
 def _alive(ref: weakref.ref[Tensor]) -> Tensor:
     tensor = ref()
-    if tensor is None:  # never of a plan that was just refreshed: its step holds all state
+    if tensor is None:  # not after refresh(): the step holds all state
         raise RuntimeError("parameters or gradients changed while step() was preparing")
     return tensor
 
 
-# What a step owns while it runs: the gradient of each row, or None, and then the state's tensors.
-# Another thread may drop any of them meanwhile.
+# The objects that a step owns while it runs: the gradient of each row, or None, and then the
+# state's tensors. Another thread may drop any of them meanwhile.
 Held = list[Any]
 
 
@@ -124,8 +124,8 @@ class StepInputs:
     skip_nonfinite: bool
     grad_scale: Tensor | None  # fp32, one element; gradients are divided by it
     found_inf: Tensor | None  # fp32, one element; non-zero: some gradient is not finite
-    inf_flag: Tensor | None  # fp32; where our own GradScaler expects the answer
-    # Options that the user keeps on the device: which double of the options table, one element.
+    inf_flag: Tensor | None  # fp32; the flag that our own GradScaler reads
+    # Options that the user keeps on the device: index of the double in the options table, tensor.
     device_numbers: list[tuple[int, Tensor]]
     held: Held | None = None  # once the plan has been refreshed
 
@@ -136,7 +136,7 @@ class StepInputs:
         return grad
 
 
-# Rows whose gradient needs care, rows that have none, and what the step has to hold.
+# Rows whose gradient needs care, rows without one, and the objects that the step has to hold.
 Look = tuple[Sequence[int], Sequence[int], Held]
 
 
@@ -144,12 +144,12 @@ class Plan(ABC):
     """Rows of one parameter set, and the verbs of a step over them.
 
     ``begin`` packs all that a step needs from the host; ``reduce`` turns gradients into the words
-    of their norm; ``exchange`` adds up the words of all who share the norm; ``finalize`` turns
+    of their norm; ``exchange`` copies words between devices that share the norm; ``finalize`` turns
     words into ``StepScalars``; ``update`` is one pass over params and states, and counts the step.
-    None of them reads anything back to the host. Where nobody asked for a norm or a check,
-    ``reduce`` and ``exchange`` are left out.
+    Except in the reference backend, none of them reads anything back to the host. Without a norm or
+    a check to compute, ``reduce`` and ``exchange`` are left out.
 
-    Of gradients a plan keeps copies at most, and addresses.
+    A plan keeps no gradient alive: it has addresses, and copies where needed.
     """
 
     backend: str  # the name of its backend
@@ -173,7 +173,7 @@ class Plan(ABC):
 
     @property
     def captured(self) -> bool:
-        """Whether a CUDA graph holds addresses of this plan's tables and of what is in them."""
+        """Whether a CUDA graph holds addresses of this plan's tables and of the tensors in them."""
         return bool(self._captured)
 
     def capture(self) -> None:
@@ -181,8 +181,8 @@ class Plan(ABC):
         self._captured = [tensor for row in self.rows for tensor in row.memory()]
 
     def rebind(self, rows: Sequence[Row]) -> bool:
-        """Use this plan for ``rows``, where nothing but addresses differs from what it was made
-        for: its tables and buffers stay. False where more differs, or a CUDA graph uses them."""
+        """Use this plan for ``rows`` if they differ from its own only in addresses; its tables and
+        buffers stay. False if more differs, or if a CUDA graph uses the tables."""
         same = [row.form() for row in rows] == [row.form() for row in self.rows]
         if not same or self.captured or any(row.staged for row in (*rows, *self.rows)):
             return False
@@ -196,7 +196,7 @@ class Plan(ABC):
     @abstractmethod
     def reduce(self) -> None: ...
 
-    def exchange(self) -> None:  # noqa: B027  # mostly nobody else has a part of the norm
+    def exchange(self) -> None:  # noqa: B027  # few plans share a norm
         pass
 
     @abstractmethod
@@ -218,19 +218,19 @@ class Plan(ABC):
         """
 
     def holds_only(self, state: dict[Tensor, Any]) -> bool:
-        """Whether all that the plan keeps alive is in ``state``, too."""
+        """Whether everything that the plan keeps alive is in ``state``, too."""
         return all(row.param in state and row.is_in(state) for row in self.rows if row.served)
 
     def refresh(self, groups: list[Group], state: dict[Tensor, Any]) -> Held | None:
         """Note where the gradients are; ``None`` when the plan has to be rebuilt.
 
         Returns:
-            What the step has to hold until it is over.
+            The objects that the step has to hold until it is over.
 
         Raises:
             RuntimeError: a gradient cannot be used (sparse, complex, of another shape or device).
         """
-        # Another thread may have replaced states between the making of the rows and of the look.
+        # Another thread may have replaced states between the making of the rows and of the watch.
         self._confirmed = self._confirmed or all(row.is_in(state) for row in self.rows)
         look = self._look(groups, state) if self._confirmed else None
         if look is None:
@@ -244,12 +244,12 @@ class Plan(ABC):
                 check_grad(row.label, row.param, grad)
                 self._use_grad(index, grad)
         except BaseException:
-            held.clear()  # which the error's frames keep alive
+            held.clear()  # the error's frames would keep them alive
             raise
         return held
 
     def _forbids(self, held: Held) -> bool:
-        """Whether the step is not allowed to write; a new plan then refuses by name."""
+        """Whether inference tensors may not be written to now; a new plan then refuses by name."""
         grads = (held[index] for index in self._of_inference)
         return not torch.is_inference_mode_enabled() and any(grad is not None for grad in grads)
 
@@ -276,7 +276,7 @@ class Plan(ABC):
             row.dense.copy_(row.param.detach())
 
     def write_back(self) -> None:
-        """The way back from ``stage_params``; may be gone twice."""
+        """Copy back the tensors of ``stage_params``; may be called twice."""
         if rows := self._staged_params:
             copy_all([row.param.detach() for row in rows], [row.dense for row in rows])
 
@@ -285,7 +285,7 @@ class Plan(ABC):
         dense = self.rows[index].dense
         staged = self._staged_grads.get(index)
         if staged is None or staged.dtype != grad.dtype:
-            with torch.inference_mode(False):  # for a step outside of it, too
+            with torch.inference_mode(False):  # usable outside of it, too
                 staged = torch.empty_like(dense, dtype=grad.dtype)
             self._staged_grads[index] = staged
         return staged.copy_(grad.detach())
@@ -296,5 +296,5 @@ class Plan(ABC):
 
 
 def copy_all(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """All or none: the loop is C's, in which no signal's handler runs."""
+    """Copy all or none: the loop runs in C, where no signal's handler can interrupt it."""
     deque(map(Tensor.copy_, targets, values), maxlen=0)

@@ -1,4 +1,4 @@
-"""From parameters to plan rows: which are refused, and whose state is missing."""
+"""Make plan rows of parameters: refuse those that cannot be used, and create missing state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .state import MASTER, STEP, ParamState, check_state, complete_all, dense_li
 
 
 def label_of(group: Group, g: int, i: int, names_given: Mapping[Tensor, str | None]) -> str:
-    """What messages call parameter i of group g; ``names_given`` go before the group's own."""
+    """The name of parameter i of group g in messages; ``names_given`` precede the group's own."""
     names = group.get("param_names") or ()
     name = names_given.get(group["params"][i], names[i] if i < len(names) else None)
     text = f"param {i} of group {g}"
@@ -35,7 +35,7 @@ def checked_rows(
 
     Args:
         names: state names the rule wants, for each group.
-        names_given: what messages call the parameters, where the groups' names are not theirs.
+        names_given: names for messages, where a checkpoint has replaced the groups' own.
 
     Raises:
         RuntimeError: some parameter, gradient or state cannot be used.
@@ -149,7 +149,7 @@ def _check_disjoint(rows: Sequence[Row]) -> None:
             start, n_bytes = param.data_ptr(), extent(param) * param.element_size()
             spans.append(_Span(str(param.device), start, start + n_bytes, row))
     spans.sort(key=lambda span: (span.device, span.start))
-    cluster: list[_Span] = []  # neighbours that each begin before one of the others ends
+    cluster: list[_Span] = []  # neighbours whose extents overlap
     end = ("", 0)
     for span in spans:
         if (span.device, span.start) >= end:

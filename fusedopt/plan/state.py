@@ -1,4 +1,4 @@
-"""Optimizer state of one parameter: what it holds, how it is made and checked.
+"""Optimizer state of one parameter: its contents, and how it is made and checked.
 
 Names and meaning are torch's (``step`` and those that the rule declares) plus
 ``master_param``, the fp32 copy of an fp16/bf16 parameter. Whatever the parameter's dtype, state is
@@ -28,9 +28,9 @@ ParamState = dict[str, Any]
 
 
 def dense_like(param: Tensor) -> Tensor:
-    """``param`` itself when the kernels can take it as it lies, else a dense tensor of its shape.
+    """``param`` itself if the kernels can update it in place, else a dense tensor of its shape.
 
-    They cannot where there are gaps, nor where it is a lazily negated view.
+    They cannot if ``param`` has gaps or is a lazily negated view.
     """
     if is_dense(param) and not param.is_neg():
         return param
@@ -40,7 +40,7 @@ def dense_like(param: Tensor) -> Tensor:
 def wanted_names(
     param: Tensor, names: Sequence[str], master_weights: bool | None
 ) -> tuple[str, ...]:
-    """The states of ``param``: those that the rule ``names``, and the master of a half one."""
+    """State names of ``param``: the rule's, and ``master_param`` for an fp16 or bf16 parameter."""
     has_master = param.dtype in HALF_DTYPES and master_weights is not False
     return (*names, MASTER) if has_master else (*names,)
 
@@ -84,9 +84,9 @@ def step_tensor(value: Any, param: Tensor) -> Tensor:
 
 
 def as_ours(state: ParamState, names: Sequence[str]) -> ParamState:
-    """A copy of ``state`` in our words: None is absent, and whatever has states has a ``step``.
+    """A copy of ``state`` in our form: entries of None are left out, and ``step`` is added.
 
-    torch's SGD keeps no count: its buffer says that the first step is past.
+    torch's SGD keeps no count, but its buffer shows that the first step is past: ``step`` is 1.
     """
     known = {*names, MASTER, STEP, *UNCOUNTED}
     own = {name: value for name, value in state.items() if value is not None or name not in known}
@@ -103,12 +103,12 @@ def check_state(
     anew: str,
     shaped: bool = True,
 ) -> None:
-    """Raise unless each state of ``names`` is there, or none is and the parameter starts anew.
+    """Raise unless each state of ``names`` exists, or none does and the parameter starts anew.
 
     Args:
-        label: what messages call the parameter.
+        label: the parameter's name in messages.
         anew: the line of code that drops the parameter's state.
-        shaped: False while the parameter may have another shape than later.
+        shaped: False if the parameter's shape may still change.
 
     Raises:
         KeyError: some states are there and some are not, or only those of another rule.
@@ -150,10 +150,10 @@ def check_state(
 
 
 def _tells(name: str, value: object, names: Sequence[str]) -> bool:
-    """Whether it is a state, of this rule or of another, and no note of somebody's."""
+    """Whether ``name`` is a state of this rule or of another, and not a user's own note."""
     if name in (*names, STEP) or name in OF_SOME_RULE:
         return True
-    # Of torch's SGD any may be a note, and torch makes a master beside anything.
+    # torch's SGD starts its buffer beside any entries. A master alone tells no rule from another.
     notes = name == MASTER or not UNCOUNTED.isdisjoint(names)
     return not notes and any(isinstance(leaf, Tensor) for leaf in tree_iter(value))
 
@@ -181,7 +181,7 @@ def _has_no_memory(value: Tensor, param: Tensor) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    """A count that is where the kernels read it on a GPU is not fetched from there."""
+    """Whether ``value`` is a step count. A count that kernels read on a GPU is not read back."""
     if isinstance(value, Tensor) and is_step(value, value) and not value.is_cpu:
         return True
     try:
@@ -193,7 +193,7 @@ def _is_count(value: Any) -> bool:
 def complete_all(
     rows: Sequence[Row], state: dict[Tensor, ParamState], names: Layout, master_weights: bool | None
 ) -> dict[Tensor, ParamState]:
-    """Copies of the rows' states with what is missing, and with what does not fit converted.
+    """Copies of the rows' states: missing tensors are added, and unfit ones converted.
 
     A new master starts as its parameter, a new moment as zero. An existing value keeps its numbers
     in the right dtype, device and layout. All memory is allocated before any of it is filled.

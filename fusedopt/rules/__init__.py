@@ -1,4 +1,4 @@
-"""One file a rule: all that Python knows of it. csrc/rules and triton_kernels/rules compute it."""
+"""One file for each rule, its declaration; csrc/rules and triton_kernels/rules compute it."""
 
 import pkgutil
 

@@ -1,4 +1,4 @@
-"""What a rule is: the options that its kernels read, the states of a parameter, and plain torch."""
+"""The declaration of a rule: its kernels' options, its states, and its formula in plain torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 from ..options import is_pair
 
 OPTIONS_BYTES = 64  # of one param group, for every rule (csrc/rules/common.h)
-DEVICE_NUMBERS = 4  # numbers of a group that may be on the device, at most: the first ones
+DEVICE_NUMBERS = 4  # at most so many numbers of a group, the first, may be on the device
 Group = dict[str, Any]
 
-# States of the optimizers of torch and of bitsandbytes. Who finds one of them instead of its own
-# has the checkpoint of another rule, whatever is in it.
+# States of the optimizers of torch and of bitsandbytes. A checkpoint that has one of them in place
+# of a rule's own states is another rule's, whatever the value.
 OF_SOME_RULE = frozenset(
     ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg")
     + ("grad_avg", "acc_delta", "sum", "prev", "ax", "state1", "state2")
 )
-# States beside which torch keeps no count: one is there, so the first step is past.
+# States of optimizers for which torch keeps no count: if one exists, the first step is past.
 UNCOUNTED: set[str] = set()
-# States of which a parameter may lack one beside others: it then starts as zero.
+# States that a parameter may lack although it has others: they then start as zero.
 STARTS_LATER: set[str] = set()
 # By the states of a rule: see Rule.not_beside.
 NOT_BESIDE: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -36,11 +36,11 @@ class State:
     """One tensor like the parameter.
 
     Args:
-        name: torch's.
-        when: an option of the group; without it, or where it is zero, there is no such state.
-        absent: what a kernel reads in place of one that is not there.
-        starts_later: a parameter may lack it beside its other states, and then gets zeros.
-        uncounted: torch keeps no count beside it.
+        name: torch's name.
+        when: an option of the group; if it is zero or False, there is no such state.
+        absent: the value that a kernel reads in place of an absent state.
+        starts_later: a parameter may lack it although it has other states, and then gets zeros.
+        uncounted: torch keeps no step count with it.
     """
 
     name: str
@@ -56,25 +56,25 @@ class State:
             UNCOUNTED.add(self.name)
 
 
-# Of a rule in plain torch: parameter, gradient, states (changed in place), group, number of the
-# step -> the new parameter. All of one dtype, fp32 or fp64.
+# A rule in plain torch: parameter, gradient, states (changed in place), group, number of the step
+# -> the new parameter. All of one dtype, fp32 or fp64.
 Reference = Callable[[Tensor, Tensor, Sequence[Tensor], Group, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule is declared once; its C++ and Triton texts are compared with this by name.
+    """The one declaration of a rule; names in C++ and Triton are compared with it.
 
     Args:
-        name: of the files in ``csrc/rules`` and ``triton_kernels/rules``, too.
+        name: also that of the files in ``csrc/rules`` and ``triton_kernels/rules``.
         numbers: options of a group that are numbers, apart from ``lr`` and ``weight_decay``. A pair
-            of them has the names of both in the kernels: ``("betas", "beta1", "beta2")``.
-        flags: those that are true or false, apart from the common two.
-        states: in the order in which the kernels know them; those with ``when`` come last.
-        hyper: what ``prepare`` computes for the kernels, fp32 numbers.
+            is given with the kernels' names of both: ``("betas", "beta1", "beta2")``.
+        flags: options that are true or false, apart from the two that every rule has.
+        states: in the order of the kernels; those with ``when`` come last.
+        hyper: names of the fp32 numbers that ``prepare`` computes for the kernels.
         reference: the rule in plain torch.
-        not_beside: states of other rules that have all of this one's. A parameter that has one of
-            them is another rule's.
+        not_beside: states of other rules that also have every state of this one. A parameter with
+            one of them belongs to another rule.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Rule:
 
     @property
     def fewest_states(self) -> int:
-        """GPU kernels are compiled for so many states at least, and may find one absent."""
+        """The fewest states that GPU kernels are compiled for; one of them may be absent."""
         return max(self.n_always, 1)
 
     @property
@@ -110,7 +110,7 @@ class Rule:
 
     @property
     def options(self) -> dict[str, str]:
-        """Fields of the kernels' Options in order, and their kinds in the words of ``struct``."""
+        """Fields of the kernels' Options in order, and their ``struct`` formats."""
         names: list[str] = []
         for each in self.numbers:
             names += [each] if isinstance(each, str) else each[1:]
@@ -128,7 +128,7 @@ class Rule:
 
     @property
     def n_always(self) -> int:
-        """So many states, the first ones, every parameter has."""
+        """The number of states, the first ones, that every parameter has."""
         return sum(state.when is None for state in self.states)
 
     @property
@@ -137,28 +137,28 @@ class Rule:
         return -(-4 * (len(self.hyper) + 1) // 32) * 32
 
     def values(self) -> Callable[[Group], tuple[Any, ...]]:
-        """What the kernels know of a group, in the order of ``options``.
+        """A function that reads from a group the kernels' options, in the order of ``options``.
 
-        The function that it returns raises ``TypeError`` where a pair is none, and ``KeyError``.
+        It raises ``TypeError`` for a pair that is none, ``KeyError`` for an option that is missing.
         """
-        numbers, flags = self.number_keys, self.flag_keys  # the common ones of both come first
+        numbers, flags = self.number_keys, self.flag_keys  # both begin with the common two
         values_of = itemgetter(*numbers[:2], *flags[:2], *numbers[2:], *flags[2:])
         pairs = [4 + i for i, each in enumerate(self.numbers) if not isinstance(each, str)]
-        pairs.reverse()  # so that the places of those that are left stay as they are
+        pairs.reverse()  # so that earlier indices stay valid
 
         def read(group: Group) -> tuple[Any, ...]:
             values: tuple[Any, ...] = values_of(group)
             for i in pairs:
                 pair = values[i]
                 if type(pair) is not tuple and type(pair) is not list and not is_pair(pair):
-                    raise TypeError(pair)  # would be unpacked: the keys of a dict, a set's members
+                    raise TypeError(pair)  # a dict's keys or a set's members would be unpacked
                 values = (*values[:i], *pair, *values[i + 1 :])
             return values
 
         return read
 
     def state_names(self) -> Callable[[Group], tuple[str, ...]]:
-        """States of a parameter in a group, in the order in which the kernels know them."""
+        """A function that names the states of a group's parameters, in the order of the kernels."""
         always = tuple(state.name for state in self.states if state.when is None)
         others = [(state.name, state.when) for state in self.states if state.when is not None]
 

@@ -1,4 +1,4 @@
-"""What the rules in plain torch have in common."""
+"""Functions that the rules in plain torch share."""
 
 from __future__ import annotations
 

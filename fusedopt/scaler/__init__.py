@@ -1,1 +1,1 @@
-"""What passes between a GradScaler and the optimizers."""
+"""The protocol between a GradScaler and the optimizers."""

@@ -1,8 +1,8 @@
 """The optimizer's side of the GradScaler contract.
 
 torch's scaler sets ``optimizer.grad_scale`` and ``optimizer.found_inf`` before ``step()`` and
-deletes both after it. If ``step()`` raises they stay, and the next ``scaler.step`` would multiply
-its scale into the stale one; so a failing step puts them back as they were before the scaler came.
+deletes both after it. If ``step()`` raises, they stay, and the next ``scaler.step`` would multiply
+its scale into the stale one. So a failing step restores the values from before the scaler's call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AmpAttributes(SharingOptimizer):
 
     @property
     def grad_scale(self) -> Any:
-        """What gradients are to be divided by in the next step; usually set by a GradScaler.
+        """The divisor of the gradients in the next step; usually set by a GradScaler.
 
         Tensor of one element, number or None. Raises AttributeError when nobody has set it.
         """
@@ -57,8 +57,8 @@ class AmpAttributes(SharingOptimizer):
     def found_inf(self) -> Any:
         """0-dim fp32 tensor: 1 if the last step met an inf or NaN gradient element, else 0.
 
-        Between a GradScaler's call and the update it is the flag that the scaler set, or 0 if it
-        left the question to the step; step post-hooks see the answer.
+        Between a GradScaler's call and the update it is the flag that the scaler set, or 0 if the
+        step itself is to check. Step post-hooks see the step's answer.
         """
         amp = self._shared.amp
         if "found_inf" in amp.values and not amp.answered:
@@ -97,8 +97,8 @@ class AmpAttributes(SharingOptimizer):
             return False
         if self._takes_scaled_gradients():
             return wanted is True or self._has_fp16()
-        # Somebody else sees the gradients. With `amp_scaling=True` the user says that this hook or
-        # step knows scaled gradients. We believe it where nobody else could unscale them.
+        # A hook or another step sees the gradients. With `amp_scaling=True` the user says that it
+        # knows scaled gradients. We rely on that only for fp16, which torch refuses to unscale.
         return wanted is True and self._has_fp16()
 
     def _takes_scaled_gradients(self) -> bool:
@@ -122,7 +122,7 @@ class AmpAttributes(SharingOptimizer):
         return any(map(is_fsdp1_shard, served_params(self.param_groups)))
 
     def _flag_device(self, otherwise: torch.device) -> torch.device:
-        """Where the step will run, which is where its flag has to be."""
+        """The device where the step will run; its flag has to be there."""
         plan = self._shared.plan
         if plan is not None and plan.first is not None:
             return plan.first.param.device
@@ -146,9 +146,9 @@ class AmpAttributes(SharingOptimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """torch's wrapper around ``step`` (profiler, hooks), entered only where there is either.
+        """torch's wrapper around ``step``, entered only if there is a profiler or a hook.
 
-        An error in any of it restores the attributes.
+        An error in the step or a hook restores the attributes.
         """
         hooked = Optimizer.profile_hook_step(func)
 
@@ -169,7 +169,7 @@ class AmpAttributes(SharingOptimizer):
 
         if func in _OURS:
             _OURS.add(step)
-        # scaler.step() looks at the signature each time; found here it need not be worked out.
+        # scaler.step() inspects the signature each time; stored here, it is not computed again.
         step.__signature__ = inspect.signature(hooked)  # type: ignore[attr-defined]
         return step
 
@@ -190,10 +190,10 @@ def _runs_our_step(optimizer: Any) -> bool:
     step = optimizer.__dict__.get("step")
     if step is None:
         return type(optimizer).step in _OURS
-    if isinstance(step, MethodType):  # taken off and put back
+    if isinstance(step, MethodType):  # a saved method that was put back
         return step.__self__ is optimizer and step.__func__ in _OURS
-    # A scheduler sets a function on the instance that counts and calls the step it found there. It
-    # is known by its module's globals: functools.wraps copies names and attributes, not those.
+    # A scheduler sets a wrapper on the instance, which counts the calls of the step. We recognise
+    # it by its module's globals: functools.wraps copies names and attributes, but not globals.
     if getattr(step, "__globals__", None) is vars(lr_scheduler):
         cells = dict(zip(step.__code__.co_freevars, step.__closure__ or (), strict=True))
         return "func" in cells and cells["func"].cell_contents in _OURS

@@ -1,4 +1,4 @@
-"""What passes between a GradScaler and the optimizer that it steps."""
+"""The values that a GradScaler and the optimizer that it steps exchange."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class ScalerExchange:
-    # `grad_scale` and `found_inf`, each if it is set; and both as they were before a scaler came.
+    # `grad_scale` and `found_inf`, if set; and both as they were before a scaler set them.
     values: dict[str, Any] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=dict)
     answered: bool = False  # the step is over, so `found_inf` is its answer and not the scaler's
@@ -20,7 +20,7 @@ class ScalerExchange:
     due: Tensor | None = None
 
     def offer(self, grad_scale: Tensor | None, found_inf: Any) -> None:
-        """What a scaler of ours sets, at once."""
+        """Set both values at once, for a scaler of ours."""
         self.before, self.answered = dict(self.values), False
         self.values.update(grad_scale=grad_scale, found_inf=found_inf)
 
@@ -31,7 +31,7 @@ class ScalerExchange:
         self.undecided()
 
     def undecided(self) -> None:
-        """A flag in the scaler's books that nobody wrote says that nothing was found."""
+        """Clear a flag that no step has written: the scaler then reads that nothing was found."""
         flag, self.due = self.due, None
         if flag is not None:
             with suppress(RuntimeError):  # a GPU that has failed: its own error is being raised

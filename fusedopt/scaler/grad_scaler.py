@@ -1,9 +1,9 @@
 """A GradScaler that leaves the inf/NaN check to the optimizer's own pass over the gradients.
 
 torch's scaler reads and writes every gradient once more before it calls an optimizer that handles
-scaling by itself: 8 bytes per fp32 parameter. The one place that depends on torch's private
-``_check_inf_per_device`` and ``_per_optimizer_states``, which ``tests/scaler/test_fused_scaler.py``
-pins.
+scaling by itself: 8 bytes per fp32 parameter. Nothing else depends on torch's private
+``_check_inf_per_device`` and ``_per_optimizer_states``; ``tests/scaler/test_fused_scaler.py``
+pins them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GradScaler(TorchGradScaler):
 
     @untraced  # a trace would lose what is noted in the optimizer
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """As torch's, which for our optimizers comes down to handing over scale and flag."""
+        """As torch's; our optimizers only get the scale and the flag."""
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
             return super().step(optimizer, *args, **kwargs)
         own, amp = self._per_optimizer_states[id(optimizer)], optimizer._shared.amp
@@ -38,14 +38,14 @@ class GradScaler(TorchGradScaler):
             assert self._scale is not None  # or _may_ask had said no
             found_inf = self._record_flag(optimizer, clear=False)
             scale = self._scale if preset is None else self._scale * preset
-        else:  # unscale_() has looked already
+        else:  # unscale_() has checked already
             device, found = optimizer._flag_device(torch.device("cpu")), own["found_inf_per_device"]
             found_inf = sum(flag.to(device, non_blocking=True) for flag in found.values())
             scale = preset
         try:
             amp.offer(scale, found_inf)
             result = optimizer.step(*args)
-        except BaseException:  # a step in place of ours may have raised, which restores nothing
+        except BaseException:  # a step in place of ours restores nothing when it raises
             amp.restore()
             raise
         amp.undecided()
@@ -65,8 +65,8 @@ class GradScaler(TorchGradScaler):
         """Whether ``step(optimizer)`` would sweep over the gradients once more to check them.
 
         False for the optimizers of this package. True for every other, also for a wrapper around
-        one of ours (``Lookahead(FusedAdamW(...))``), and while a step pre-hook or a ``step`` of
-        somebody else's has to find unscaled gradients. The step is right in either case.
+        one of ours (``Lookahead(FusedAdamW(...))``), and while a step pre-hook, or a ``step`` that
+        is not ours, needs unscaled gradients. The step is right in either case.
         """
         return not (
             isinstance(optimizer, FusedOptimizer)
@@ -81,15 +81,15 @@ class GradScaler(TorchGradScaler):
         return {flag.device: flag}
 
     def _record_flag(self, optimizer: FusedOptimizer, clear: bool) -> torch.Tensor:
-        """An fp32 flag that the optimizer's next step fills in, noted in the books of both.
+        """An fp32 flag that the optimizer's next step fills in; scaler and optimizer refer to it.
 
-        ``update()`` accumulates into it in place, so it is never the value ``found_inf`` reports,
-        and another scaler gets another one. Until the step it holds the last answer, unless
+        ``update()`` accumulates into the flag in place, so ``found_inf`` never returns the flag
+        itself, and each scaler has its own. Until the step it holds the last answer, unless
         ``clear``: on a GPU clearing is a launch of its own.
         """
         scale, _ = self._check_scale_growth_tracker("step")
         device, amp = optimizer._flag_device(scale.device), optimizer._shared.amp
-        # A scaler that is gone may have had the same id. Then nobody else uses its flag.
+        # A scaler that no longer exists may have had this id; then nobody else uses its flag.
         flag = amp.flags.get(id(self))
         if flag is None or flag.device != device:
             with durable():

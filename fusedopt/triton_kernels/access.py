@@ -1,11 +1,11 @@
 """Blocks of a chunk's streams in registers: csrc/cuda/access.cuh in Triton.
 
 A codec is read from a table. So there is a load for fp32 and one for 16 bits, and the mask of one
-of them is empty; where the codec is a constant the compiler sees that, and drops it. A 16-bit
-stream of a whole block is accessed in words of two elements: one by one, Triton would give a thread
-eight neighbours of every stream, and fp32 stores, which are of four, would need shared memory.
+of them is empty; where the codec is a constant, the compiler drops that load. A whole block of a
+16-bit stream is accessed in words of two elements. With single elements, Triton would give a thread
+eight neighbours of every stream, and fp32 stores, of four each, would need shared memory.
 
-ALIGNED: all elements of the block are there, and the stream starts on a 16-byte boundary.
+ALIGNED: all elements of the block exist, and the stream starts on a 16-byte boundary.
 """
 
 # mypy: ignore-errors
@@ -21,9 +21,9 @@ from .tables import CODEC_BITS, CODEC_MASK, load
 
 
 class Stream(NamedTuple):
-    """From the chunk's first element on.
+    """A stream from the chunk's first element on.
 
-    ``there`` is made of the address, of which registers hold one anyway: an absent stream's is 0.
+    ``there`` is computed from the address, which is in registers anyway: 0 if there is no stream.
     """
 
     address: tl.tensor
@@ -41,7 +41,7 @@ class Block(NamedTuple):
 
 @triton.jit
 def stream_at(data, codec, begin, IS_FLOAT: tl.constexpr):
-    """IS_FLOAT: whatever ``codec`` says."""
+    """IS_FLOAT: the stream is fp32, whatever ``codec`` says."""
     if IS_FLOAT:
         codec = tl.full([], FLOAT32, tl.int32)
     address = tl.where(data != 0, data + begin * bytes_of(codec), 0)
@@ -80,7 +80,7 @@ def load_halves(address, block, wanted, ALIGNED: tl.constexpr):
 
 @triton.jit
 def unpacked(loaded, ALIGNED: tl.constexpr):
-    """What ``load_halves`` has loaded, one by one."""
+    """The result of ``load_halves`` as single elements."""
     if ALIGNED:
         low, high = (loaded & 0xFFFF).to(tl.uint16), (loaded >> 16).to(tl.uint16)
         return tl.reshape(tl.join(low, high), [2 * loaded.shape[0]])
@@ -100,7 +100,7 @@ def store_halves(address, block, wanted, bits, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load_values(stream, block, ALIGNED: tl.constexpr):
-    """As they lie in memory: ``values_of`` makes them fp32, after the loads of all streams."""
+    """Loads elements as stored; ``values_of`` makes them fp32, after the loads of all streams."""
     is_float = stream.codec == FLOAT32
     wanted = block.inside & (stream.there & is_float)
     floats = load_elements(stream.address, block.at, wanted, tl.float32, ALIGNED)
@@ -119,7 +119,7 @@ def values_of(loaded, stream, ALIGNED: tl.constexpr):
 @triton.jit
 def or_absent(stream, values, ABSENT: tl.constexpr):
     """``ABSENT`` where there is no such stream."""
-    _, _, there = stream  # so deep in a tuple, Triton 3.6 has lost the names
+    _, _, there = stream  # in a nested tuple, Triton 3.6 loses the names
     return tl.where(there, values, ABSENT)
 
 
@@ -134,7 +134,7 @@ def store_values(stream, block, x, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load_gradient(grad, aligned, block, ALIGNED: tl.constexpr):
-    """As ``load_values``, of a stream of which only ``aligned`` says where it starts."""
+    """As ``load_values``; only ``aligned`` says whether the stream starts on a 16-byte boundary."""
     is_float = grad.codec == FLOAT32
     wanted = block.inside & is_float
     halves = load_halves(grad.address, block, aligned & (is_float == 0), ALIGNED)

@@ -37,7 +37,7 @@ def bfloat16_to_float(bits):
 
 @triton.jit
 def float_to_bfloat16(x):
-    """By integer arithmetic: some GPUs know no other."""
+    """By integer arithmetic: some GPUs have no instruction for it."""
     f = x.to(tl.uint32, bitcast=True)
     rounded = (f + 0x7FFF + ((f >> 16) & 1)) >> 16
     quiet_nan = (f >> 16) | 0x40
@@ -46,7 +46,7 @@ def float_to_bfloat16(x):
 
 @triton.jit
 def widened(bits, codec):
-    """Of the codecs that are 16 bits wide; ``codec`` is the same for a whole block."""
+    """For 16-bit codecs; ``codec`` is the same for a whole block."""
     if codec == FLOAT16:
         x = float16_to_float(bits)
     else:
@@ -56,7 +56,7 @@ def widened(bits, codec):
 
 @triton.jit
 def narrowed(x, codec):
-    """To the nearest, ties to even."""
+    """Rounds to nearest, ties to even."""
     if codec == FLOAT16:
         bits = float_to_float16(x)
     else:

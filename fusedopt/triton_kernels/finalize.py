@@ -1,4 +1,4 @@
-"""Words to the step's scalars, and every tensor's update: csrc/cuda/finalize.cuh in Triton."""
+"""Turn words into the step's scalars, prepare every update: csrc/cuda/finalize.cuh in Triton."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -40,7 +40,7 @@ def fetch_device_numbers(step, numbers, options):
 
 @triton.jit
 def bits_in(largest):
-    """Binary digits of a count."""
+    """The number of binary digits of a count."""
     n_bits = largest.to(tl.int32) * 0
     while (largest >> n_bits.to(tl.int64)) > 0:
         n_bits += 1
@@ -70,7 +70,7 @@ def prepare_rows(options, grads, rows, n_rows, row_steps, RULE: tl.constexpr):
 def finalize_step(
     step, words, options, numbers, grads, rows, n_rows, row_steps, RULE: tl.constexpr
 ):
-    """``words``: of this device alone, or of every one that shares the norm."""
+    """``words``: of this device alone, or of every device that shares the norm."""
     fetch_device_numbers(step, numbers, options)
     if decide(step, words) == 0:
         prepare_rows(options, grads, rows, n_rows, row_steps, RULE)

@@ -24,7 +24,7 @@ def reduce_kernel(
     n_rows, n_chunks, n_devices, own_number,
     RULE: tl.constexpr,
 ):  # fmt: skip
-    """Programs add their words to ``sums``, and the last one takes them from there."""
+    """Programs add their words to ``sums``; the last program takes the total from there."""
     record = read(STEP, step)
     inv_scale = inverse_scale(record.grad_scale)
     own = no_words()

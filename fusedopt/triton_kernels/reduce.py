@@ -60,7 +60,7 @@ def scan(data, codec, n, mult1, mult2):
     largest = tl.full([LANES], 0, tl.int32)
     whole = tl.where(data % 16 == 0, n // (2 * LANES) * (2 * LANES), 0)
     for begin in range(0, whole, 2 * LANES):
-        # two rows of lanes at once, so that a wavefront of 64 has 16 bytes of halves a thread
+        # two rows of lanes, so that a thread of a 64-wide wavefront loads 16 bytes of halves
         both = load_gradients(data, codec, begin, n, 2 * LANES, True)
         first, second = tl.split(tl.trans(tl.reshape(both, [2, LANES])))
         lane, largest = accumulate(lane, largest, first, mult1, mult2)
@@ -76,7 +76,7 @@ def scan(data, codec, n, mult1, mult2):
 
 @triton.jit
 def reduce_chunk(chunks, c, rows, grads, inv_scale, flags, words):
-    """``words`` and what the chunk adds to them."""
+    """``words`` with the chunk added."""
     chunk = read(CHUNK, chunks, tl.cast(c, tl.int64))
     r = chunk.row.to(tl.int64)
     grad, row = read(GRAD, grads, r), read(ROW, rows, r)

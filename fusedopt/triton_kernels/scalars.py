@@ -1,4 +1,4 @@
-"""What one step needs to know besides the tensors: csrc/scalars.h in Triton."""
+"""The scalars of a step: csrc/scalars.h in Triton."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -35,7 +35,7 @@ def in_range(sum):
 
 @triton.jit
 def rescale_for(largest):
-    """A power of two, and the exponent of the one that undoes it in a sum of squares."""
+    """A power of two, and the exponent of the power that undoes it in a sum of squares."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
     exponent = tl.where(exponent < -126, -126, tl.where(exponent > 126, 126, exponent))
     return ((127 - exponent) << 23).to(tl.float32, bitcast=True), 2 * exponent

@@ -29,7 +29,7 @@ TYPES = {("q", 8): tl.int64, ("q", 4): tl.int32, ("d", 8): tl.float64, ("f", 4):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the fields of a record lie. What it prints is its part of the key in Triton's cache."""
+    """Where the fields of a record lie. Its repr is part of the key in Triton's cache."""
 
     names: tuple[str, ...]
     offsets: tuple[int, ...]
@@ -42,7 +42,7 @@ class Layout:
 
 
 def layout(record: records.Record, n_bytes: int | None = None) -> Layout:
-    """Of ``n_bytes``, if it has more than its fields need."""
+    """The layout of ``record``; ``n_bytes`` if it is longer than its fields."""
     types = tuple(TYPES.get((kind, size)) for _, _, size, kind in record.fields)
     names, offsets, *_ = zip(*record.fields, strict=True)
     return Layout(names, offsets, types, n_bytes or record.size)
@@ -58,7 +58,7 @@ STEP_SCALARS = tl.constexpr(layout(records.STEP_SCALARS))
 
 @triton.jit
 def load(address, TYPE: tl.constexpr, wanted=True):
-    """Zeros where nothing is wanted."""
+    """Zeros where ``wanted`` is false."""
     return tl.load(address.to(tl.pointer_type(TYPE)), mask=wanted, other=0)
 
 
@@ -78,7 +78,7 @@ def fields_at(RECORD: tl.constexpr, table, number=0):
 
 @triton.jit
 def read(RECORD: tl.constexpr, table, number=0, wanted=True):
-    """The fields, of an array its address. The compiler drops loads of those that nobody uses."""
+    """The values of the fields; an array's address. The compiler drops loads of unused fields."""
     at = fields_at(RECORD, table, number)
     values = ()
     for k in tl.static_range(len(RECORD.names)):

@@ -1,6 +1,6 @@
 """A program updates one chunk of a param and its states in place: csrc/cuda/update.cuh in Triton.
 
-One element's story::
+For one element::
 
     if scalars.skip: return                                  nothing moves: update_kernel()
     for each chunk, by one program:                          update_chunk()
@@ -13,8 +13,8 @@ One element's story::
         master[i] = p, param[i] = narrowed(p), state[k][i] = s[k]
       the elements that are left over, a quarter at a time:  update_block()
 
-STREAMS says what is not fp32: nothing ("float32"), params and gradients at most ("any"), or masters
-and states, too ("any-states").
+STREAMS says which streams may not be fp32: none ("float32"), only params and gradients ("any"), or
+also masters and states ("any-states").
 """
 
 # mypy: ignore-errors
@@ -36,7 +36,7 @@ class Work(NamedTuple):
     """A chunk's streams and numbers."""
 
     grad: Stream
-    primary: Stream  # where fp32 values live: the param, or its master
+    primary: Stream  # the values to update: param or master
     half: Stream  # the param of 16 bits
     states: tl.tuple
     row_steps: tl.tensor
@@ -49,7 +49,7 @@ class Work(NamedTuple):
 
 @triton.jit
 def current_param(master, half, has_master, codec):
-    """The param before this step. Where it is not its master's rounding, someone wrote to it."""
+    """The param before this step. If it is not its master's rounding, someone wrote to it."""
     written = widened(half, codec)
     if has_master:
         written = tl.where(narrowed(master, codec) == half, master, written)
@@ -62,12 +62,12 @@ def apply_rule(w, grad, param, states, RULE: tl.constexpr, STATES: tl.constexpr)
     given = ()
     for k in tl.static_range(len(RULE.absent)):
         if k >= STATES:
-            given = given + (param,)  # which the rule does not look at
+            given = given + (param,)  # a stand-in that the rule does not read
         elif k >= RULE.n_always and RULE.absent[k] != 0.0:
             given = given + (access.or_absent(w.states[k], states[k], RULE.absent[k]),)
         else:
             given = given + (states[k],)
-    hyper = read(RULE.row_step, w.row_steps, w.row)  # for every block: registers are for the data
+    hyper = read(RULE.row_step, w.row_steps, w.row)  # in every block: registers are for data
     return RULE.update(hyper, w.kind, grad, param, *given, STATES)
 
 
@@ -78,8 +78,8 @@ def update_block(
 ):  # fmt: skip
     """``BLOCK`` elements from ``first``, all loads before the first use.
 
-    ALIGNED: all of them are there, and every stream but the gradient starts on a 16-byte boundary;
-    a gradient that does not costs the wide loads of the gradient alone.
+    ALIGNED: all of them exist, and every stream but the gradient starts on a 16-byte boundary. If
+    the gradient does not, only its own loads are narrow.
     """
     at = first + tl.arange(0, BLOCK)
     inside = tl.full([BLOCK], True, tl.int1) if ALIGNED else at < w.n
@@ -168,8 +168,8 @@ def update_chunk(
     if STREAMS == "any-states":
         update_blocks(w, yes, 0, whole, RULE, STATES, True, BLOCK)
     elif STREAMS == "float32" and STATES == 1:
-        # With few loads the compiler puts all others behind a load that waits for another one, and
-        # a gradient that may be of either kind is such a load.
+        # A gradient of unknown alignment takes two loads, and the second waits for the first. With
+        # few other loads, the compiler puts them all behind the second.
         wide = tl.where(grad_aligned, whole, 0)
         update_blocks(w, yes, 0, wide, RULE, STATES, True, BLOCK)
         update_blocks(w, no, wide, whole, RULE, STATES, True, BLOCK)

@@ -1,8 +1,8 @@
-"""Which binaries there are, and how they are compiled: ahead of a step, never by its values.
+"""The binaries, and how they are compiled: ahead of a step, whatever its values.
 
-``reduce`` and ``finalize`` come in one variant a rule. ``update`` comes in three for each number of
-states: ``float32``, for plans whose params, gradients and states are all fp32, ``any``, where the
-states and masters are, and ``any-states``. What else a step may be (codecs, masters, lengths,
+``reduce`` and ``finalize`` have one variant for each rule. ``update`` has three for each number of
+states: ``float32`` for plans of fp32 params, gradients and states, ``any`` for plans of fp32 states
+and masters, and ``any-states``. All else that differs between steps (codecs, masters, lengths,
 alignment, clipping, decay, a rule's own variants) is read from tables at run time.
 """
 
@@ -28,11 +28,11 @@ COUNTS = ("n_rows", "n_chunks", "n_devices", "own_number")
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with the constants that tell it from its siblings."""
+    """A kernel and the constants that it is compiled with."""
 
     verb: str  # reduce, finalize or update
     rule: str
-    states: int = 0  # update only: of a tensor, at most; and which streams are not fp32
+    states: int = 0  # update only: most states of a tensor; kinds of streams
     streams: str = ""
 
     @property
@@ -57,11 +57,11 @@ class Variant:
         }
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
-        """How it is compiled. Rounding is the numeric contract's, whatever Triton's default."""
+        """Compiler options. Rounding is the numeric contract's, whatever Triton's default."""
         threads = THREADS if self.verb == "update" else target.warp_size
         options = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
         if target.backend == "cuda":
-            # six blocks of update a multiprocessor, or five
+            # 80 registers: six blocks of update on a multiprocessor; 96: five
             options["maxnreg"] = 96 if self.streams == "any-states" else 80
         elif target.warp_size == 32:
             options["waves_per_eu"] = 16  # on RDNA, 96 registers

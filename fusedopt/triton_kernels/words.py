@@ -1,7 +1,7 @@
 """The norm as a sum of integers: csrc/words.h in Triton.
 
-The words of a program are one block, a word a lane. Integer addition has no order, so programs add
-their words to memory when they are done, whenever that is.
+The words of a program are one block, with one word in each lane. Integer addition has no order, so
+programs add their words to memory in any order.
 """
 
 # mypy: ignore-errors
@@ -13,7 +13,7 @@ import triton.language as tl
 from fusedopt.backends import records
 
 WORDS = tl.constexpr(records.WORDS)
-SLOTS = tl.constexpr(32)  # WORDS, as the length of a block
+SLOTS = tl.constexpr(32)  # WORDS, rounded up to a power of two
 DIGITS = tl.constexpr(records.DIGITS)
 LOWEST = tl.constexpr(records.LOWEST)  # digit d counts 2^(32 d + LOWEST)
 INF_CHUNKS = tl.constexpr(records.DIGITS)
@@ -28,7 +28,7 @@ def no_words():
 
 @triton.jit
 def addend_of(sum, exponent):
-    """What a partial, ``sum * 2^exponent``, adds to ``words[at]`` and to ``words[at + 1]``."""
+    """The numbers that a partial, ``sum * 2^exponent``, adds to words[at] and words[at + 1]."""
     bits = sum.to(tl.int32, bitcast=True)
     lowest_bit = (bits >> 23) + exponent - 150 - LOWEST
     mantissa = ((bits & 0x7FFFFF) | 0x800000).to(tl.int64)
@@ -56,13 +56,13 @@ def with_magnitude(words, magnitude):
 
 @triton.jit
 def combined(a, b):
-    """Of two devices."""
+    """The words of two devices together."""
     return tl.where(tl.arange(0, SLOTS) == LARGEST, tl.maximum(a, b), a + b)
 
 
 @triton.jit
 def add_words(address, words):
-    """Other programs do the same meanwhile."""
+    """By atomics: other programs do the same meanwhile."""
     slot = tl.arange(0, SLOTS)
     pointer = address.to(tl.pointer_type(tl.int64)) + slot
     due = (slot < WORDS) & (words != 0)
@@ -72,7 +72,7 @@ def add_words(address, words):
 
 @triton.jit
 def load_words(address):
-    """Past the L1 cache: other programs have just added to them."""
+    """Loads bypass L1: other programs have just added to these words."""
     slot = tl.arange(0, SLOTS)
     pointer = address.to(tl.pointer_type(tl.int64)) + slot
     return tl.load(pointer, mask=slot < WORDS, other=0, cache_modifier=".cg")
@@ -99,7 +99,7 @@ def mask_of(flags):
 
 @triton.jit
 def exponent_of(x):
-    """Of a positive integer: the number of its highest bit."""
+    """The number of the highest bit of a positive integer."""
     return (x.to(tl.float64).to(tl.int64, bitcast=True) >> 52) - 1023
 
 
@@ -107,9 +107,9 @@ def exponent_of(x):
 def digits_of(words):
     """The digits, each below 2^32 and in its slot.
 
-    A digit takes what its lower neighbour has above 32 bits. All carries that are left are ones,
-    and adding two masks of bits passes them on as far as they go: a bit of ``carrying`` starts one,
-    and those of ``full`` hand it to the next.
+    First each digit gets the bits above 32 of its lower neighbour. The carries that are left are
+    ones. Adding two bit masks propagates them: a bit of ``carrying`` starts a carry, and bits of
+    ``full`` pass it on.
     """
     slot = tl.arange(0, SLOTS)
     words = tl.where(slot < DIGITS, words, 0)
@@ -124,8 +124,8 @@ def digits_of(words):
 def sum_of_squares(words):
     """Rounded to nearest even; inf or NaN where a chunk had one.
 
-    The highest three digits have 65 bits at least. A double keeps 53 of them; of all that is below
-    only matters whether it is zero.
+    The highest three digits have 65 bits at least. A double keeps 53 of them. Of all lower bits it
+    matters only whether they are zero.
     """
     digits = digits_of(words)
     there = mask_of(digits != 0)

@@ -1,4 +1,4 @@
-"""One file a rule, the Triton text of ``csrc/rules/<rule>.h``; kernels find it by its name."""
+"""One file for each rule, ``csrc/rules/<rule>.h`` in Triton; kernels find it by its name."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .common import Kind
 
 
 class Text:
-    """The text of a rule, as kernels are given it: one constant argument.
+    """The functions and layouts of a rule, which kernels get as one constant argument.
 
-    Triton reads ``cache_key`` of an argument where it has one, and calls its functions.
+    Triton uses the ``cache_key`` of an argument that has one. Kernels can call its functions.
     """
 
     def __init__(self, module: ModuleType, rule: Rule) -> None:
         self.name = rule.name
         self.prepare, self.variant, self.update = module.prepare, module.variant, module.update
         self.Hyper = module.Hyper
-        # Constants of their own: before Triton 3.9 an attribute of a constant was no constant.
+        # Wrapped one by one: before Triton 3.9 an attribute of a constant was no constant.
         self.options = tl.constexpr(layout(Record(**rule.options), OPTIONS_BYTES))
         row_step = Record(**dict.fromkeys((*rule.hyper, "count"), "f"))
         self.row_step = tl.constexpr(layout(row_step, rule.row_step_bytes))
@@ -41,7 +41,7 @@ class Text:
 
     @cached_property
     def cache_key(self) -> str:
-        """All that decides what is compiled; a kernel's own key has none of it."""
+        """Everything of the rule that decides what is compiled; a kernel's own key lacks it."""
         functions = [f.cache_key for f in (self.prepare, self.variant, self.update)]
         layouts = (self.Hyper._fields, Kind._fields, self.options, self.row_step)
         return repr((self.name, *functions, *layouts, self.n_always, self.absent))

@@ -1,8 +1,7 @@
-"""What a rule is made of: csrc/rules/common.h in Triton, line for line.
+"""Functions that the rules share: csrc/rules/common.h in Triton, line for line.
 
-Where a line looks odd, the reason stands in C++; test_triton_rules.py holds both texts to one
-table of cases. ``-1.0 * x`` and not ``-x``, which before Triton 3.8 is ``0 - x`` and loses the sign
-of a zero.
+The C++ file explains lines that look odd; test_triton_rules.py tests both with one table of cases.
+Write ``-1.0 * x``, not ``-x``: before Triton 3.8 that is ``0 - x``, which loses the sign of a zero.
 """
 
 # mypy: ignore-errors
@@ -47,12 +46,12 @@ def apply_decay(factor, kind, grad, param):
 @triton.jit
 def clipped(grad, grad_mult, max_grad_value):
     g = grad * grad_mult
-    g = tl.where(g > max_grad_value, max_grad_value, g)  # NaN passes both comparisons
+    g = tl.where(g > max_grad_value, max_grad_value, g)  # NaN stays NaN
     return tl.where(g < -1.0 * max_grad_value, -1.0 * max_grad_value, g)
 
 
 @triton.jit
-def geometric_sum(b, t, n_bits):  # n_bits: of the longest t; leading zeros change neither
+def geometric_sum(b, t, n_bits):  # n_bits: of the longest t; leading zeros change no value
     sum = tl.full(t.shape, 0.0, tl.float64)
     power = tl.full(t.shape, 1.0, tl.float64)
     for i in range(n_bits):
