@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 import build_compilers as compilers
-from build_compilers import Env, LeftOut, NotBuilt, Refused, Tool
+from build_compilers import Env, LeftOut, NotBuilt, Refused, Tool, find_cxx, find_nvcc, with_openmp
 
 with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
@@ -89,7 +89,7 @@ def build_key(modules: Sequence[Module], env: Env) -> str:
     """
     names = (*compilers.VARIABLES, *(module.switch for module in modules))
     facts = [sysconfig.get_config_var("EXT_SUFFIX"), *map(env.get, names)]
-    for find in (compilers.find_cxx, compilers.identify_nvcc):
+    for find in (find_cxx, compilers.identify_nvcc):
         try:
             facts.append(find(env))
         except NotBuilt as problem:
@@ -140,11 +140,11 @@ def build(module: Module, target: Path, folder: Path, env: Env, root: Path = Pat
 
 
 def _compile(module: Module, folder: Path, env: Env, root: Path, record: Record) -> Path:
-    tool = compilers.find_cxx(env)
+    tool = find_cxx(env)
     if module.tool == "nvcc":
-        tool = compilers.find_nvcc(env, tool)
+        tool = find_nvcc(env, tool)
     else:
-        tool = compilers.with_openmp(tool, env)
+        tool = with_openmp(tool, env)
         if not tool.openmp:
             text = f"{module.name} uses one thread: no OpenMP in {tool.version}"
             print(f"fusedopt: {text}", file=sys.stderr)

@@ -182,7 +182,7 @@ extern "C" __attribute__((visibility("default"))) int value() {
   return VALUE;
 }
 """
-NO_NVCC = problem_of(find_nvcc)
+NO_NVCC = problem_of(lambda: find_nvcc(**os.environ))  # where CUDA_HOME may name one
 needs_nvcc = pytest.mark.skipif(bool(NO_NVCC), reason=NO_NVCC)
 
 
