@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ FAST_MATH = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"}
 FAST_MATH |= {"-use_fast_math", "--use_fast_math"}
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 CUDA_FALLBACK = "/usr/local/cuda"  # where NVIDIA's installers link the current toolkit
-CUDA_LIBRARIES = ["-lcudart_static", "-ldl", "-lrt", "-pthread"]
 
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 SETTINGS = {  # environment variables that choose a compiler or its flags
@@ -66,7 +65,6 @@ class Tool:
     compile_flags: list[str] = field(default_factory=list)
     link_flags: list[str] = field(default_factory=list)
     openmp: bool = False
-    headers: list[str] = field(default_factory=list)  # flags for the C++ files beside its own
     architectures: list[str] = field(default_factory=list)
 
 
@@ -78,27 +76,27 @@ def run(words: list[str], env: Env, **options: Any) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def failure(what: str, said: str) -> NotBuilt:
+def failure(what: str, said: str, where: str = "") -> NotBuilt:
     """What a compiler said when it failed, in one line."""
     lines = said.splitlines()
     lacking = [line for line in lines if RESOURCES.search(line)]
     first = [*lacking, *filter(ERRORS.search, lines), "no message"][0]
-    return (Refused if lacking else NotBuilt)(f"{what}: {first.strip()}")
+    return (Refused if lacking else NotBuilt)(f"{what}: {first.strip()}{where}")
 
 
-def ask(command: list[str], words: list[str], pattern: str, kind: str, env: Env) -> list[str]:
-    """What a compiler says to `words`, as far as it matches the pattern of its kind."""
+def ask(command: list[str], word: str, pattern: str, kind: str, env: Env) -> list[str]:
+    """What a compiler says to `word`, as far as it matches the pattern of its kind."""
     name = shlex.join(command)
     try:
-        status, said = run([*command, *words], env, timeout=60)
+        status, said = run([*command, word], env, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotBuilt(f"{name} does not work: {error}") from None
     if status:
-        raise NotBuilt(f"{name} does not work: `{words[0]}` ends with exit status {status}")
+        raise NotBuilt(f"{name} does not work: `{word}` ends with exit status {status}")
     found = re.findall(pattern, said, re.MULTILINE)
     if not found:
         line = said.partition("\n")[0][:60] or "nothing"
-        raise NotBuilt(f"{name} is not {kind}: to `{words[0]}` it says {line}")
+        raise NotBuilt(f"{name} is not {kind}: to `{word}` it says {line}")
     return found
 
 
@@ -113,13 +111,14 @@ def split(env: Env, *names: str) -> list[str]:
     return [word for word in words if word not in FAST_MATH]
 
 
-def chosen(env: Env, name: str, kind: str) -> list[str]:
-    """The command in the environment variable `name`; empty if there is none."""
-    command = split(env, name)
+def command_of(env: Env, variable: str, kind: str, names: Sequence[str], path: str) -> list[str]:
+    """The compiler in the environment variable, else the first of `names` on `path`, else none."""
+    command = split(env, variable)
     if command and not shutil.which(command[0], path=env.get("PATH", "")):
-        text = f"{name}={env[name].strip()}"
+        text = f"{variable}={env[variable].strip()}"
         raise Refused(f"the {kind} compiler {text} was not found; correct or unset it")
-    return command
+    found = (shutil.which(name, path=path) for name in names)
+    return command or list(filter(None, found))[:1]
 
 
 def number(env: Env, name: str, least: int) -> str:
@@ -135,17 +134,14 @@ def number(env: Env, name: str, least: int) -> str:
 
 def find_cxx(env: Env) -> Tool:
     """gcc or clang, with the flags that every C++ file gets."""
-    if sys.platform == "win32":
-        raise LeftOut("there is no native build for Windows yet")
     names = ("c++", "g++", "clang++")
-    found = [name for name in names if shutil.which(name, path=env.get("PATH", ""))]
-    command = chosen(env, "CXX", "C++") or found[:1]
+    command = command_of(env, "CXX", "C++", names, env.get("PATH", ""))
     if not command:
         looked = ", ".join(names)
         raise LeftOut(f"no C++ compiler on PATH (looked for {looked}); install g++ or set CXX")
     try:
-        machine = ask(command, ["-dumpmachine"], r"^(\w+)-[-\w.]+$", "gcc or clang", env)[0]
-        version = ask(command, ["--version"], r"^.+$", "gcc or clang", env)[0]
+        machine = ask(command, "-dumpmachine", r"^(\w+)-[-\w.]+$", "gcc or clang", env)[0]
+        version = ask(command, "--version", r"^.+$", "gcc or clang", env)[0]
     except NotBuilt as problem:
         given = env.get("CXX", "").strip()
         raise (Refused(f"CXX={given}: {problem}") if given else problem) from None
@@ -157,8 +153,7 @@ def find_cxx(env: Env) -> Tool:
              *optimize, *split(env, "CXXFLAGS"), *NUMERIC_FLAGS, *sanitize]  # fmt: skip
     apple = sys.platform == "darwin"
     kind = ["-bundle", "-undefined", "dynamic_lookup"] if apple else ["-shared"]
-    link_flags = [*kind, *split(env, "LDFLAGS"), *sanitize]
-    return Tool(command, version, machine, flags, link_flags)
+    return Tool(command, version, machine, flags, [*kind, *split(env, "LDFLAGS"), *sanitize])
 
 
 def with_openmp(tool: Tool, env: Env) -> Tool:
@@ -183,18 +178,16 @@ def identify_nvcc(env: Env) -> tuple[list[str], str]:
     """Command and release of the CUDA compiler, say 13.0."""
     if env.get("FUSEDOPT_SANITIZE"):
         raise LeftOut("FUSEDOPT_SANITIZE is set: a sanitized build is for code that runs on CPUs")
-    command = chosen(env, "CUDACXX", "CUDA")
     home = next((name for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)), "")
     path = f"{env[home]}/bin" if home else f"{env.get('PATH', '')}{os.pathsep}{CUDA_FALLBACK}/bin"
-    found = shutil.which("nvcc", path=path)
-    if not command and not found and home:
+    command = command_of(env, "CUDACXX", "CUDA", ["nvcc"], path)
+    if not command and home:
         lack = "a CUDA runtime without a compiler, or no toolkit"
         raise Refused(f"no nvcc in {home}={env[home]}: {lack}; correct or unset {home}")
-    if not command and not found:
+    if not command:
         lack = f"nvcc is neither on PATH nor in {CUDA_FALLBACK}"
         raise LeftOut(f"no CUDA compiler: {lack}; install the CUDA toolkit or set CUDA_HOME")
-    command = command or [str(found)]
-    return command, ask(command, ["--version"], r"\brelease (\d+\.\d+)", "nvcc", env)[0]
+    return command, ask(command, "--version", r"\brelease (\d+\.\d+)", "nvcc", env)[0]
 
 
 def architectures(asked: str, known: Collection[str], release: str) -> list[str]:
@@ -220,35 +213,28 @@ def architectures(asked: str, known: Collection[str], release: str) -> list[str]
 
 
 def find_nvcc(env: Env, cxx: Tool) -> Tool:
-    """nvcc, with `cxx` as its host compiler."""
+    """nvcc, with `cxx` as its host compiler; it compiles the C++ files and links, too, because it
+    knows where the toolkit's headers and libraries are."""
     command, release = identify_nvcc(env)
     major_minor = tuple(map(int, release.split(".")))
     if major_minor < (11, 8):  # the first with cudaLaunchKernelEx
         raise NotBuilt(f"nvcc {release} is too old: the kernels need CUDA 11.8 or newer")
-    known = ask(command, ["--list-gpu-code"], r"\bsm_(\d+)", "nvcc", env)
+    known = ask(command, "--list-gpu-code", r"\bsm_(\d+)", "nvcc", env)
     names = architectures(env.get("TORCH_CUDA_ARCH_LIST", ""), known, release)
     host = [word for word in cxx.command if not word.startswith("-")][-1]  # not ccache before it
-    # It passes the C++ compiler's flags on, to its preprocessors too.
-    passed = [flag.replace("\\", "\\\\").replace(",", "\\,") for flag in cxx.compile_flags]
     # LZ4: the default since 13.0, Zstandard, is unreadable for drivers before 550
-    compress = [
-        "-Xfatbin=-compress-all",
-        *(["-compress-mode=speed"] if major_minor >= (12, 8) else []),
-    ]
+    lz4 = ["-compress-mode=speed"] if major_minor >= (12, 8) else []
     threads = number(env, "NVCC_THREADS", 0) or number(env, "MAX_JOBS", 1) or "0"  # 0: all cores
-    flags = [
-        *split(env, *NVCC_VARIABLES), f"-ccbin={host}",
-        *(flag if flag.startswith("-std=") else f"-Xcompiler={flag}" for flag in passed),
-        *CUDA_NUMERIC_FLAGS, *compress, f"--threads={threads}",
-        *(f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in names),
-    ]  # fmt: skip
-    # Where headers and libraries are: its own path may be that of a wrapper. The C++ compiler
-    # searches /usr/include by itself, and has to do so last.
-    words = ["--dryrun", f"-ccbin={host}", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
-    told = ask(command, words, r"^#\$ (?:(?:INCLUDES|LIBRARIES)=(.*))?", "nvcc", env)
-    folders = [word for line in told for word in shlex.split(line)]
-    includes = [Path(word[2:]) for word in folders if word.startswith("-I")]
-    headers = [f"-isystem{path}" for path in includes if path.resolve() != Path("/usr/include")]
-    link_flags = [*(word for word in folders if word.startswith("-L")), *CUDA_LIBRARIES]
+    both = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in names]
+    both.append(f"-ccbin={host}")
+    flags = [*split(env, *NVCC_VARIABLES), *for_host(cxx.compile_flags), *CUDA_NUMERIC_FLAGS,
+             "-Xfatbin=-compress-all", *lz4, f"--threads={threads}", *both]  # fmt: skip
+    link_flags = [*both, "-shared", "-cudart=static", *for_host(cxx.link_flags)]
     version = f"nvcc {release} with {cxx.version}"
-    return Tool(command, version, cxx.machine, flags, link_flags, False, headers, names)
+    return Tool(command, version, cxx.machine, flags, link_flags, architectures=names)
+
+
+def for_host(flags: Sequence[str]) -> list[str]:
+    """Flags that nvcc passes on to the C++ compiler, its preprocessors too."""
+    escaped = (flag.replace("\\", "\\\\").replace(",", "\\,") for flag in flags)
+    return [flag if flag.startswith("-std=") else f"-Xcompiler={flag}" for flag in escaped]

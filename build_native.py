@@ -22,22 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from build_compilers import (
-    SETTINGS,
-    VARIABLES,
-    Env,
-    LeftOut,
-    NotBuilt,
-    Refused,
-    Tool,
-    failure,
-    find_cxx,
-    find_nvcc,
-    identify_nvcc,
-    number,
-    run,
-    with_openmp,
-)
+import build_compilers as compilers
+from build_compilers import Env, LeftOut, NotBuilt, Refused, Tool, find_cxx, find_nvcc, with_openmp
 
 with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
@@ -76,12 +62,8 @@ class Unit:
 class Module:
     name: str
     switch: str  # environment variable: 1 must be built, 0 must not, auto (default) if it can
+    tool: str  # that compiles and links it: cxx or nvcc
     units: tuple[Unit, ...]
-
-    @property
-    def tool(self) -> str:
-        """The compiler that its kernels are for."""
-        return "nvcc" if any(unit.source.endswith(".cu") for unit in self.units) else "cxx"
 
     def units_for(self, machine: str) -> list[Unit]:
         return [unit for unit in self.units if unit.machine in ("", machine)]
@@ -105,10 +87,9 @@ def build_key(modules: Sequence[Module], env: Env) -> str:
 
     Builds of different kinds, say a sanitized one, then never mix, nor undo each other's objects.
     """
-    sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("build_*.py"))]
-    names = (*VARIABLES, *(module.switch for module in modules))
-    facts = [sysconfig.get_config_var("EXT_SUFFIX"), modules, sources, *map(env.get, names)]
-    for find in (find_cxx, identify_nvcc):
+    names = (*compilers.VARIABLES, *(module.switch for module in modules))
+    facts = [sysconfig.get_config_var("EXT_SUFFIX"), *map(env.get, names)]
+    for find in (find_cxx, compilers.identify_nvcc):
         try:
             facts.append(find(env))
         except NotBuilt as problem:
@@ -131,11 +112,12 @@ def build(module: Module, target: Path, folder: Path, env: Env, root: Path = Pat
         target.unlink(missing_ok=True)
         if want == "0":
             raise LeftOut(f"{module.switch}=0 was set when fusedopt was built")
+        if sys.platform == "win32":
+            raise LeftOut("there is no native build for Windows yet")
         for path in (target.parent, folder):
             path.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
-            if sys.platform != "win32":  # two ninjas at once write the same objects
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two ninjas at once write the same objects
             library = _compile(module, folder, env, root, record)
             _import(module.name, library, env)
             shutil.copyfile(library, target)
@@ -144,64 +126,60 @@ def build(module: Module, target: Path, folder: Path, env: Env, root: Path = Pat
         with contextlib.suppress(OSError):
             target.unlink()  # half a copy
         record.reason = str(problem)
+        text = f"{module.name} was not built: {problem}"
         if want == "1":
-            text = f"{module.switch}=1, but {module.name} was not built: {problem}"
-            raise SystemExit(f"fusedopt: {text}") from None
-        failed = not isinstance(problem, (LeftOut, Refused, OSError))
-        names = [name for name in SETTINGS[module.tool] if failed and env.get(name)]
-        if names or isinstance(problem, (Refused, OSError)):
-            settings = ", ".join(f"{name}={env[name]!r}" for name in names)
-            blame = f"; correct or unset {settings}" if settings else ""
-            text = f"{module.name} was not built: {problem}{blame}"
+            raise SystemExit(f"fusedopt: {module.switch}=1, but {text}") from None
+        refused = isinstance(problem, (Refused, OSError))
+        given = [f"{n}={env[n]!r}" for n in compilers.SETTINGS[module.tool] if env.get(n)]
+        if given and not refused and not isinstance(problem, LeftOut):
+            text, refused = f"{text}; correct or unset {', '.join(given)}", True
+        if refused:
             raise SystemExit(f"fusedopt: {text}; {module.switch}=0 installs without it") from None
         print(f"fusedopt: installing without {module.name}: {problem}", file=sys.stderr)
     return record
 
 
 def _compile(module: Module, folder: Path, env: Env, root: Path, record: Record) -> Path:
-    cxx = main = find_cxx(env)
+    tool = find_cxx(env)
     if module.tool == "nvcc":
-        main = find_nvcc(env, cxx)
+        tool = find_nvcc(env, tool)
     else:
-        cxx = main = with_openmp(cxx, env)
-        if not cxx.openmp:
-            text = f"{module.name} uses one thread: no OpenMP in {cxx.version}"
+        tool = with_openmp(tool, env)
+        if not tool.openmp:
+            text = f"{module.name} uses one thread: no OpenMP in {tool.version}"
             print(f"fusedopt: {text}", file=sys.stderr)
-    record.compiler, record.openmp, record.flags = main.version, cxx.openmp, main.compile_flags
-    record.simd = [unit.simd for unit in module.units_for(cxx.machine) if unit.simd]
-    record.architectures = main.architectures
-    (folder / "build.ninja").write_text(ninja_text(module, cxx, main, folder))
+    record.compiler, record.openmp, record.flags = tool.version, tool.openmp, tool.compile_flags
+    record.simd = [unit.simd for unit in module.units_for(tool.machine) if unit.simd]
+    record.architectures = tool.architectures
+    (folder / "build.ninja").write_text(ninja_text(module, tool, folder))
     ninja = shutil.which("ninja", path=env.get("PATH", ""))
     if importlib.util.find_spec("ninja") or not ninja:
         ninja = str(Path(_required("ninja").BIN_DIR, "ninja"))  # "" for: on PATH
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    jobs = number(env, "MAX_JOBS", 1) or str(cores)
+    jobs = compilers.number(env, "MAX_JOBS", 1) or str(cores)
     # from the root, so that sources are named csrc/... in messages and in __FILE__
-    status, said = run([ninja, "-j", jobs, "-f", str(folder / "build.ninja")], env, cwd=root)
+    words = [ninja, "-j", jobs, "-f", str(folder / "build.ninja")]
+    status, said = compilers.run(words, env, cwd=root)
     log = folder / f"{module.name}.log"
     log.write_text(said)
     if status:
         print("\n".join(said.splitlines()[-20:]), file=sys.stderr)
-        problem = failure("compiling failed", said)
-        raise type(problem)(f"{problem} (all of it is in {log})")
+        raise compilers.failure("compiling failed", said, f" (all of it is in {log})")
     return folder / f"{module.name}.so"
 
 
-def ninja_text(module: Module, cxx: Tool, main: Tool, folder: Path) -> str:
-    """build.ninja; `main` compiles the kernels, `cxx` all else."""
-    units = module.units_for(cxx.machine)
+def ninja_text(module: Module, tool: Tool, folder: Path) -> str:
+    units = module.units_for(tool.machine)
     have = [f"-DFUSEDOPT_HAVE_{unit.simd.upper()}" for unit in units if unit.simd]
     text, objects = f"builddir = {_path(folder)}\n", []
     for index, unit in enumerate(units):
-        tool = main if unit.source.endswith(".cu") else cxx
         words = [*tool.command, *tool.compile_flags, *unit.flags]
         words += [f"-DFUSEDOPT_SIMD={unit.simd}"] if unit.simd else have
-        words += [*_python_headers(), *main.headers] if tool is cxx else []
+        words += _python_headers()
         objects.append(_path(folder / unit.object_name))
         text += RULE.format(index, _shell(words), objects[-1], _path(unit.source))
-    flags = cxx.link_flags if main is cxx else [*cxx.link_flags, *main.link_flags]
-    library = _path(folder / f"{module.name}.so")
-    return text + LINK.format(_shell(cxx.command), _shell(flags), library, " ".join(objects))
+    library, link_flags = _path(folder / f"{module.name}.so"), _shell(tool.link_flags)
+    return text + LINK.format(_shell(tool.command), link_flags, library, " ".join(objects))
 
 
 def _path(path: Path | str) -> str:
@@ -232,7 +210,7 @@ def _import(name: str, library: Path, env: Env) -> None:
     if env.get("FUSEDOPT_SANITIZE"):
         return  # the sanitizers' runtimes would have to be preloaded; .ci/sanitize imports it so
     words = [sys.executable, "-I", "-S", "-c", IMPORT, name, str(library.resolve())]
-    status, said = run(words, env)
+    status, said = compilers.run(words, env)
     if status:
         said = (said.strip() or f"exit status {status}").splitlines()[-1]
         if re.search(LIBRARY, said):

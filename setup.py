@@ -6,6 +6,7 @@ then works without them. What was built is recorded in the generated fusedopt/_b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -43,7 +44,10 @@ CPU = (
     Unit("csrc/watch/watch.cpp"),
 )
 CUDA = (Unit("csrc/cuda/kernels.cu"), Unit("csrc/cuda/bindings.cpp"))
-MODULES = (Module("_cpu", "FUSEDOPT_CPU", CPU), Module("_cuda", "FUSEDOPT_CUDA", CUDA))
+MODULES = (
+    Module("_cpu", "FUSEDOPT_CPU", "cxx", CPU),
+    Module("_cuda", "FUSEDOPT_CUDA", "nvcc", CUDA),
+)
 BUILD_BASE = Path("build", build_native.build_key(MODULES, os.environ))
 
 
@@ -51,11 +55,9 @@ def git_commit() -> str:
     """The commit of this checkout, with a + where files differ from it; empty if unknown."""
     git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]  # none of a folder above
     describe = ["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    try:
-        done = subprocess.run([*git, *describe], capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip()
+    with contextlib.suppress(OSError):
+        return subprocess.run([*git, *describe], capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 class BuildPython(build_py):

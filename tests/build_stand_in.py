@@ -1,10 +1,14 @@
-"""What the tests of the build build: a module of one source, or all of setup.py without sources."""
+"""What the tests of the build build: a module of one source, or all of setup.py without sources.
+
+And with what: a CUDA toolkit whose nvcc hands the source to the C++ compiler.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 import itertools
+import json
 import os
 import runpy
 import shutil
@@ -32,15 +36,17 @@ SHAPING = (*build_compilers.VARIABLES, "MAX_JOBS", "NVCC_THREADS")
 ENV = {k: v for k, v in os.environ.items() if k not in SHAPING and not k.startswith("FUSEDOPT_")}
 
 
-def compiler_missing():
+def problem_of(find, *arguments) -> str:
+    """Why a compiler is not found."""
     try:
-        build_native.find_cxx(ENV)
-    except build_native.NotBuilt as problem:
+        find(*arguments)
+    except build_compilers.NotBuilt as problem:
         return str(problem)
     return ""
 
 
-needs_compiler = pytest.mark.skipif(bool(compiler_missing()), reason=compiler_missing())
+NO_COMPILER = problem_of(build_compilers.find_cxx, ENV)
+needs_compiler = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
 
 
 SOURCE = """
@@ -70,11 +76,9 @@ class StandIn:
         self.root, self.folder = root, root / "out put"
         self.numbers = itertools.count()
         self.source = f"stand_in{suffix}"
-        self.module = build_native.Module(
-            "_stand_in",
-            "FUSEDOPT_STAND_IN",
-            (build_native.Unit(f"csrc/{self.source}"), build_native.Unit("csrc/init.cpp")),
-        )
+        units = (build_native.Unit(f"csrc/{self.source}"), build_native.Unit("csrc/init.cpp"))
+        tool = "nvcc" if suffix == ".cu" else "cxx"
+        self.module = build_native.Module("_stand_in", "FUSEDOPT_STAND_IN", tool, units)
         self.write("init.cpp", INIT.format("_stand_in"))
         self.write(self.source, source)
         self.write("value.h", "#define VALUE 1\n")
@@ -95,6 +99,57 @@ class StandIn:
     @property
     def object_time(self) -> int:
         return (self.folder / f"csrc.{self.source}.o").stat().st_mtime_ns
+
+
+def script(path: Path, text: str) -> Path:
+    """A program in a folder that may have to be made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def first_on_path(folder: Path) -> dict[str, str]:
+    return {"PATH": f"{folder}{os.pathsep}{ENV['PATH']}"}
+
+
+# What the build asks nvcc for, and compiling and linking by the C++ compiler. argv is logged.
+NVCC = """\
+#!{python}
+import json, os, subprocess, sys
+words = sys.argv[1:]
+with open({folder!r} + "/log", "a") as log:
+    log.write(json.dumps([words, sorted(k for k in os.environ if k.startswith("NVCC_"))]) + "\\n")
+if "--version" in words:
+    sys.exit(print("Cuda compilation tools, release {release}, V{release}.0"))
+if "--list-gpu-code" in words:
+    sys.exit(print("\\n".join(f"sm_{{n}}" for n in {codes!r})))
+if {fails!r}:
+    open(words[words.index("-o") + 1], "w").write("half an object")
+    sys.exit({fails!r})
+passed = ["-x", "c++"] if "-c" in words else ["-shared"]
+for word in words:
+    if word.startswith("-Xcompiler="):
+        passed.append(word.partition("=")[2].replace("\\\\,", ","))
+    elif word in ("-MMD", "-MF", "-c", "-o", "-isystem") or not word.startswith("-"):
+        passed.append(word)
+sys.exit(subprocess.call(["c++", *passed]))
+"""
+
+
+class Toolkit:
+    """A folder laid out as a CUDA toolkit, with the nvcc above."""
+
+    def __init__(self, root, release="12.8", codes=("50", "75", "80", "90"), fails=""):
+        self.root, self.log = root, root / "log"  # argv of each call, and NVCC_ variables it saw
+        values = {"release": release, "codes": codes, "fails": fails}
+        script(root / "bin/nvcc", NVCC.format(python=sys.executable, folder=str(root), **values))
+        self.on_path = first_on_path(root / "bin")
+
+    def called(self, word: str) -> list[str]:
+        """argv of the last call with this word."""
+        calls = [json.loads(line)[0] for line in self.log.read_text().splitlines()]
+        return [words for words in calls if word in words][-1]
 
 
 def table():

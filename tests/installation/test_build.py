@@ -1,11 +1,10 @@
-"""The build itself, on stand-in sources: what is rebuilt, and what happens when it cannot be."""
+"""The build itself, on stand-in sources: what is rebuilt, and what is shipped."""
 
 from __future__ import annotations
 
 import fcntl
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,11 +15,15 @@ from build_stand_in import (
     ROOT,
     Project,
     StandIn,
+    Toolkit,
     build_compilers,
     build_native,
     needs_compiler,
+    script,
     table,
 )
+
+pytestmark = needs_compiler
 
 # ---- one module ---------------------------------------------------------------------------------
 
@@ -30,33 +33,21 @@ def stand_in(tmp_path):
     return StandIn(tmp_path)
 
 
-@needs_compiler
-def test_a_changed_header_is_compiled_again(stand_in):
+def test_what_changed_is_compiled_again_and_nothing_else(stand_in):
     assert stand_in.build().built
     assert stand_in.value() == 1
-    stand_in.write("value.h", "#define VALUE 2\n")
-    assert stand_in.build().built
-    assert stand_in.value() == 2
-
-
-@needs_compiler
-def test_a_changed_flag_is_compiled_again(stand_in):
-    stand_in.build()
-    assert stand_in.build(CXXFLAGS="-DEXTRA=10").built
-    assert stand_in.value() == 11
-    stand_in.build()
-    assert stand_in.value() == 1
-
-
-@needs_compiler
-def test_nothing_changed_nothing_compiled(stand_in):
-    stand_in.build()
     before = stand_in.object_time
     stand_in.build()
     assert stand_in.object_time == before
+    stand_in.write("value.h", "#define VALUE 2\n")
+    stand_in.build()
+    assert stand_in.value() == 2
+    assert stand_in.build(CXXFLAGS="-DEXTRA=10").built
+    assert stand_in.value() == 12
+    stand_in.build()
+    assert stand_in.value() == 2
 
 
-@needs_compiler
 def test_two_builds_take_turns(stand_in):
     stand_in.folder.mkdir()
     waiting = threading.Thread(target=stand_in.build)
@@ -70,36 +61,27 @@ def test_two_builds_take_turns(stand_in):
     assert stand_in.value() == 1
 
 
-@needs_compiler
-@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast"])
-def test_fast_math_does_not_come_in_through_the_environment(stand_in, flag):
-    record = stand_in.build(CXXFLAGS=flag)
-    assert record.built, record.reason
-
-
-@needs_compiler
-def test_the_numeric_flags_come_last(stand_in):
-    """A compiler goes by the last of several."""
+def test_fast_math_does_not_come_in_through_the_environment(stand_in):
+    """A compiler goes by the last of several flags; the stand-in's source refuses fast-math."""
     theirs = ["-march=native", "-ffp-contract=off", "-ffp-contract=fast", "-fmath-errno"]
-    flags = stand_in.build(CXXFLAGS=" ".join(theirs)).flags
-    assert set(theirs) < set(flags)
-    after = flags[flags.index("-fmath-errno") :]
+    record = stand_in.build(CXXFLAGS=" ".join(["-ffast-math", "-Ofast", *theirs]))
+    assert record.built, record.reason
+    assert not {"-ffast-math", "-Ofast"} & set(record.flags)
+    assert set(theirs) < set(record.flags)
+    after = record.flags[record.flags.index("-fmath-errno") :]
     assert set(build_compilers.NUMERIC_FLAGS) < set(after)
 
 
-@needs_compiler
-@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations"])
 @pytest.mark.parametrize("variable", ["LDFLAGS", "CXX"])
-def test_loading_a_module_leaves_denormals_alone(stand_in, tmp_path, variable, flag):
+def test_loading_a_module_leaves_denormals_alone(stand_in, tmp_path, variable):
     """gcc links code that flushes them in the whole process into whatever is linked with these."""
-    target = tmp_path / "module.so"
-    assert stand_in.build(target, **{variable: f"g++ {flag}" if variable == "CXX" else flag}).built
+    target, flags = tmp_path / "module.so", "-ffast-math -Ofast -funsafe-math-optimizations"
+    assert stand_in.build(target, **{variable: f"{'g++ ' * (variable == 'CXX')}{flags}"}).built
     program = f"import ctypes; ctypes.CDLL({str(target)!r}); print(5e-324 * 1.0 > 0.0)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
 
 
-@needs_compiler
 def test_a_failed_build_leaves_no_earlier_module_behind(stand_in, tmp_path, capfd):
     target = tmp_path / "module.so"
     assert stand_in.build(target).built
@@ -111,51 +93,13 @@ def test_a_failed_build_leaves_no_earlier_module_behind(stand_in, tmp_path, capf
     assert "_stand_in.log" in record.reason
     last_line = capfd.readouterr().err.splitlines()[-1]
     assert last_line.startswith("fusedopt: installing without _stand_in: compiling failed: csrc/")
-
-
-@needs_compiler
-def test_a_failed_build_is_fatal_when_the_module_must_be_there(stand_in):
-    stand_in.write("value.h", "#error this cannot be\n")
     with pytest.raises(SystemExit, match=r"FUSEDOPT_STAND_IN=1, but .* error: #error this cannot"):
         stand_in.build(FUSEDOPT_STAND_IN="1")
 
 
-OBSTACLES = [
-    pytest.param({"PATH": ""}, r"no C\+\+ compiler on PATH \(looked for c\+\+", id="no compiler"),
-    pytest.param(
-        {"PATH": "", "CXXFLAGS": "-O2", "MAX_JOBS": "3"}, r"no C\+\+ compiler", id="flags for none"
-    ),
-    pytest.param({"FUSEDOPT_STAND_IN": "0"}, "FUSEDOPT_STAND_IN=0 was set", id="switched off"),
-    pytest.param(
-        {"FUSEDOPT_STAND_IN": "0", "MAX_JOBS": "x", "CXX": "no-such-cxx"},
-        "FUSEDOPT_STAND_IN=0 was set",
-        id="settings of what is switched off",
-    ),
-]
-
-
-@needs_compiler
-@pytest.mark.parametrize(("env", "reason"), OBSTACLES)
-def test_what_cannot_be_built_is_left_out_with_the_reason(stand_in, env, reason, capfd):
-    record = stand_in.build(**env)
-    assert not record.built
-    assert not stand_in.target.exists()
-    assert re.search(reason, record.reason), record.reason
-    said = capfd.readouterr().err.splitlines()
-    assert said == [f"fusedopt: installing without _stand_in: {record.reason}"]
-
-
-def test_a_switch_has_three_values(stand_in):
-    with pytest.raises(SystemExit, match="FUSEDOPT_STAND_IN='yes': use 0, 1 or auto"):
-        stand_in.build(FUSEDOPT_STAND_IN="yes")
-
-
-@needs_compiler
 def test_a_compiler_without_openmp_builds_for_one_thread(stand_in, tmp_path, capfd):
-    compiler = tmp_path / "compiler"
-    real = shutil.which("c++")
-    compiler.write_text(f'#!/bin/sh\ncase " $* " in *" -fopenmp "*) exit 1;; esac\n{real} "$@"\n')
-    compiler.chmod(0o755)
+    does = 'case " $* " in *" -fopenmp "*) exit 1;; esac\nexec c++ "$@"'
+    compiler = script(tmp_path / "compiler", f"#!/bin/sh\n{does}\n")
     record = stand_in.build(CXX=str(compiler))
     assert record.built, record.reason
     assert not record.openmp
@@ -177,25 +121,22 @@ def test_everything_that_shapes_the_build_names_its_directory(stand_in):
 
 # ---- the whole package --------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def modules():
-    return table()
+MODULES = {module.name: module for module in table()}
 
 
-def test_the_table_names_files_that_exist(modules):
-    missing = [u.source for m in modules for u in m.units if not (ROOT / u.source).is_file()]
-    assert not missing
+def test_the_table_names_the_files_that_exist():
+    named = {unit.source for module in MODULES.values() for unit in module.units}
+    files = [path for end in ("cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{end}")]
+    assert named == {path.relative_to(ROOT).as_posix() for path in files}
 
 
 @pytest.mark.parametrize(
     ("machine", "levels"),
     [("x86_64", ["generic", "avx2", "avx512"]), ("aarch64", ["generic"])],
 )
-def test_instruction_sets_by_machine(modules, machine, levels, tmp_path):
-    cpu = next(module for module in modules if module.name == "_cpu")
+def test_instruction_sets_by_machine(machine, levels, tmp_path):
     tool = build_native.Tool(["c++"], "", machine)
-    text = build_native.ninja_text(cpu, tool, tool, tmp_path)
+    text = build_native.ninja_text(MODULES["_cpu"], tool, tmp_path)
     assert re.findall(r"-DFUSEDOPT_SIMD=(\w+)", text) == levels
     for level in ("AVX2", "AVX512"):
         assert (f"-DFUSEDOPT_HAVE_{level}" in text) == (level.lower() in levels)
@@ -203,45 +144,51 @@ def test_instruction_sets_by_machine(modules, machine, levels, tmp_path):
 
 
 @pytest.fixture
-def project(tmp_path, modules):
-    return Project(tmp_path, modules)
+def project(tmp_path):
+    return Project(tmp_path, MODULES.values())
 
 
-@needs_compiler
 def test_no_wheel_ships_what_another_build_made(project):
-    def cpu_wheel(**env):
-        tags, names, records = project.wheel(**env)
-        return tags, names, records["_cpu"]
-
-    tags, names, record = cpu_wheel()
-    assert record["built"], record["reason"]
-    assert record["compiler"]
-    assert any(name.startswith("fusedopt/_cpu.") for name in names)
+    toolkit = Toolkit(project.root / "toolkit")
+    tags, names, records = project.wheel(**toolkit.on_path, FUSEDOPT_CUDA="auto")
     assert "-none-any" not in tags
+    for name, record in records.items():
+        assert record["built"], record["reason"]
+        assert record["compiler"]
+        assert any(file.startswith(f"fusedopt/{name}.") for file in names)
+    assert records["_cuda"]["architectures"] == ["sm_75", "sm_80", "sm_90", "compute_90"]
 
-    tags, names, record = cpu_wheel(FUSEDOPT_CPU="0")
-    assert not record["built"]
-    assert not any(name.startswith("fusedopt/_cpu.") for name in names)
-    assert tags == "py3-none-any"
+    def assert_pure(tags, names):
+        assert tags == "py3-none-any"
+        assert not any(name.startswith("fusedopt/_c") for name in names)
+
+    broken = Toolkit(project.root / "broken", fails="nvcc fatal   : no").on_path
+    tags, names, records = project.wheel(**broken, FUSEDOPT_CUDA="auto", FUSEDOPT_CPU="0")
+    assert_pure(tags, names)
+    assert not records["_cpu"]["built"]
+    assert "nvcc fatal   : no" in records["_cuda"]["reason"]
     assert len(list((project.root / "build").iterdir())) == 2  # a directory for each
 
     (project.root / "fusedopt/gone.py").touch()
-    assert "fusedopt/gone.py" in cpu_wheel()[1]
+    assert "fusedopt/gone.py" in project.wheel()[1]
     (project.root / "fusedopt/gone.py").unlink()
     project.sources[0].write_text("#error this cannot be")
-    tags, names, record = cpu_wheel()
-    assert "#error this cannot be" in record["reason"]
-    assert not any(name.startswith(("fusedopt/_cpu.", "fusedopt/gone")) for name in names)
-    assert tags == "py3-none-any"
+    tags, names, records = project.wheel()
+    assert_pure(tags, names)
+    assert "#error this cannot be" in records["_cpu"]["reason"]
+    assert "fusedopt/gone.py" not in names
 
 
-@needs_compiler
 def test_in_place_and_then_not(project):
-    assert project.run("setup.py", "-q", "build_ext", "--inplace").returncode == 0
+    build = ("setup.py", "-q", "build_ext", "--inplace")
+    assert project.run(*build).returncode == 0
     assert len(project.native_in_tree) == 1
-    done = project.run("setup.py", "-q", "build_ext", "--inplace", PATH="")
+    done = project.run(*build, PATH="")
     assert "installing without _cpu: no C++ compiler on PATH" in done.stderr
     assert project.native_in_tree == []
+    done = project.run(*build, PATH="", FUSEDOPT_CPU="1")
+    assert done.returncode != 0
+    assert "FUSEDOPT_CPU=1, but _cpu was not built: no C++ compiler" in done.stderr
 
 
 def test_pip_installs_without_a_compiler(project):
@@ -251,7 +198,3 @@ def test_pip_installs_without_a_compiler(project):
     config = runpy.run_path(str(project.root / "out/fusedopt/_build_config.py"))["BUILD_CONFIG"]
     assert config["version"] == "0.1.0"
     assert "no C++ compiler" in config["modules"]["_cpu"]["reason"]
-
-    done = project.run(*pip, PATH="", FUSEDOPT_CPU="1")
-    assert done.returncode != 0
-    assert "FUSEDOPT_CPU=1, but _cpu was not built: no C++ compiler" in done.stderr

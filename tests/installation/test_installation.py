@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -10,12 +9,14 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 import fusedopt
 from fusedopt import __main__, installation
-from fusedopt.backends import cpu as native, registry as backends
+from fusedopt.backends import cpu as native, modules, registry as backends
 
 STEP = """
 import torch, fusedopt
@@ -23,7 +24,10 @@ p = torch.ones(3, requires_grad=True)
 p.grad = torch.ones(3)
 fusedopt.FusedAdamW([p]).step()
 """
-OTHER_PYTHON = "_cpu.cpython-36m-x86_64-linux-gnu.so"
+INSTALLED = Path(fusedopt.__file__).parent
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+NOT_BUILT = "is a source tree that was not built"
+ELSEWHERE = "or start Python in another folder"
 
 
 @pytest.fixture
@@ -35,79 +39,90 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def python(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def python(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("FUSEDOPT_", "PYTHON"))}
-    kept["PYTHONPATH"] = str(
-        installation.PACKAGE.parent
-    )  # so it is installed, whatever the tests run
+    kept["PYTHONPATH"] = str(INSTALLED.parent)  # is installed, whatever the tests run
     return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=kept | env, capture_output=True, text=True
+        [sys.executable, *words], cwd=cwd, env=kept, capture_output=True, text=True
     )
 
 
-def assert_said(text: str, tree: Path, lack: str) -> None:
-    assert (
-        f"{tree} {lack}, and hides the fusedopt that is installed in {installation.PACKAGE}" in text
-    )
-    assert f"`pip install -e {shlex.quote(str(tree))}` builds it; or " in text
+def assert_said(text: str, tree: Path, lack: str, remedy: str = ELSEWHERE) -> None:
+    hides = f"and hides the fusedopt that is installed in {INSTALLED}"
+    assert f"{tree} {lack}, {hides}" in text
+    assert f"`pip install -e {shlex.quote(str(tree))}` builds it; {remedy}" in text
     assert "compiler" not in text
 
 
 def test_a_clone_that_nobody_built_is_told_by_the_warning(tree: Path) -> None:
     done = python("-c", STEP, cwd=tree)
     assert done.returncode == 0, done.stderr
-    assert_said(done.stderr, tree, "is a source tree that was not built")
-    assert "or start Python in another folder" in done.stderr
+    assert_said(done.stderr, tree, NOT_BUILT)
     assert done.stderr.startswith("<string>:5: FusedOptFallbackWarning: ")
 
 
 def test_a_clone_that_nobody_built_is_told_by_the_report(tree: Path) -> None:
     done = python("-m", "fusedopt", cwd=tree)
     assert done.returncode == 1
-    assert_said(done.stderr, tree, "is a source tree that was not built")
+    assert_said(done.stderr, tree, NOT_BUILT)
     assert "commit unknown" in done.stdout
     assert "self-test ok" in done.stdout
     assert done.stderr.count("is a source tree") == 1
-    done = python("-m", "fusedopt", "--json", cwd=tree)
-    assert done.returncode == 1
-    (warning,) = json.loads(done.stdout)["warnings"]
-    assert_said(warning, tree, "is a source tree that was not built")
-    assert python("-m", "fusedopt", cwd=tree, FUSEDOPT_BACKEND="reference").returncode == 1
 
 
-def test_on_pythonpath(tree: Path, tmp_path: Path) -> None:
-    path = f"{tree}{os.pathsep}{installation.PACKAGE.parent}"
-    done = python("-m", "fusedopt", cwd=tmp_path, PYTHONPATH=path)
-    assert done.returncode == 1
-    assert_said(done.stderr, tree, "is a source tree that was not built")
-    assert "or take it off PYTHONPATH" in done.stderr
-    assert "another folder" not in done.stderr
+class Clone:
+    """The package of this process, as if it lay in another folder."""
+
+    def __init__(self, tree: Path, patch: pytest.MonkeyPatch) -> None:
+        self.tree, self.patch = tree, patch
+        patch.setattr(installation, "PACKAGE", tree / "fusedopt")
+
+    def record(self, **config: Any) -> None:
+        """Of setup.py's, in _build_config.py."""
+        name = "fusedopt._build_config"
+        written = ModuleType(name)
+        written.__file__ = str(self.tree / "fusedopt/_build_config.py")
+        vars(written)["BUILD_CONFIG"] = config
+        self.patch.setitem(sys.modules, name, written)
+
+    def report(self) -> tuple[str, bool]:
+        """What the report warns of, and whether something is broken."""
+        module, reason = modules.load.__wrapped__("_cpu")
+        assert module is None
+        self.patch.setattr(native, "_reason", reason)
+        report = {"backends": backends.report(), "openmp_libraries": [], "devices": {}}
+        ((warning, is_broken),) = __main__.problems(report)
+        return warning, is_broken
 
 
-def test_with_modules_of_another_python(tree: Path) -> None:
-    (tree / "fusedopt" / OTHER_PYTHON).touch()
-    (tree / "fusedopt/_build_config.py").write_text(
-        "BUILD_CONFIG = {'python': '.cpython-36m-x86_64-linux-gnu.so', 'modules': {}}\n"
-    )
-    done = python("-m", "fusedopt", cwd=tree)
-    assert done.returncode == 1
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    lack = f"was built for another Python ({OTHER_PYTHON}; this one needs _cpu{suffix})"
-    assert_said(done.stderr, tree, lack)
+@pytest.fixture
+def clone(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Clone:
+    return Clone(tree, monkeypatch)
 
 
-def test_a_record_of_another_python_says_nothing(tree: Path) -> None:
-    """Say, the other one had no compiler."""
-    (tree / "fusedopt/_build_config.py").write_text(
-        "BUILD_CONFIG = {'python': '.cpython-36m.so', 'modules': {'_cpu': {'reason': 'none'}}}\n"
-    )
-    done = python("-m", "fusedopt", cwd=tree)
-    assert done.returncode == 1
-    assert_said(done.stderr, tree, "is a source tree that was not built")
+def test_on_pythonpath(clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"{clone.tree}{os.pathsep}{INSTALLED.parent}"
+    monkeypatch.setenv("PYTHONPATH", path)
+    warning, is_broken = clone.report()
+    assert_said(warning, clone.tree, NOT_BUILT, "or take it off PYTHONPATH")
+    assert is_broken
+
+
+def test_built_by_another_python(clone: Clone) -> None:
+    """Its record says nothing: it may have had no compiler."""
+    clone.record(python=".cpython-36m.so", modules={"_cpu": {"reason": "none"}})
+    warning, is_broken = clone.report()
+    assert_said(warning, clone.tree, NOT_BUILT)
+    assert is_broken
+    (clone.tree / "fusedopt/_cpu.cpython-36m.so").touch()
+    warning, is_broken = clone.report()
+    lack = f"was built for another Python (_cpu.cpython-36m.so; this one needs _cpu{SUFFIX})"
+    assert_said(warning, clone.tree, lack)
+    assert is_broken
 
 
 def test_a_module_that_was_built_and_is_broken(tree: Path) -> None:
-    (tree / f"fusedopt/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("no module")
+    (tree / f"fusedopt/_cpu{SUFFIX}").write_text("no module")
     done = python("-m", "fusedopt", cwd=tree)
     assert done.returncode == 1
     assert "is not available (" in done.stderr
@@ -115,28 +130,22 @@ def test_a_module_that_was_built_and_is_broken(tree: Path) -> None:
     assert "source tree" not in done.stderr
 
 
-def test_a_module_that_was_left_out_is_no_fault(tree: Path) -> None:
+def test_a_module_that_was_left_out_is_no_fault(clone: Clone) -> None:
     reason = "FUSEDOPT_CPU=0 was set when fusedopt was built"
-    config = {"modules": {"_cpu": {"built": False, "reason": reason, "compiler": "", "simd": []}}}
-    (tree / "fusedopt/_build_config.py").write_text(f"BUILD_CONFIG = {config}\n")
-    done = python("-m", "fusedopt", cwd=tree)
-    assert done.returncode == 0, done.stderr
-    assert (
-        f"({reason}). For the CPU backend reinstall fusedopt without FUSEDOPT_CPU=0" in done.stderr
-    )
+    clone.record(modules={"_cpu": {"built": False, "reason": reason}})
+    warning, is_broken = clone.report()
+    assert not is_broken
+    assert f"({reason}). For the CPU backend reinstall fusedopt without FUSEDOPT_CPU=0" in warning
 
 
-def test_a_module_older_than_its_sources(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installation, "PACKAGE", tree / "fusedopt")
-    module = tree / f"fusedopt/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    source = tree / "csrc/cpu/kernels.cpp"
+def test_a_module_older_than_its_sources(clone: Clone) -> None:
+    module, source = clone.tree / f"fusedopt/_cpu{SUFFIX}", clone.tree / "csrc/cpu/kernels.cpp"
     source.parent.mkdir(parents=True)
     for path, time in ((module, 2000), (source, 1000)):
         path.touch()
         os.utime(path, (time, time))
     assert installation.stale() == []
     os.utime(source, (3000, 3000))
-    assert installation.stale() == [module.name]
     report = {"backends": {"cpu": {"available": True}}, "openmp_libraries": [], "devices": {}}
     ((warning, is_broken),) = __main__.problems(report)
     assert f"{module.name} is older than the sources in csrc/; `pip install -e " in warning
@@ -147,7 +156,7 @@ def test_nothing_is_hidden_by_an_installed_package() -> None:
     if native.unavailable_reason() is not None:
         pytest.skip("it has no native module")
     assert installation.obstacle("_cpu") is None
-    assert Path(fusedopt.__file__).parent == installation.PACKAGE
+    assert INSTALLED == installation.PACKAGE
 
 
 @pytest.mark.parametrize(
