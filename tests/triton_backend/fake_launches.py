@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 ARGUMENTS = 32
 
@@ -26,27 +25,10 @@ class Noted(ctypes.Structure):
         ("module_starts_with", ctypes.c_int64),
         ("grid", ctypes.c_int64 * 3),
         ("block", ctypes.c_int64 * 3),
-        ("shared", ctypes.c_int64),
         ("stream", ctypes.c_int64),
-        ("function", ctypes.c_int64),
         ("sizes", ctypes.c_int64 * ARGUMENTS),
         ("arguments", ctypes.c_uint64 * ARGUMENTS),
     )
-
-
-def fake_torch_cuda(index: int) -> None:
-    """As much of torch with a GPU as stands between the backend and the launcher."""
-    import torch
-
-    torch.cuda.current_device = lambda: index  # type: ignore[assignment]
-    torch.cuda.device = lambda _: contextlib.nullcontext()  # type: ignore[assignment, misc]
-    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
-
-
-def triton_driver(backend: str) -> Any:
-    from triton.backends import backends
-
-    return backends[{"cuda": "nvidia", "hip": "amd"}[backend]].driver()
 
 
 def main(backend: str, library: str) -> None:
@@ -54,13 +36,17 @@ def main(backend: str, library: str) -> None:
     os.environ["TRITON_LIBHIP_PATH"] = library
     noted = Noted.in_dll(ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL), "noted")
     import torch
+    from triton.backends import backends
     from triton.runtime import driver
 
     from fusedopt.backends.triton import TritonDriver
     from fusedopt.triton_kernels.variants import COUNTS, all_variants
 
-    fake_torch_cuda(index=0)
-    driver.set_active(triton_driver(backend))
+    # as much of torch with a GPU as stands between the backend and the launcher
+    torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
+    torch.cuda.device = lambda _: contextlib.nullcontext()  # type: ignore[assignment, misc]
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
+    driver.set_active(backends[{"cuda": "nvidia", "hip": "amd"}[backend]].driver())
     ours = TritonDriver()
     found = []
     for variant in all_variants():
