@@ -57,36 +57,37 @@ def test_a_table_and_the_kernel_that_reads_it_change_together(
     twins: Any, monkeypatch: pytest.MonkeyPatch, spare: int
 ) -> None:
     """Also where pinning memory fails, before the copy or behind it."""
-    halves = grads_like(twins.params, 0, torch.bfloat16)
-    full = grads_like(twins.params, 1)
 
     def no_memory(*_: Any) -> None:
         raise RuntimeError("no memory to pin")
 
-    def fail(grads: Any) -> None:
+    def give_ours(grads: Any) -> None:
         for param, grad in zip(twins.params, grads, strict=True):
             param.grad = grad
-        (part,) = twins.opt._shared.plan.parts
+
+    def fail(grads: Any) -> None:
+        give_ours(grads)
+        upload = twins.opt._shared.plan.parts[0].launches._upload
         with monkeypatch.context() as patch:
             patch.setattr(backend, "SPARE", spare)
-            patch.setattr(backend._Upload, "_new_buffer", no_memory)
+            patch.setattr(upload, "_new_buffer", no_memory)
             if not spare:
-                patch.setattr(part.launches._upload, "_free", [])
-                patch.setattr(part.launches._upload, "_busy", [])
+                patch.setattr(upload, "_free", [])
+                patch.setattr(upload, "_busy", [])
             with pytest.raises(RuntimeError, match="no memory"):
                 twins.opt.step()
 
-    twins.step(halves)
-    ours = [p.grad for p in twins.params]  # the very tensors whose addresses are in the table
+    full = grads_like(twins.params, 1)
+    twins.step(grads_like(twins.params, 0, torch.bfloat16))
+    halves = [p.grad for p in twins.params]  # the very tensors whose addresses are in the table
     twins.check()
     fail(full)
-    for param, grad in zip(twins.params, ours, strict=True):
-        param.grad = grad
+    give_ours(halves)
     twins.opt.step(), twins.twin.step()
     twins.check()
     twins.step(full)
-    fail(ours)  # from a kernel that reads fp32 alone
-    for twin, grad in zip(twins.twin_params, ours, strict=True):
+    fail(halves)  # from a kernel that reads fp32 alone
+    for twin, grad in zip(twins.twin_params, halves, strict=True):
         twin.grad = grad.clone()
     twins.opt.step(), twins.twin.step()
     twins.check()

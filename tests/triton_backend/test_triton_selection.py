@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton_interpreter
+from cases import FLOATS
 from children import in_a_child
 from harness import make_param, randn
 
@@ -22,7 +24,7 @@ OLD_DRIVER = "CUDA: the NVIDIA driver is too old for this CUDA runtime"
 NO_TRITON = "Triton is not installed: pip install triton"
 NO_CXX = "no C++ compiler on PATH"
 
-FLOATS = torch.float32, torch.float16, torch.bfloat16
+CPU = "cpu" if importlib.util.find_spec("fusedopt._cpu") else "reference"
 
 
 def tensor(device: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -281,19 +283,23 @@ def test_the_report_says_whether_triton_can_use_the_gpu(monkeypatch):
 # What is not needed is not imported
 
 
-def test_neither_import_nor_cpu_steps_import_triton(tmp_path):
+def test_import_and_cpu_steps_touch_neither_triton_nor_cuda(tmp_path):
+    named = None if CPU == "cpu" else CPU  # nobody warns of a backend that was asked for
     code = (
-        "import sys, torch\n"
+        "import json, sys, warnings; warnings.simplefilter('error')\n"
+        "import torch\n"
         "by_torch = 'triton' in sys.modules\n"
         "import fusedopt\n"
         "assert by_torch or 'triton' not in sys.modules\n"
         "p = torch.nn.Parameter(torch.ones(9)); p.grad = torch.ones(9)\n"
-        "opt = fusedopt.FusedAdamW([p], max_grad_norm=1.0); opt.step(); opt.step()\n"
+        f"opt = fusedopt.FusedAdamW([p], max_grad_norm=1.0, backend={named!r})\n"
+        "opt.step(); opt.step()\n"
         # torch's own optimizers import Dynamo when they are made, and that Triton
         "ours = [m for m in sys.modules if m.startswith('fusedopt.') and 'triton' in m]\n"
-        "assert not ours, ours\n"
-        "print(opt.backend['cpu'])\n"
+        "import fusedopt.backends.cuda as cuda\n"
+        "reason = cuda.unavailable_reason()\n"
+        "print(json.dumps([opt.backend, ours, bool(reason), torch.cuda.is_initialized()]))\n"
     )
-    done = in_a_child(code, tmp_path)
+    done = in_a_child(code, tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in ("cpu", "reference")
+    assert json.loads(done.stdout) == [{"cpu": CPU}, [], True, False]

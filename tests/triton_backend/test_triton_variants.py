@@ -39,14 +39,11 @@ class FakeKernel:
         self._constants = variant.constants
         self._launched = launched
 
-    def run(self, *arguments: Any) -> None:
-        grid, stream, function, metadata, hooks = (
-            arguments[:3], arguments[3], arguments[4], arguments[5], arguments[6:9],
-        )  # fmt: skip
-        assert grid[0] >= 1 and grid[1:] == (1, 1)
-        assert (stream, function, metadata) == (0, self.function, self.packed_metadata)
-        assert hooks == (None, None, None)
-        for name, value in zip(self.src.fn.arg_names, arguments[9:], strict=True):
+    def run(self, x: int, y: int, z: int, *arguments: Any) -> None:
+        assert x >= 1 and y == z == 1
+        no_hooks = (None, None, None)
+        assert arguments[:6] == (0, self.function, self.packed_metadata, *no_hooks)
+        for name, value in zip(self.src.fn.arg_names, arguments[6:], strict=True):
             assert type(value) is int, name
             limit = 1 if name in self._constants else 2**31 if name in COUNTS else 2**63
             assert 0 <= value < limit, (name, value)
