@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -151,40 +150,23 @@ def test_fusion_would_be_seen(target, monkeypatch):
 # ---- launcher -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=LIBRARIES)
-def fake_driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library in the place of the GPU's driver, for Triton to launch with."""
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_launches_arrive_as_they_were_meant(tmp_path, backend):
+    """With a library in the place of the GPU's driver."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
     if not compiler:
         pytest.skip("no C compiler, which Triton needs for its launcher")
-    library: Path = tmp_path_factory.mktemp(request.param) / LIBRARIES[request.param]
+    library = tmp_path / LIBRARIES[backend]
     command = [*compiler.split(), "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
-    if request.param == "hip":
+    if backend == "hip":
         headers = Path(triton.__file__).parent / "backends/amd/include"
         command += ["-DHIP", "-isystem", str(headers)]
     subprocess.run([*command, str(TESTS / "fake_driver.c"), "-o", str(library)], check=True)
-    return library
-
-
-def test_launches_arrive_as_they_were_meant(fake_driver):
-    backend = {name: backend for backend, name in LIBRARIES.items()}[fake_driver.name]
-    command = [sys.executable, str(TESTS / "fake_launches.py"), backend, str(fake_driver)]
+    command = [sys.executable, str(TESTS / "fake_launches.py"), backend, str(library)]
     env = os.environ | {"TRITON_CACHE_DIR": str(FOLDER)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    warp_size = {"cuda": 32, "hip": 64}[backend]
-    assert json.loads(done.stdout) == [
-        {
-            "name": name,
-            "launches": 1,
-            "is_elf": True,
-            "grid": [7, 1, 1],
-            "block": [128 if name.startswith("update") else warp_size, 1, 1],
-            "stream": 0xABC0,
-            "wrong": [],
-        }
-        for name in VARIANTS
-    ]
+    assert done.stdout.split() == list(VARIANTS)
 
 
 # ---- interpreter --------------------------------------------------------------------------------
