@@ -1,4 +1,4 @@
-"""The CUDA backend where there is no GPU: imports, reasons, refusals, and 64-bit arithmetic."""
+"""The CUDA backend where there is no GPU: its reason, its module and 64-bit arithmetic."""
 
 from __future__ import annotations
 

@@ -267,6 +267,7 @@ def test_the_report_says_whether_triton_can_use_the_gpu(monkeypatch):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton.driver, "made", None)
     monkeypatch.setattr(triton, "_target", lambda: SimpleNamespace(backend="hip", arch="gfx942"))
     told = backends.report()["triton"]
     assert told["available"] is True and told["reason"] == ""
