@@ -12,6 +12,7 @@ import triton_interpreter
 from cases import FULL_CASES
 from conftest import require_cpu_backend
 from gpu_twins import grads_like
+from harness import randn
 from triton_twins import TritonTwins
 
 from fusedopt.backends import triton as backend
@@ -114,3 +115,15 @@ def test_negative_counts_end() -> None:
     for ours, other in zip(twins.params, twins.twin_params, strict=True):
         steps = twins.opt.state[ours]["step"], twins.twin.state[other]["step"]
         assert steps[0] == steps[1] == -4.0
+
+
+def test_an_absent_state_is_never_the_larger_one() -> None:
+    """Not even than a negative second moment, as a strange checkpoint has it. Beside a tensor that
+    has the state, for else the kernel is one that does not look."""
+    groups = [{"params": [randn(300, k)], "amsgrad": k == 1} for k in range(2)]
+    twins = TritonTwins("adamw", groups)
+    for optimizer in (twins.opt, twins.twin):
+        optimizer.init_state()
+        for state in optimizer.state.values():
+            state["exp_avg_sq"].fill_(-1.0)
+    twins.run(steps=1)
