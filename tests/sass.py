@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 Key = tuple[str, str]  # architecture and mangled name of a kernel
 
@@ -55,14 +56,14 @@ class Instruction:
     address: int
     opcode: str  # with its modifiers: LDG.E.EF.128
     operands: tuple[str, ...]
-    predicated: bool = False
 
     @property
-    def is_global_load(self) -> bool:
+    def is_load(self) -> bool:
+        """From global memory."""
         return self.opcode.startswith("LDG.")
 
     @property
-    def is_global_store(self) -> bool:
+    def is_store(self) -> bool:
         return self.opcode.startswith("STG.")
 
     @property
@@ -77,14 +78,15 @@ class Instruction:
         return int(widths[-1]) if widths else 32
 
     @property
-    def _written(self) -> int:
-        """How many operands in front are results; the first may be a predicate's."""
-        if self.opcode.startswith(("ST", "RED", "BRA", "CALL")) or not self.operands:
-            return 0
-        return 2 if re.match(r"!?U?P[\dT]", self.operands[0]) else 1
+    def is_wide(self) -> bool:
+        """Of 16 bytes a thread."""
+        return self.bits == 128
 
     def reads(self) -> set[int]:
-        text = " ".join(self.operands[self._written :])
+        written = 0  # so many operands in front are results; the first may be a predicate's
+        if not self.opcode.startswith(("ST", "RED", "BRA", "CALL")) and self.operands:
+            written = 2 if re.match(r"!?U?P[\dT]", self.operands[0]) else 1
+        text = " ".join(self.operands[written:])
         return {int(number) for number in re.findall(r"\bR(\d+)\b", text)}
 
     def loaded(self) -> set[int]:
@@ -93,14 +95,6 @@ class Instruction:
         if not first:
             return set()
         return {int(first[1]) + i for i in range(max(1, self.bits // 32))}
-
-
-def parse_instruction(line: str) -> Instruction | None:
-    match = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P[\dT]\s+)?(\S+)\s*(.*?)\s*;", line)
-    if not match:
-        return None
-    operands = tuple(word.strip() for word in match[4].split(",")) if match[4] else ()
-    return Instruction(int(match[1], 16), match[3], operands, match[2] is not None)
 
 
 def parse_code(lines: Iterable[str]) -> dict[Key, list[Instruction]]:
@@ -113,8 +107,11 @@ def parse_code(lines: Iterable[str]) -> dict[Key, list[Instruction]]:
             arch = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
             code = found.setdefault((arch, match[1]), [])
-        elif instruction := parse_instruction(line):
-            code.append(instruction)
+        elif match := re.match(
+            r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[\dT]\s+)?(\S+)\s*(.*?)\s*;", line
+        ):
+            operands = tuple(word.strip() for word in match[3].split(",")) if match[3] else ()
+            code.append(Instruction(int(match[1], 16), match[2], operands))
     return found
 
 
@@ -139,22 +136,25 @@ def batches(loop: list[Instruction]) -> list[list[Instruction]]:
     parts: list[list[Instruction]] = [[]]
     stored = False
     for instruction in loop:
-        if instruction.is_global_load and stored:
+        if instruction.is_load and stored:
             parts.append([])
             stored = False
-        stored = stored or instruction.is_global_store
+        stored = stored or instruction.is_store
         parts[-1].append(instruction)
     return parts
 
 
-def late_loads(batch: list[Instruction]) -> list[Instruction]:
-    """Global loads that stand behind the first use of a loaded value: they start too late."""
-    waiting: set[int] = set()
+def late_loads(batch: Iterable[Any]) -> list[Any]:
+    """Wide loads that stand behind the first use of a loaded value: they start too late.
+
+    Of these instructions, or of those of amdgcn.py.
+    """
+    waiting: set[Any] = set()
     used = False
     late = []
     for instruction in batch:
         used = used or bool(waiting & instruction.reads())
-        if instruction.is_global_load:
-            late += [instruction] if used else []
+        if instruction.is_load:
+            late += [instruction] if used and instruction.is_wide else []
             waiting |= instruction.loaded()
     return late

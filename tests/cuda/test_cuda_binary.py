@@ -65,9 +65,7 @@ def expected_kinds() -> set[Kind]:
     """Of every rule in the module: a kernel for each number of states that a tensor may have."""
     kinds = {REDUCE}
     for name in importlib.import_module("fusedopt._cuda").RULES:
-        states = declared(name).states
-        always = sum(state.when is None for state in states)
-        for n in range(max(always, 1), len(states) + 1):
+        for n in range(declared(name).fewest_states, len(declared(name).states) + 1):
             kinds |= {Kind(name, n, half) for half in (False, True)}
     return kinds
 
@@ -103,12 +101,7 @@ def kind(key: Key) -> Kind | None:
 def vector_loops(kernel: list[Instruction]) -> list[list[Instruction]]:
     """The loops that load and store 16 bytes at a time."""
     loops = sass.innermost_loops(kernel)
-    return [x for x in loops if any(i.is_global_load and i.bits == 128 for i in x)]
-
-
-def wide_loops(kernel: list[Instruction]) -> list[list[Instruction]]:
-    """Those without a narrow load: every stream, the gradient's too, is on a 16-byte boundary."""
-    return [x for x in vector_loops(kernel) if all(i.bits == 128 for i in x if i.is_global_load)]
+    return [x for x in loops if any(i.is_load and i.is_wide for i in x)]
 
 
 def test_the_binary_holds_what_the_build_recorded(binary, tools):
@@ -120,25 +113,30 @@ def test_the_binary_holds_what_the_build_recorded(binary, tools):
     assert set(code) | {f"compute_{n}" for n in ptx} == set(recorded)
 
 
-def test_registers_and_no_spills(binary, tools):
+def test_registers_and_no_spills(binary, tools, code):
     resources = sass.parse_resources(sass.cuobjdump(tools, "-res-usage", str(binary)))
     for key, used in hot(resources).items():
         assert used["REG"] <= REGISTERS, (key, used)
         assert used["STACK"] == used["LOCAL"] == 0, (key, used)
+        assert not [i for i in code[key] if re.match(r"(LDL|STL)\b", i.opcode)], key
 
 
-def test_no_local_memory(code):
-    for key, kernel in code.items():
-        assert not [i for i in kernel if re.match(r"(LDL|STL)\b", i.opcode)], key
-
-
-def test_steady_state_loops_use_16_bytes(code):
+def test_fp32_tensors_go_16_bytes_at_a_time(code):
     for key, kernel in of_floats(code).items():
-        loops = wide_loops(kernel)
-        assert loops, key
-        for loop in loops:
-            assert not [i for i in loop if i.is_generic_or_local], key
-            assert all(i.bits == 128 for i in loop if i.is_global_store), key
+        shapes = set()
+        for loop in vector_loops(kernel):
+            loads, stores = [i for i in loop if i.is_load], [i for i in loop if i.is_store]
+            parts = sass.batches(loop)
+            assert all(i.is_wide for i in stores), key
+            # every stream that is stored was loaded wide; of the rest a loop has its gradient
+            assert sum(i.is_wide for i in loads) >= len(stores), key
+            at = [hex(i.address) for batch in parts for i in sass.late_loads(batch)]
+            assert not at, f"{key}: {kind(key)} starts loads late at {at}"
+            if all(i.is_wide for i in loads):  # the gradient, too, is on a 16-byte boundary
+                assert not [i for i in loop if i.is_generic_or_local], key
+                waits = sum(any(i.is_load for i in part) for part in parts)
+                shapes.add((len(loads), len(stores), waits))
+        assert accesses(kind(key)) in shapes, (key, shapes)
 
 
 def test_half_states_use_8_bytes_or_16(code):
@@ -148,38 +146,9 @@ def test_half_states_use_8_bytes_or_16(code):
         assert loops, key
         for loop in loops:
             assert not [i for i in loop if i.is_generic_or_local], key
-            assert all(i.bits in (64, 128) for i in loop if i.is_global_store), key
-            narrow = [i for i in loop if i.is_global_load and i.bits < 64]
+            assert all(i.bits in (64, 128) for i in loop if i.is_store), key
+            narrow = [i for i in loop if i.is_load and i.bits < 64]
             assert len(narrow) in (0, 8, 16), key  # a gradient, of either width
-
-
-def test_only_the_gradient_is_loaded_narrow(code):
-    for key, kernel in of_floats(code).items():
-        for loop in vector_loops(kernel):
-            stores = [i for i in loop if i.is_global_store]
-            assert all(i.bits == 128 for i in stores), key
-            # every stream that is stored was loaded wide; of the rest a loop has its gradient
-            wide = [i for i in loop if i.is_global_load and i.bits == 128]
-            assert len(wide) >= len(stores), key
-
-
-def test_all_loads_come_before_the_first_use(code):
-    for key, kernel in of_floats(code).items():
-        for loop in vector_loops(kernel):
-            late = [i for batch in sass.batches(loop) for i in sass.late_loads(batch)]
-            at = [hex(i.address) for i in late if i.bits == 128]
-            assert not at, f"{key}: {kind(key)} starts loads late at {at}"
-
-
-def test_the_loop_over_fp32_tensors_loads_and_stores_what_it_must(code):
-    for key, kernel in of_floats(code).items():
-        shapes = set()
-        for loop in wide_loops(kernel):
-            loads = sum(i.is_global_load for i in loop)
-            stores = sum(i.is_global_store for i in loop)
-            waits = sum(any(i.is_global_load for i in part) for part in sass.batches(loop))
-            shapes.add((loads, stores, waits))
-        assert accesses(kind(key)) in shapes, (key, shapes)
 
 
 def test_old_drivers_can_unpack_it(binary):

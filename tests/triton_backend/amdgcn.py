@@ -125,16 +125,3 @@ def widest_way(blocks: list[Block], header: str) -> list[Instruction]:
         return points + worth(block), (name, *way)
 
     return [i for name in best(header)[1] for i in inside[name].code]
-
-
-def late_loads(way: list[Instruction]) -> list[Instruction]:
-    """Wide loads that stand behind the first use of a loaded value: they start too late."""
-    waiting: set[str] = set()
-    used = False
-    late = []
-    for instruction in way:
-        used = used or bool(waiting & instruction.reads())
-        if instruction.is_load and instruction.is_wide:
-            late += [instruction] if used else []
-            waiting |= instruction.loaded()
-    return late

@@ -11,20 +11,18 @@ enum { kArguments = 32 };
 /* What the last launch was given; the test says first how many arguments there are, and how long.
  */
 struct Launch {
-  int64_t launches, module_starts_with, grid[3], block[3], shared, stream, function;
+  int64_t launches, module_starts_with, grid[3], block[3], stream;
   int64_t sizes[kArguments];
   uint64_t arguments[kArguments];
 } noted;
 
-static int note(unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                unsigned shared, void* stream, void* function, void** arguments) {
-  const int64_t grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-  memcpy(noted.grid, grid, sizeof grid);
-  memcpy(noted.block, block, sizeof block);
+static int note(const unsigned grid[3], const unsigned block[3], void* stream, void** arguments) {
+  for (int i = 0; i < 3; i++) {
+    noted.grid[i] = grid[i];
+    noted.block[i] = block[i];
+  }
   noted.launches++;
-  noted.shared = shared;
   noted.stream = (int64_t)stream;
-  noted.function = (int64_t)function;
   for (int i = 0; i < kArguments && noted.sizes[i]; i++) {
     noted.arguments[i] = 0;
     memcpy(&noted.arguments[i], arguments[i], (size_t)noted.sizes[i]);
@@ -38,12 +36,18 @@ static int load(void** module, const void* image) {
   return 0;
 }
 
+static int get_function(void** function, void* module, const char* name) {
+  (void)module, (void)name;
+  *function = (void*)0x2000;
+  return 0;
+}
+
+static const char* text(void) { return "an error of the fake driver"; }
+
 #ifdef HIP
 
 #define __HIP_PLATFORM_AMD__
 #include <hip/hip_runtime_api.h>
-
-static const char* text(void) { return "an error of the fake driver"; }
 
 static int properties(hipDeviceProp_t* found, int device) {
   (void)device;
@@ -59,12 +63,6 @@ static int load_ex(void** module, const void* image, unsigned n, void* options, 
   return load(module, image);
 }
 
-static int get_function(void** function, void* module, const char* name) {
-  (void)module, (void)name;
-  *function = (void*)0x2000;
-  return 0;
-}
-
 static int attribute(int* value, int which, void* function) {
   (void)function;
   *value = which == HIP_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
@@ -73,7 +71,9 @@ static int attribute(int* value, int which, void* function) {
 
 static int launch(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                   unsigned bz, unsigned shared, void* stream, void** arguments, void** extra) {
-  return extra ? 1 : note(gx, gy, gz, bx, by, bz, shared, stream, function, arguments);
+  (void)function, (void)shared;
+  const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+  return extra ? 1 : note(grid, block, stream, arguments);
 }
 
 static int accept(void) { return 0; }
@@ -118,17 +118,14 @@ struct Config {
 };
 
 int cuLaunchKernelEx(const struct Config* c, void* function, void** arguments, void** extra) {
-  if (extra || c->n_attributes) return 1;
-  return note(c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared,
-              c->stream, function, arguments);
+  (void)function;
+  return extra || c->n_attributes ? 1 : note(c->grid, c->block, c->stream, arguments);
 }
 
 int cuModuleLoadData(void** module, const void* image) { return load(module, image); }
 
 int cuModuleGetFunction(void** function, void* module, const char* name) {
-  (void)module, (void)name;
-  *function = (void*)0x2000;
-  return 0;
+  return get_function(function, module, name);
 }
 
 int cuFuncGetAttribute(int* value, int which, void* function) {
@@ -148,9 +145,9 @@ int cuCtxGetCurrent(void** context) {
   return 0;
 }
 
-int cuGetErrorString(int error, const char** text) {
+int cuGetErrorString(int error, const char** message) {
   (void)error;
-  *text = "an error of the fake driver";
+  *message = text();
   return 0;
 }
 

@@ -1,7 +1,8 @@
 """`python fake_launches.py cuda|hip LIBRARY`: launch every variant as the Triton backend does.
 
 The library is of fake_driver.c, and Triton's own launcher takes it for the GPU's driver. In a
-process of its own, since nothing in it could use a GPU any more. Prints what was launched.
+process of its own, since nothing in it could use a GPU any more. Fails where something else arrives
+than was meant; prints the names of the variants.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 ARGUMENTS = 32
 
@@ -26,27 +25,10 @@ class Noted(ctypes.Structure):
         ("module_starts_with", ctypes.c_int64),
         ("grid", ctypes.c_int64 * 3),
         ("block", ctypes.c_int64 * 3),
-        ("shared", ctypes.c_int64),
         ("stream", ctypes.c_int64),
-        ("function", ctypes.c_int64),
         ("sizes", ctypes.c_int64 * ARGUMENTS),
         ("arguments", ctypes.c_uint64 * ARGUMENTS),
     )
-
-
-def fake_torch_cuda(index: int) -> None:
-    """As much of torch with a GPU as stands between the backend and the launcher."""
-    import torch
-
-    torch.cuda.current_device = lambda: index  # type: ignore[assignment]
-    torch.cuda.device = lambda _: contextlib.nullcontext()  # type: ignore[assignment, misc]
-    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
-
-
-def triton_driver(backend: str) -> Any:
-    from triton.backends import backends
-
-    return backends[{"cuda": "nvidia", "hip": "amd"}[backend]].driver()
 
 
 def main(backend: str, library: str) -> None:
@@ -54,15 +36,18 @@ def main(backend: str, library: str) -> None:
     os.environ["TRITON_LIBHIP_PATH"] = library
     noted = Noted.in_dll(ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL), "noted")
     import torch
+    from triton.backends import backends
     from triton.runtime import driver
 
     from fusedopt.backends.triton import TritonDriver
     from fusedopt.triton_kernels.variants import COUNTS, all_variants
 
-    fake_torch_cuda(index=0)
-    driver.set_active(triton_driver(backend))
-    ours = TritonDriver()
-    found = []
+    # as much of torch with a GPU as stands between the backend and the launcher
+    torch.cuda.current_device = lambda: 0  # type: ignore[assignment]
+    torch.cuda.device = lambda _: contextlib.nullcontext()  # type: ignore[assignment, misc]
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
+    driver.set_active(backends[{"cuda": "nvidia", "hip": "amd"}[backend]].driver())
+    ours, device = TritonDriver(), torch.device("cuda", 0)
     for variant in all_variants():
         names = [name for name in variant.kernel.arg_names if name not in variant.constants]
         # so large that a narrower or a signed type would show, as far as there is one
@@ -71,22 +56,17 @@ def main(backend: str, library: str) -> None:
         }
         sizes = [4 if name in COUNTS else 8 for name in names]
         noted.sizes[: len(sizes) + 1] = [*sizes, 0]
-        device = torch.device("cuda", 0)
         launch = ours.launcher(device, dataclasses.astuple(variant), values)
         before = noted.launches
         launch(7, 0xABC0)
-        found.append(
-            {
-                "name": variant.name,
-                "launches": noted.launches - before,
-                "is_elf": noted.module_starts_with == int.from_bytes(b"\x7fELF", "little"),
-                "grid": list(noted.grid),
-                "block": list(noted.block),
-                "stream": noted.stream,
-                "wrong": [n for i, n in enumerate(names) if noted.arguments[i] != values[n]],
-            }
-        )
-    print(json.dumps(found))
+        assert noted.launches == before + 1
+        assert noted.module_starts_with == int.from_bytes(b"\x7fELF", "little")
+        threads = 128 if variant.verb == "update" else {"cuda": 32, "hip": 64}[backend]
+        found = [*noted.grid, *noted.block, noted.stream]
+        assert found == [7, 1, 1, threads, 1, 1, 0xABC0], (variant, found)
+        wrong = [name for i, name in enumerate(names) if noted.arguments[i] != values[name]]
+        assert not wrong, (variant, wrong)
+        print(variant.name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What Triton makes of its kernels, for GPUs that are not here: every variant, compiled ahead.
+"""What Triton makes of its kernels, for GPUs that are not here, compiled ahead.
 
 With another GPU's binary nobody notices a spill or a narrow load but by the clock, so both are read
 from the machine code: SASS for NVIDIA, the assembler text for AMD.
@@ -6,64 +6,35 @@ from the machine code: SASS for NVIDIA, the assembler text for AMD.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import amdgcn
 import pytest
-import rounding
 import sass
 
 pytest.importorskip("triton")
 
 import triton
-from triton_compile import AMD, FOLDER, NVIDIA, TARGETS, VARIANTS, alone, cached, kernel
+from triton_compile import AMD, KERNELS, NVIDIA, TARGETS, VARIANTS, kernel
 
 from fusedopt.triton_kernels.variants import Variant
 
 REGISTERS = 96  # five blocks of update on a multiprocessor
 
-# For AMD older releases are looked at by test_triton_versions.py alone: before 3.7 a root is not
-# faithful, and before 3.8 one variant takes 97 or 100 registers.
+# For AMD older releases are looked at by test_triton_versions.py alone: before 3.8 one variant
+# takes 97 or 100 registers.
 FOR_AMD = AMD if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else {}
-
-UPDATES = {name: variant for name, variant in VARIANTS.items() if variant.verb == "update"}
-REDUCES = {name: variant for name, variant in VARIANTS.items() if variant.verb == "reduce"}
 
 HYPER = 7  # numbers of a tensor, at most
 
-each_target = pytest.mark.parametrize("target", {**NVIDIA, **FOR_AMD})
-each_nvidia = pytest.mark.parametrize("target", NVIDIA)
-each_amd = pytest.mark.parametrize("target", FOR_AMD)
-each_variant = pytest.mark.parametrize("name", VARIANTS)
-each_update = pytest.mark.parametrize("name", UPDATES)
-each_reduce = pytest.mark.parametrize("name", REDUCES)
 
-
-def cuobjdump(name: str, target: str, option: str) -> str:
-    """With Triton's own tools: older ones do not know the newest GPUs."""
-    group = kernel(name, target).metadata_group
-    (path,) = (path for file, path in group.items() if file.endswith(".cubin"))
-    return sass.cuobjdump(Path(triton.__file__).parent / "backends/nvidia/bin", option, str(path))
-
-
-@functools.cache
-def sass_of(name: str, target: str) -> list[sass.Instruction]:
-    listing = FOLDER / f"{kernel(name, target).hash}.sass"
-    with alone(name, target):
-        if not listing.exists():
-            text = cuobjdump(name, target, "-sass")
-            listing.with_suffix(".part").write_text(text)
-            listing.with_suffix(".part").rename(listing)
-    (code,) = sass.parse_code(listing.read_text().splitlines()).values()
-    return code
-
-
-@functools.cache
-def amdgcn_of(name: str, target: str) -> list[amdgcn.Block]:
-    return amdgcn.parse_code(kernel(name, target).asm["amdgcn"])
+def each(targets: Collection[str], verb: str = "") -> pytest.MarkDecorator:
+    """Every kernel of this verb that is compiled for these GPUs."""
+    found = [(n, target) for n, target in KERNELS if target in targets and n.startswith(verb)]
+    return pytest.mark.parametrize(("name", "target"), found)
 
 
 def elements(variant: Variant, target: str) -> int:
@@ -88,29 +59,7 @@ def wide_accesses(variant: Variant, target: str) -> tuple[Counter[int], Counter[
     return loads, stores
 
 
-# ---- resources ----------------------------------------------------------------------------------
-
-
-@each_target
-@each_variant
-def test_registers_and_no_spills(name, target):
-    if target in NVIDIA:
-        (used,) = sass.parse_resources(cuobjdump(name, target, "-res-usage")).values()
-        registers, memory = used["REG"], [used["STACK"], used["LOCAL"]]
-    else:
-        used = amdgcn.parse_resources(kernel(name, target).asm["amdgcn"])
-        registers = used["vgpr_count"]  # of the accumulation registers, too, where there are any
-        memory = [
-            used[name]
-            for name in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        ]
-        assert used.get("agpr_count", 0) == 0  # a spill by another name
-    assert not any(memory), used
-    assert registers <= REGISTERS, used
-
-
-@each_target
-@each_variant
+@each({**NVIDIA, **FOR_AMD})
 def test_what_a_launch_must_not_need(name, target):
     """The driver hands over no buffers, and asks for no launch of a special kind."""
     metadata = kernel(name, target).metadata
@@ -121,24 +70,39 @@ def test_what_a_launch_must_not_need(name, target):
     assert metadata.shared <= 48 << 10  # more has to be asked for
 
 
-# ---- 16 bytes at a time: NVIDIA -----------------------------------------------------------------
+# ---- NVIDIA -------------------------------------------------------------------------------------
 
 
 def wide_loops(code: list[sass.Instruction]) -> list[list[sass.Instruction]]:
     loops = sass.innermost_loops(code)
-    return [x for x in loops if any(i.is_global_load and i.bits == 128 for i in x)]
+    return [x for x in loops if any(i.is_load and i.is_wide for i in x)]
 
 
-@each_nvidia
-@each_update
-def test_update_loads_and_stores_16_bytes(name, target):
-    variant = VARIANTS[name]
+@each(NVIDIA)
+def test_no_spills_and_accesses_of_16_bytes(name, target):
+    group = kernel(name, target).metadata_group
+    (path,) = (path for file, path in group.items() if file.endswith(".cubin"))
+    # with Triton's own tools: older ones do not know the newest GPUs
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    listing = sass.cuobjdump(tools, "-sass", "-res-usage", str(path))
+    (used,) = sass.parse_resources(listing).values()
+    assert used["REG"] <= REGISTERS and used["STACK"] == used["LOCAL"] == 0, used
+    (code,) = sass.parse_code(listing.splitlines()).values()
+    if name.startswith("update"):
+        assert_update_is_wide(VARIANTS[name], target, wide_loops(code))
+    if name.startswith("reduce"):
+        assert_reduce_is_wide(wide_loops(code))
+
+
+def assert_update_is_wide(
+    variant: Variant, target: str, loops: list[list[sass.Instruction]]
+) -> None:
     n = elements(variant, target)
     expected, stores = wide_accesses(variant, target)
     widest = 0
-    for loop in wide_loops(sass_of(name, target)):
-        loads = Counter(i.bits for i in loop if i.is_global_load)
-        assert Counter(i.bits for i in loop if i.is_global_store) == stores
+    for loop in loops:
+        loads = Counter(i.bits for i in loop if i.is_load)
+        assert Counter(i.bits for i in loop if i.is_store) == stores
         widest = max(widest, loads.pop(128))
         assert loads.pop(64, 0) == expected[64]
         # left are the numbers of the tensor, and a gradient that is not aligned
@@ -146,121 +110,25 @@ def test_update_loads_and_stores_16_bytes(name, target):
         assert loads.pop(32, 0) <= n + HYPER
         assert not loads
         assert not [i for i in loop if i.is_generic_or_local]
+        if variant.streams != "any":
+            # all loads are on their way before a value is used, and threads go their own ways
+            assert len(sass.batches(loop)) == 1 and not sass.late_loads(loop)
+            assert not [i for i in loop if re.match(r"(BAR|LDS|STS|SHFL)\b", i.opcode)]
     assert widest == expected[128]
+    assert variant.streams == "any" or kernel(variant.name, target).metadata.shared == 0
 
 
-@each_nvidia
-@pytest.mark.parametrize("name", [n for n, v in UPDATES.items() if v.streams != "any"])
-def test_update_waits_once(name, target):
-    """All loads are on their way before the first value is used, and threads go their own ways."""
-    for loop in wide_loops(sass_of(name, target)):
-        (batch,) = sass.batches(loop)
-        late = [i for i in sass.late_loads(batch) if i.bits == 128]
-        assert not late
-        assert not [i for i in loop if re.match(r"(BAR|LDS|STS|SHFL)\b", i.opcode)]
-    assert kernel(name, target).metadata.shared == 0
-
-
-@each_nvidia
-@each_reduce
-def test_reduce_loads_16_bytes(name, target):
-    loops = wide_loops(sass_of(name, target))
+def assert_reduce_is_wide(loops: list[list[sass.Instruction]]) -> None:
     loops = [x for x in loops if any(i.opcode.startswith("FFMA") for i in x)]  # not of partials
     assert len(loops) == 2  # the second scales
     for loop in loops:
-        assert all(i.bits == 128 for i in loop if i.is_global_load)
+        assert all(i.is_wide for i in loop if i.is_load)
         # 512 elements of a warp: fp32, and in the other branch of 16 bits
-        assert sum(i.is_global_load for i in loop) == 4 + 2
-        assert not [i for i in loop if i.is_generic_or_local or i.is_global_store]
+        assert sum(i.is_load for i in loop) == 4 + 2
+        assert not [i for i in loop if i.is_generic_or_local or i.is_store]
 
 
-# ---- 16 bytes at a time: AMD --------------------------------------------------------------------
-
-
-def widest_ways(blocks: list[amdgcn.Block]) -> dict[str, list[amdgcn.Instruction]]:
-    """Through the loops that read streams 16 bytes at a time."""
-    ways = {header: amdgcn.widest_way(blocks, header) for header in amdgcn.loops(blocks)}
-    return {h: way for h, way in ways.items() if any(i.is_load and i.is_wide for i in way)}
-
-
-@each_amd
-@each_update
-def test_update_loads_and_stores_16_bytes_on_amd(name, target):
-    variant = VARIANTS[name]
-    blocks = amdgcn_of(name, target)
-    loads, stores = wide_accesses(variant, target)
-    widest, most = 0, 0
-    for header, way in widest_ways(blocks).items():
-        loop = [i for block in amdgcn.loops(blocks)[header] for i in block.code]
-        if not any(i.is_store for i in loop):
-            continue
-        assert sum(i.is_store for i in loop) == stores.total()
-        assert sum(i.is_wide for i in loop if i.is_store) == stores[128]
-        widest = max(widest, sum(i.is_load and i.is_wide for i in way))
-        most = max(most, sum(i.is_load and i.is_wide for i in loop))
-        if variant.streams == "float32":
-            assert not amdgcn.late_loads(way)
-            assert not [i for i in way if i.between_threads]
-    if variant.streams == "any":  # no step takes the ways of an fp32 gradient and of a 16-bit one
-        assert most >= loads[128]
-    else:
-        assert (most if variant.streams == "any-states" else widest) == loads[128]
-        assert kernel(name, target).metadata.shared == 0
-
-
-@each_amd
-@each_reduce
-def test_reduce_loads_16_bytes_on_amd(name, target):
-    blocks = amdgcn_of(name, target)
-    ways = widest_ways(blocks).items()
-    # not of partials, which are fp64
-    headers = [h for h, way in ways if any(re.search("_fma.*_f32", i.opcode) for i in way)]
-    assert len(headers) == 2  # the second scales
-    a_thread = 512 // TARGETS[target].warp_size
-    for header in headers:
-        loads = [i for b in amdgcn.loops(blocks)[header] for i in b.code if i.is_load]
-        assert all(i.is_wide for i in loads)
-        assert len(loads) == a_thread // 4 + a_thread // 8
-
-
-# ---- arithmetic as written ----------------------------------------------------------------------
-
-
-@each_nvidia
-@each_variant
-def test_ptx_rounds_once_to_the_nearest(name, target):
-    ptx = kernel(name, target).asm["ptx"]
-    assert not rounding.unfaithful(ptx)
-    assert not rounding.fused(name, ptx)
-    assert kernel(name, target).metadata.enable_fp_fusion is False  # and so --fmad=false for ptxas
-
-
-@each_amd
-@each_variant
-def test_amdgcn_keeps_denormals_and_divides_in_full(name, target):
-    text = kernel(name, target).asm["amdgcn"]
-    assert not rounding.unfaithful_for_amd(text)
-    assert not rounding.fused_for_amd(text)
-
-
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_fusion_would_be_seen(target):
-    unfused = kernel("finalize-adamw", target)
-    options = {"num_warps": 1, "enable_fp_fusion": True}
-    with cached():
-        fused = triton.compile(unfused.src, unfused.metadata.target, options).asm
-    if target in NVIDIA:
-        assert rounding.unfaithful(fused["ptx"])
-        assert rounding.fused("finalize-adamw", fused["ptx"])
-    else:
-        assert rounding.fused_for_amd(fused["amdgcn"])
-
-
-# ---- memory order -------------------------------------------------------------------------------
-
-
-@each_nvidia
-@each_reduce
+@each(NVIDIA, "reduce")
 def test_the_ticket_publishes_the_words(name, target):
     """The program that draws the last ticket reads what others wrote; no interpreter shows that."""
     lines = [line.strip() for line in kernel(name, target).asm["ptx"].splitlines()]
@@ -277,9 +145,65 @@ def test_the_ticket_publishes_the_words(name, target):
     assert any(line.startswith("bar.sync") for line in after[read:zeroed])
 
 
-@pytest.mark.parametrize("name", REDUCES)
-def test_the_ticket_publishes_the_words_on_amd(name):
-    lines = kernel(name, "gfx942").asm["amdgcn"].splitlines()
+# ---- AMD ----------------------------------------------------------------------------------------
+
+
+@each(FOR_AMD)
+def test_no_spills_and_accesses_of_16_bytes_on_amd(name, target):
+    text = kernel(name, target).asm["amdgcn"]
+    used = amdgcn.parse_resources(text)
+    # vgpr_count is of the accumulation registers, too, where there are any
+    assert used["vgpr_count"] <= REGISTERS and used["private_segment_fixed_size"] == 0, used
+    assert used["vgpr_spill_count"] == used["sgpr_spill_count"] == 0, used
+    assert used.get("agpr_count", 0) == 0, used  # a spill by another name
+    if name.startswith("update"):
+        assert_update_is_wide_on_amd(VARIANTS[name], target, amdgcn.parse_code(text))
+    if name.startswith("reduce"):
+        assert_reduce_is_wide_on_amd(target, amdgcn.parse_code(text))
+
+
+def widest_ways(blocks: list[amdgcn.Block]) -> dict[str, list[amdgcn.Instruction]]:
+    """Through the loops that read streams 16 bytes at a time."""
+    ways = {header: amdgcn.widest_way(blocks, header) for header in amdgcn.loops(blocks)}
+    return {h: way for h, way in ways.items() if any(i.is_load and i.is_wide for i in way)}
+
+
+def assert_update_is_wide_on_amd(variant: Variant, target: str, blocks: list[amdgcn.Block]) -> None:
+    loads, stores = wide_accesses(variant, target)
+    widest, most = 0, 0
+    for header, way in widest_ways(blocks).items():
+        loop = [i for block in amdgcn.loops(blocks)[header] for i in block.code]
+        if not any(i.is_store for i in loop):
+            continue
+        assert sum(i.is_store for i in loop) == stores.total()
+        assert sum(i.is_wide for i in loop if i.is_store) == stores[128]
+        widest = max(widest, sum(i.is_load and i.is_wide for i in way))
+        most = max(most, sum(i.is_load and i.is_wide for i in loop))
+        if variant.streams == "float32":
+            assert not sass.late_loads(way)
+            assert not [i for i in way if i.between_threads]
+    if variant.streams == "any":  # no step takes the ways of an fp32 gradient and of a 16-bit one
+        assert most >= loads[128]
+    else:
+        assert (most if variant.streams == "any-states" else widest) == loads[128]
+        assert kernel(variant.name, target).metadata.shared == 0
+
+
+def assert_reduce_is_wide_on_amd(target: str, blocks: list[amdgcn.Block]) -> None:
+    ways = widest_ways(blocks).items()
+    # not of partials, which are fp64
+    headers = [h for h, way in ways if any(re.search("_fma.*_f32", i.opcode) for i in way)]
+    assert len(headers) == 2  # the second scales
+    a_thread = 512 // TARGETS[target].warp_size
+    for header in headers:
+        loads = [i for b in amdgcn.loops(blocks)[header] for i in b.code if i.is_load]
+        assert all(i.is_wide for i in loads)
+        assert len(loads) == a_thread // 4 + a_thread // 8
+
+
+@each(["gfx942"], "reduce")
+def test_the_ticket_publishes_the_words_on_amd(name, target):
+    lines = kernel(name, target).asm["amdgcn"].splitlines()
     atomics = [i for i, line in enumerate(lines) if "_atomic_" in line]
     *adds, ticket = atomics
     found = [re.match(r"\s*\w+_atomic_(\w+)", lines[i])[1] for i in adds]

@@ -12,6 +12,7 @@ import triton_interpreter
 from cases import FULL_CASES
 from conftest import require_cpu_backend
 from gpu_twins import grads_like
+from harness import randn
 from triton_twins import TritonTwins
 
 from fusedopt.backends import triton as backend
@@ -57,36 +58,37 @@ def test_a_table_and_the_kernel_that_reads_it_change_together(
     twins: Any, monkeypatch: pytest.MonkeyPatch, spare: int
 ) -> None:
     """Also where pinning memory fails, before the copy or behind it."""
-    halves = grads_like(twins.params, 0, torch.bfloat16)
-    full = grads_like(twins.params, 1)
 
     def no_memory(*_: Any) -> None:
         raise RuntimeError("no memory to pin")
 
-    def fail(grads: Any) -> None:
+    def give_ours(grads: Any) -> None:
         for param, grad in zip(twins.params, grads, strict=True):
             param.grad = grad
-        (part,) = twins.opt._shared.plan.parts
+
+    def fail(grads: Any) -> None:
+        give_ours(grads)
+        upload = twins.opt._shared.plan.parts[0].launches._upload
         with monkeypatch.context() as patch:
             patch.setattr(backend, "SPARE", spare)
-            patch.setattr(backend._Upload, "_new_buffer", no_memory)
+            patch.setattr(upload, "_new_buffer", no_memory)
             if not spare:
-                patch.setattr(part.launches._upload, "_free", [])
-                patch.setattr(part.launches._upload, "_busy", [])
+                patch.setattr(upload, "_free", [])
+                patch.setattr(upload, "_busy", [])
             with pytest.raises(RuntimeError, match="no memory"):
                 twins.opt.step()
 
-    twins.step(halves)
-    ours = [p.grad for p in twins.params]  # the very tensors whose addresses are in the table
+    full = grads_like(twins.params, 1)
+    twins.step(grads_like(twins.params, 0, torch.bfloat16))
+    halves = [p.grad for p in twins.params]  # the very tensors whose addresses are in the table
     twins.check()
     fail(full)
-    for param, grad in zip(twins.params, ours, strict=True):
-        param.grad = grad
+    give_ours(halves)
     twins.opt.step(), twins.twin.step()
     twins.check()
     twins.step(full)
-    fail(ours)  # from a kernel that reads fp32 alone
-    for twin, grad in zip(twins.twin_params, ours, strict=True):
+    fail(halves)  # from a kernel that reads fp32 alone
+    for twin, grad in zip(twins.twin_params, halves, strict=True):
         twin.grad = grad.clone()
     twins.opt.step(), twins.twin.step()
     twins.check()
@@ -99,8 +101,8 @@ def test_negative_counts_end() -> None:
         raise AssertionError("the kernel does not end")
 
     twins = TritonTwins.of_lengths(FULL_CASES[0], [1] * 64)
-    twins.step(grads_like(twins.params, 0))
     for optimizer in (twins.opt, twins.twin):
+        optimizer.init_state()
         for state in optimizer.state.values():
             state["step"].fill_(-5.0)
     before = signal.signal(signal.SIGALRM, stuck)
@@ -113,3 +115,15 @@ def test_negative_counts_end() -> None:
     for ours, other in zip(twins.params, twins.twin_params, strict=True):
         steps = twins.opt.state[ours]["step"], twins.twin.state[other]["step"]
         assert steps[0] == steps[1] == -4.0
+
+
+def test_an_absent_state_is_never_the_larger_one() -> None:
+    """Not even than a negative second moment, as a strange checkpoint has it. Beside a tensor that
+    has the state, for else the kernel is one that does not look."""
+    groups = [{"params": [randn(300, k)], "amsgrad": k == 1} for k in range(2)]
+    twins = TritonTwins("adamw", groups)
+    for optimizer in (twins.opt, twins.twin):
+        optimizer.init_state()
+        for state in optimizer.state.values():
+            state["exp_avg_sq"].fill_(-1.0)
+    twins.run(steps=1)

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import ast
 import copy
+import ctypes
 import functools
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import triton_interpreter
-from cpp_library import CSRC
-from cpp_rules import in_cpp
+from cpp_library import CSRC, compiled
 from numpy.typing import NDArray
 
 from fusedopt.backends import records
@@ -72,68 +72,133 @@ def cpp_functions(name: str) -> dict[str, str]:
     return {name: body for name, body in found.items() if name not in IN_CPP_ALONE}
 
 
-def cpp_statements(body: str) -> list[Statement]:
-    statements = []
-    for text in re.split(r";|\{\n|\}\n", " ".join(body.split(" "))):
-        text = " ".join(text.split())
-        text = re.sub(r"^(if|while|for) \((?:[^()]|\([^()]*\))*\)+ ?", "", text)
-        if match := re.fullmatch(r"return (.*)", text):
-            statements.append(("return", words(match[1])))
-        elif match := re.fullmatch(r"(?:[\w ]+ )?(\w+) = (.*)", text):
-            statements.append((match[1], words(match[2])))
-        elif re.fullmatch(r"\w+\(.*\)", text):
-            statements.append(("call", words(text)))
-    return statements
-
-
 def triton_functions(name: str) -> dict[str, ast.FunctionDef]:
     text = (triton_interpreter.PACKAGE / f"rules/{name}.py").read_text()
     return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
 
 
+def statements(texts: Iterable[str]) -> list[Statement]:
+    """Assignments, results, and calls that assign to several or by reference."""
+    found = []
+    for text in texts:
+        text = re.sub(r"^(if|while|for) \((?:[^()]|\([^()]*\))*\)+ ?", "", " ".join(text.split()))
+        pattern = r"return (.*)|(?:[\w ]+ )?(\w+) = (.*)|(?:[\w, ]+ = )?(\w+\(.*\))"
+        if match := re.fullmatch(pattern, text):
+            name = match[2] or ("return" if match[1] else "call")
+            found.append((name, words(match[1] or match[3] or match[4])))
+    return found
+
+
+def cpp_statements(body: str) -> list[Statement]:
+    return statements(re.split(r";|\{\n|\}\n", body))
+
+
 def triton_statements(function: ast.FunctionDef) -> list[Statement]:
-    statements: list[tuple[int, Statement]] = []
-    for node in ast.walk(function):
-        if isinstance(node, ast.Return) and node.value is not None:
-            statements.append((node.lineno, ("return", words(ast.unparse(node.value)))))
-        elif (
-            isinstance(node, ast.Assign)
-            and isinstance(node.value, ast.Call)
-            and isinstance(node.targets[0], ast.Tuple)
-        ):
-            statements.append((node.lineno, ("call", words(ast.unparse(node.value)))))
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name, value = node.targets[0].id, ast.unparse(node.value)
-            if match := re.fullmatch(rf"tl\.where\(odd, (.*), {name}\)", value):
-                value = match[1]  # in C++ under an `if`
-            value = re.sub(r"tl\.full\(t\.shape, (.*), tl\.float64\)", r"\1", value)
-            statements.append((node.lineno, (name, words(value))))
-    return [statement for _, statement in sorted(statements, key=lambda entry: entry[0])]
+    nodes = [node for node in ast.walk(function) if isinstance(node, (ast.Assign, ast.Return))]
+    texts = [ast.unparse(node) for node in sorted(nodes, key=lambda node: node.lineno)]
+    texts = [re.sub(r"tl\.full\(t\.shape, (.*), tl\.float64\)", r"\1", text) for text in texts]
+    # in C++ under an `if`
+    return statements(re.sub(r"tl\.where\(odd, (.*), \w+\)", r"\1", text) for text in texts)
 
 
 @pytest.mark.parametrize("name", ["common", *RULES])
-def test_the_functions_are_the_same(name: str) -> None:
-    assert [*cpp_functions(name)] == [*triton_functions(name)]
-
-
-def functions() -> list[tuple[str, str]]:
-    return [(name, function) for name in ("common", *RULES) for function in cpp_functions(name)]
-
-
-@pytest.mark.parametrize(("name", "function"), functions())
-def test_the_statements_are_the_same(name: str, function: str) -> None:
-    def kept(statements: list[Statement]) -> list[Statement]:
-        results = {"return"} if function in BY_REFERENCE else set()
-        return [s for s in statements if s[0] not in BOOKKEEPING | results]
-
-    ours = kept(cpp_statements(cpp_functions(name)[function]))
-    theirs = kept(triton_statements(triton_functions(name)[function]))
-    assert ours and theirs
-    if (name, function) not in IN_OTHER_WORDS:
-        assert theirs == ours
+def test_the_statements_are_the_same(name: str) -> None:
+    in_cpp, in_triton = cpp_functions(name), triton_functions(name)
+    assert [*in_cpp] == [*in_triton]
+    for function in in_cpp:
+        skipped = BOOKKEEPING | ({"return"} if function in BY_REFERENCE else set())
+        ours = [s for s in cpp_statements(in_cpp[function]) if s[0] not in skipped]
+        theirs = [s for s in triton_statements(in_triton[function]) if s[0] not in skipped]
+        assert ours and theirs, function
+        assert theirs == ours or (name, function) in IN_OTHER_WORDS, function
 
 
 # ---- both texts at work -------------------------------------------------------------------------
+
+HARNESS = """
+#include <cstring>
+#include <utility>
+#include "rules.h"
+using namespace fusedopt;
+
+template <class Visit>
+void with_rule(const char* name, const Visit& visit) {
+  for (int rule = 0; rule < Rules::kCount; ++rule)
+    Rules::with(rule, [&](auto tag) {
+      if (!std::strcmp(name, decltype(tag)::Rule::kName)) visit(tag);
+    });
+}
+
+struct Elements {
+  int64_t n;
+  const float* grad;
+  float *param, *const *state;
+};
+
+template <class R, int kThere, size_t... k>
+void update_elements(const float* h, Kind kind, Elements e, std::index_sequence<k...>) {
+  typename R::Hyper hyper;
+  std::memcpy(&hyper, h, sizeof hyper);
+  for (int64_t i = 0; i < e.n; ++i)
+    R::template update<kThere>(hyper, kind, e.grad[i], e.param[i], e.state[k][i]...);
+}
+
+template <class R, int kThere>
+void update_with(int states, const float* h, Kind kind, Elements e) {
+  using All = std::make_index_sequence<R::kStates>;
+  if (states == kThere) update_elements<R, kThere>(h, kind, e, All());
+  if constexpr (kThere < R::kStates) update_with<R, kThere + 1>(states, h, kind, e);
+}
+
+extern "C" {
+void clip(int64_t n, const float* g, float mult, float most, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = clipped(g[i], mult, most);
+}
+void sums(int64_t n, const double* b, const int64_t* t, double* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = geometric_sum(b[i], t[i]);
+}
+// kAlways, kVariants, and then what absent states read as
+void constants(int64_t n, const char* rule, float* out) {
+  with_rule(rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    *out++ = R::kAlways;
+    *out++ = R::kVariants;
+    for (int s = 0; s < R::kStates; ++s) *out++ = R::absent(s);
+  });
+}
+void hypers(int64_t n, const char* rule, const void* options, const int64_t* t, float* out) {
+  with_rule(rule, [&](auto tag) {
+    using R = typename decltype(tag)::Rule;
+    for (int64_t i = 0; i < n; ++i) {
+      const auto& o = static_cast<const typename R::Options*>(options)[i];
+      const auto h = R::prepare(o, t[i]);
+      std::memcpy(out, &h, sizeof h);
+      out += sizeof h / sizeof *out;
+      *out++ = float(kind_of<R>(o).decay);
+      *out++ = float(kind_of<R>(o).variant);
+    }
+  });
+}
+void update(int64_t n, const char* rule, int states, const float* h, int decay, int variant,
+            const float* g, float* p, float* const* s) {
+  with_rule(rule, [&](auto tag) {
+    update_with<typename decltype(tag)::Rule, 0>(states, h, {Decay(decay), variant}, {n, g, p, s});
+  });
+}
+}
+"""
+library = functools.cache(lambda: compiled(HARNESS))
+
+
+def in_cpp(function: str, n: int, *arguments: Any) -> None:
+    converted = {np.float32: ctypes.c_float, int: ctypes.c_int, str: lambda a: a.encode()}
+    arrays = {np.ndarray: lambda a: ctypes.c_void_p(a.ctypes.data), list: _addresses}
+    made = [{**converted, **arrays}[type(a)](a) for a in arguments]
+    getattr(library(), function)(ctypes.c_int64(n), *made)
+
+
+def _addresses(arrays: list[Any]) -> Any:
+    return (ctypes.c_void_p * max(len(arrays), 1))(*(a.ctypes.data for a in arrays))
 
 
 def in_triton(function: str, *arguments: Any, part: str = "rules.common") -> Any:
@@ -142,13 +207,14 @@ def in_triton(function: str, *arguments: Any, part: str = "rules.common") -> Any
     return triton_interpreter.call(getattr(module, function), *arguments)
 
 
-def assert_same(ours: Array, theirs: Array, where: Callable[[int], Any]) -> None:
+def assert_same(what: Any, ours: Array, theirs: Array, *inputs: Array) -> None:
     """To the bit; any NaN for any other."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     integer = np.int32 if ours.dtype == np.float32 else np.int64
-    same = (ours.view(integer) == theirs.view(integer)) | (np.isnan(ours) & np.isnan(theirs))
-    wrong = np.flatnonzero(~same)
-    assert wrong.size == 0, f"{where(wrong[0])}: {ours[wrong[0]]!r} and {theirs[wrong[0]]!r}"
+    bits, other_bits = (np.ascontiguousarray(values).view(integer) for values in (ours, theirs))
+    wrong = np.flatnonzero((bits != other_bits) & ~(np.isnan(ours) & np.isnan(theirs)))
+    of_first = [column[wrong[:1]] for column in (*inputs, ours, theirs)]
+    assert wrong.size == 0, f"{what}: {of_first}"
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -184,7 +250,7 @@ def test_geometric_sum() -> None:
     in_cpp("sums", b.size, b, t, ours)
     for n_bits in (int(t.max()).bit_length(), 63):  # leading zeros change nothing
         theirs = in_triton("geometric_sum", b, t, np.int32(n_bits))
-        assert_same(ours, theirs, lambda i: f"b={b[i]!r}, t={t[i]}")
+        assert_same("sum", ours, theirs, b, t)
     small = (t <= 64) & (b <= 1) & (b >= 0)
     sums = [sum(x**k for k in range(int(n))) for x, n in zip(b[small], t[small], strict=True)]
     np.testing.assert_allclose(ours[small], sums, rtol=1e-13)
@@ -196,7 +262,7 @@ def test_clipped() -> None:
         ours = np.empty_like(grad)
         in_cpp("clip", grad.size, grad, f32(mult), f32(most), ours)
         theirs = in_triton("clipped", grad, f32(mult), f32(most))
-        assert_same(ours, theirs, lambda i, at=(mult, most): f"{grad[i]!r}, {at}")
+        assert_same((mult, most), ours, theirs, grad)
 
 
 def table_of(rule: Rule) -> tuple[list[Array], Array]:
@@ -230,12 +296,8 @@ def hypers(name: str) -> tuple[Array, Array]:
 def test_hypers(name: str) -> None:
     ours, theirs = hypers(name)
     columns, t = table_of(declared(name))
-    for column in range(ours.shape[1]):
-        assert_same(
-            ours[:, column].copy(),
-            theirs[:, column].copy(),
-            lambda i, c=column: (c, [values[i] for values in columns], t[i]),
-        )
+    for k in range(ours.shape[1]):
+        assert_same(k, ours[:, k], theirs[:, k], *columns, t)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -259,42 +321,34 @@ def few_hypers(name: str) -> list[Array]:
     return [row for some in picked for row in some]
 
 
-def numbers_of_states() -> list[tuple[str, int]]:
-    rules = [(name, declared(name)) for name in RULES]
-    return [
-        (name, n) for name, rule in rules for n in range(rule.fewest_states, len(rule.states) + 1)
-    ]
+NUMBERS_OF_STATES = [
+    (name, n)
+    for name in RULES
+    for n in range(declared(name).fewest_states, len(declared(name).states) + 1)
+]
 
 
-@pytest.mark.parametrize(("name", "n_states"), numbers_of_states())
+@pytest.mark.parametrize(("name", "n_states"), NUMBERS_OF_STATES)
 def test_update(name: str, n_states: int) -> None:
     rule = declared(name)
     table = values(len(rule.states))
     names = ("param", *(state.name for state in rule.states))
     pytest.importorskip("triton")
-    text, Kind = (
-        triton_interpreter.part(f"rules.{name}"),
-        triton_interpreter.part("rules.common").Kind,
-    )
+    text, common = (triton_interpreter.part(f"rules.{part}") for part in (name, "common"))
     for row in few_hypers(name):
         grad, *ours = (column.copy() for column in table)
         h, decay, variant = row[:-2].copy(), int(row[-2]), int(row[-1])
-        kind = Kind(np.int32(decay), np.int32(variant))
+        kind = common.Kind(np.int32(decay), np.int32(variant))
         theirs = in_triton(
             "update", text.Hyper(*h), kind, grad, *ours, n_states, part=f"rules.{name}"
         )
         param, *states = ours
         in_cpp("update", grad.size, name, n_states, h, decay, variant, grad, param, states)
         for what, a, b in zip(names, ours, theirs, strict=True):
-            assert_same(a, b, lambda i, at=(what, row): (at, [c[i] for c in table]))
+            assert_same((what, row), a, b, *table)
 
 
 # ---- a text and its declaration -----------------------------------------------------------------
-
-
-def swapped(names: Any) -> list[str]:
-    first, second, *rest = names
-    return [second, first, *rest]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -304,17 +358,20 @@ def test_other_names_or_another_order_are_refused(name: str) -> None:
     text = triton_interpreter.part(f"rules.{name}")
     rules.check(text, rule)
     functions = ("prepare", "variant", "update")
-    arguments = {f: SimpleNamespace(arg_names=getattr(text, f).arg_names) for f in functions}
-    good = {**arguments, "Hyper": SimpleNamespace(_fields=text.Hyper._fields)}
+    good: dict[str, Any] = {f: {"arg_names": getattr(text, f).arg_names} for f in functions}
+    good["Hyper"] = {"_fields": text.Hyper._fields}
     for where, value in good.items():
-        (attribute, names), *_ = vars(value).items()
-        for wrong in (swapped(names), [*names, "more"], [*names][:-1]):
-            changed = {**good, where: SimpleNamespace(**{attribute: wrong})}
-            with pytest.raises(ImportError, match=f"{where} of {name}") as caught:
-                rules.check(SimpleNamespace(__name__="text", **changed), rule)
-            different = zip([*names, "nothing"], [*wrong, "nothing"], strict=False)
-            ours, theirs = next((a, b) for a, b in different if a != b)
-            assert f"has {theirs}, fusedopt has {ours}" in str(caught.value)
+        ((attribute, (first, second, *rest)),) = value.items()
+        wrong = {
+            f"has {second}, fusedopt has {first}": [second, first, *rest],
+            "has more, fusedopt has nothing": [first, second, *rest, "more"],
+            f"has nothing, fusedopt has {[second, *rest][-1]}": [first, second, *rest][:-1],
+        }
+        for message, names in wrong.items():
+            changed = {**good, where: {attribute: names}}
+            parts = {part: SimpleNamespace(**own) for part, own in changed.items()}
+            with pytest.raises(ImportError, match=f"{where} of {name}.*{message}"):
+                rules.check(SimpleNamespace(__name__="text", **parts), rule)
 
 
 def test_every_part_of_a_text_tells_binaries_apart() -> None:

@@ -1,4 +1,5 @@
-"""What the Triton backend has compiled: thirteen variants, whatever the values of a step are."""
+"""What the Triton backend compiles, whatever the values of a step are, and launches: which variant,
+and with which inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL_CASES, DTYPE_PAIRS, FULL_CASES, OptimizerCase, adamw, case_id, sgd
+from cases import ALL_CASES, DTYPE_PAIRS, FULL_CASES, OptimizerCase, adamw, case_id
 from gpu_twins import grads_like, values_of
 from harness import FUSED, make_param, set_grad
 from triton_interpreter import Interpreter
@@ -38,14 +39,11 @@ class FakeKernel:
         self._constants = variant.constants
         self._launched = launched
 
-    def run(self, *arguments: Any) -> None:
-        grid, stream, function, metadata, hooks = (
-            arguments[:3], arguments[3], arguments[4], arguments[5], arguments[6:9],
-        )  # fmt: skip
-        assert grid[0] >= 1 and grid[1:] == (1, 1)
-        assert (stream, function, metadata) == (0, self.function, self.packed_metadata)
-        assert hooks == (None, None, None)
-        for name, value in zip(self.src.fn.arg_names, arguments[9:], strict=True):
+    def run(self, x: int, y: int, z: int, *arguments: Any) -> None:
+        assert x >= 1 and y == z == 1
+        no_hooks = (None, None, None)
+        assert arguments[:6] == (0, self.function, self.packed_metadata, *no_hooks)
+        for name, value in zip(self.src.fn.arg_names, arguments[6:], strict=True):
             assert type(value) is int, name
             limit = 1 if name in self._constants else 2**31 if name in COUNTS else 2**63
             assert 0 <= value < limit, (name, value)
@@ -61,9 +59,12 @@ class Counting(Interpreter):
         super().__init__()
         self.asked: list[str] = []
         self.names: list[str] = []  # of what was launched
+        self.refused = ""
 
     def _load(self, key: backend.Key) -> Any:
         variant = Variant(*key)
+        if variant.name == self.refused:
+            raise RuntimeError("the compiler says no")
         self.asked.append(variant.name)
         return FakeKernel(variant, self.names)
 
@@ -83,6 +84,19 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     yield counting
 
 
+def optimizer_of(case: OptimizerCase, lengths: list[int], dtype: torch.dtype = torch.float32):
+    """An optimizer, and its params."""
+    params = [make_param(values) for values in values_of(lengths, dtype)]
+    group = {"params": params, **case.hyper}
+    return FUSED[case.rule]([group], backend="triton", **case.common), params
+
+
+def step(optimizer: Any, params: list[Any], grads: list[Any]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        set_grad(param, grad)
+    optimizer.step()
+
+
 def run(
     case: OptimizerCase,
     lengths: list[int],
@@ -92,13 +106,9 @@ def run(
     **changes: Any,
 ) -> Any:
     """Steps, between which ``changes`` are made."""
-    params = [make_param(values) for values in values_of(lengths, dtype)]
-    group = {"params": params, **case.hyper}
-    optimizer = FUSED[case.rule]([group], backend="triton", **case.common)
-    for step in range(steps):
-        for param, grad in zip(params, grads_like(params, step, grad_dtype), strict=True):
-            set_grad(param, grad)
-        optimizer.step()
+    optimizer, params = optimizer_of(case, lengths, dtype)
+    for k in range(steps):
+        step(optimizer, params, grads_like(params, k, grad_dtype))
         optimizer.param_groups[0].update(changes)
     return optimizer
 
@@ -132,56 +142,33 @@ def test_each_variant_is_compiled_once(driver):
 
 
 # Whatever a number may be that a compiler could want to know: 0, 1, multiples of 16.
-ADAMW_CHANGES: list[dict[str, Any]] = [
-    {"lr": 0.0}, {"lr": 1.0}, {"lr": 16}, {"lr": torch.tensor(0.5)}, {"betas": (0.0, 0.0)},
-    {"eps": 1.0}, {"weight_decay": 0.0}, {"weight_decay": 1.0}, {"maximize": True},
-    {"decoupled_weight_decay": False},
+OF_BOTH: list[dict[str, Any]] = [
+    {"lr": 0.0}, {"lr": 1.0}, {"lr": torch.tensor(0.5)}, {"weight_decay": 0.0},
+    {"weight_decay": 1.0}, {"maximize": True}, {"decoupled_weight_decay": False},
 ]  # fmt: skip
-SGD_CHANGES: list[dict[str, Any]] = [
-    {"lr": 0.0}, {"lr": 1.0}, {"lr": torch.tensor(0.5)}, {"momentum": 0.5}, {"dampening": 0.5},
-    {"weight_decay": 0.0}, {"weight_decay": 1.0}, {"maximize": True},
-    {"decoupled_weight_decay": False}, {"momentum": 0.9, "nesterov": True},
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "adamw": [*OF_BOTH, {"lr": 16}, {"betas": (0.0, 0.0)}, {"eps": 1.0}],
+    "sgd": [*OF_BOTH, {"momentum": 0.5}, {"dampening": 0.5}, {"momentum": 0.9, "nesterov": True}],
+}
+COMMON: list[dict[str, Any]] = [
+    {"max_grad_norm": 1.0}, {"max_grad_norm": 1.0, "norm_type": float("inf")},
+    {"max_grad_value": 0.5}, {"skip_nonfinite": True},
 ]  # fmt: skip
-CHANGES = [("adamw", change) for change in ADAMW_CHANGES] + [("sgd", x) for x in SGD_CHANGES]
-
-
-@pytest.mark.parametrize(("rule", "change"), CHANGES, ids=str)
-def test_a_hyper_parameter_asks_for_nothing_new(driver, rule, change):
-    case = {"adamw": adamw, "sgd": sgd}[rule]("any", {"max_grad_norm": 1.0}, weight_decay=0.25)
-    run(case, [40])
-    before = list(driver.asked)
-    run(case, [40], steps=3, **change)
-    assert driver.asked == before
-
-
-@pytest.mark.parametrize(
-    "common",
-    [
-        {"max_grad_norm": 1.0},
-        {"max_grad_norm": 1.0, "norm_type": float("inf")},
-        {"max_grad_value": 0.5},
-        {"skip_nonfinite": True},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("rule", ["adamw", "sgd"])
-def test_a_way_of_clipping_asks_for_nothing_new(driver, rule, common):
-    plain = OptimizerCase("plain", rule)
-    run(plain, [40])
-    before = list(driver.asked)
-    run(OptimizerCase("clips", rule, {}, common), [40])
-    assert driver.asked == before
-
-
 LENGTHS = [[0], [1], [16], [17], [8192], [8193], [0, 1, 3], [16] * 20, [1] * 300, [100_000]]
+ROWS = [
+    *((OptimizerCase("any", rule), [40], change) for rule in CHANGES for change in CHANGES[rule]),
+    *((OptimizerCase("clips", rule, {}, c), [40], {}) for c in COMMON for rule in CHANGES),
+    *((case, lengths, {}) for lengths in LENGTHS for case in FULL_CASES),
+]
 
 
-@pytest.mark.parametrize("case", FULL_CASES, ids=case_id)
-def test_lengths_and_numbers_of_tensors_ask_for_nothing_new(driver, case):
-    run(case, [40])
+@pytest.mark.parametrize(("case", "lengths", "change"), ROWS, ids=case_id)
+def test_what_asks_for_nothing_new(driver, case, lengths, change):
+    """A hyper-parameter, a way of clipping, lengths and numbers of tensors."""
+    states = {"amsgrad": True} if case.hyper.get("amsgrad") else {}
+    run(OptimizerCase("plain", case.rule, states), [40])
     before = list(driver.asked)
-    for lengths in LENGTHS:
-        run(case, lengths)
+    run(case, lengths, steps=3, **change)
     assert driver.asked == before
 
 
@@ -199,11 +186,95 @@ def test_the_scaler_and_groups_ask_for_nothing_new(driver):
     assert driver.asked == before
 
 
-def test_the_jit_would_be_noticed(driver):
-    with pytest.raises(AssertionError, match="by the JIT"):
-        all_variants()[0].kernel[(1,)](0)
-
-
 def test_the_docs_list_the_variants():
     rows = re.findall(r"^\| `([a-z]+-[\w-]+)` \|", DOCS.read_text(), re.MULTILINE)
     assert rows == NAMES
+
+
+@pytest.mark.parametrize("case", FULL_CASES, ids=case_id)
+def test_the_variant_follows_the_gradients(driver, case):
+    optimizer, params = optimizer_of(case, [5, 3])
+    states = len(FUSED[case.rule].rule.states)
+    full, half = grads_like(params, 0), grads_like(params, 0, torch.bfloat16)
+    steps = [
+        (full, "float32"),
+        (full, "float32"),
+        ([full[0], half[1]], "any"),
+        ([full[0], half[1]], "any"),
+        (full, "float32"),
+        ([half[0].half(), full[1]], "any"),
+        (half, "any"),
+        ([None, full[1]], "float32"),
+    ]
+    for grads, streams in steps:
+        step(optimizer, params, grads)
+        assert driver.names[-1] == f"update-{case.rule}-{states}-{streams}"
+
+
+def test_a_variant_that_did_not_compile_is_tried_again(driver):
+    """Rather than the other one used, which would misread the gradients."""
+    optimizer, params = optimizer_of(FULL_CASES[1], [5, 3])
+    step(optimizer, params, grads_like(params, 0))
+    halves = grads_like(params, 1, torch.bfloat16)
+    driver.refused = "update-sgd-1-any"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="says no"):
+            step(optimizer, params, halves)
+    driver.refused = ""
+    step(optimizer, params, halves)
+    assert driver.names[-1] == "update-sgd-1-any"
+
+
+def test_loads_and_launches_are_on_the_device_of_the_tables(driver, monkeypatch):
+    """Whichever is the current one."""
+    current, used = [0], []
+
+    @contextlib.contextmanager
+    def on_device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(FakeKernel, "run", lambda *_: used.append(current[-1]))
+    monkeypatch.setattr(driver, "index", lambda device: 1)
+    load = driver._load
+
+    def noted(key):
+        used.append(current[-1])
+        return load(key)
+
+    monkeypatch.setattr(driver, "_load", noted)
+    run(FULL_CASES[0], [5])
+    assert len(used) > 4 and set(used) == {1} and current == [0]
+
+
+def test_a_step_with_nothing_new_copies_nothing(driver, monkeypatch):
+    optimizer, params = optimizer_of(FULL_CASES[0], [5, 3])
+    copies = []
+    run = backend._Upload.run
+
+    def counted(self, capturing):
+        copies.append(capturing)
+        run(self, capturing)
+
+    monkeypatch.setattr(backend._Upload, "run", counted)
+    step(optimizer, params, grads_like(params, 0))
+    optimizer.step()
+    assert len(copies) == 1
+    changes = [
+        lambda: optimizer.param_groups[0].update(lr=0.123),
+        lambda: setattr(params[0], "grad", params[0].grad.clone()),
+        lambda: setattr(params[1], "grad", None),
+        lambda: setattr(optimizer, "max_grad_norm", 0.5),
+    ]
+    for change in changes:
+        copies.clear()
+        change()
+        optimizer.step()
+        optimizer.step()
+        assert copies == [False]
+    monkeypatch.setattr(driver, "capturing", lambda device: True)
+    optimizer.step()
+    assert copies == [False, True]

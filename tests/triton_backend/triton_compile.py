@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +19,20 @@ AMD = {"gfx942": GPUTarget("hip", "gfx942", 64), "gfx1100": GPUTarget("hip", "gf
 TARGETS = {**NVIDIA, **AMD}
 VARIANTS = {variant.name: variant for variant in all_variants()}
 
+# Every variant for one GPU of each vendor. For the others the reduce of one rule, which for all is
+# the same but for the end, and the updates that need the most registers.
+IN_FULL = ("sm_90", "gfx942")
+LARGEST = ["reduce-adamw", *(name for name in VARIANTS if name.startswith("update-adamw-3"))]
+KERNELS = [(n, target) for target in TARGETS for n in (VARIANTS if target in IN_FULL else LARGEST)]
+
 FOLDER = Path(tempfile.gettempdir(), f"fusedopt-triton-{os.getuid()}")  # of all workers
-
-
-@contextlib.contextmanager
-def alone(name: str, target: str) -> Iterator[None]:
-    """Other workers wait, to find in the folder what this one makes."""
-    FOLDER.mkdir(exist_ok=True)
-    with (FOLDER / f"{name}.{target}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until closed
-        yield
-
-
-@contextlib.contextmanager
-def cached() -> Iterator[None]:
-    """Triton's cache is in the folder. It knows when the sources have changed."""
-    with triton.knobs.cache.scope():
-        triton.knobs.cache.dir = str(FOLDER)
-        yield
 
 
 @functools.cache
 def kernel(name: str, target: str) -> Any:
-    """The compiled variant."""
-    with alone(name, target), cached():
+    """The compiled variant. Triton's cache is in the folder; it knows when sources have changed."""
+    FOLDER.mkdir(exist_ok=True)
+    with (FOLDER / f"{name}.{target}.lock").open("w") as lock, triton.knobs.cache.scope():
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until closed: others wait for what this one makes
+        triton.knobs.cache.dir = str(FOLDER)
         return compiled(VARIANTS[name], TARGETS[target])
