@@ -160,7 +160,7 @@ def test_every_length_in_one_list(case: OptimizerCase, dtype: torch.dtype, backe
         trio.check()
 
 
-@parametrize(("case", "dtype"), zip(PLAIN_CASES, [torch.float32, torch.float16], strict=True))
+@parametrize("case, dtype", [*zip(PLAIN_CASES, [torch.float32, torch.float16], strict=True)])
 def test_every_length_alone(case: OptimizerCase, dtype: torch.dtype, backend: str) -> None:
     trios = [
         Trio.of(case, run_params(dtype, [(length,)]), backend, max_grad_norm=1.0)
