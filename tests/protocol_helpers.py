@@ -32,6 +32,7 @@ DTYPES = [torch.float32, *HALF, torch.float64]
 INF, NAN = float("inf"), float("nan")
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+every_class = pytest.mark.parametrize("cls", [fusedopt.FusedAdamW, fusedopt.FusedSGD])
 every_scaler = pytest.mark.parametrize("scaler_name", SCALERS)
 # float64 is served by the reference backend, and says so once
 fallback_is_expected = pytest.mark.filterwarnings("ignore::fusedopt.FusedOptFallbackWarning")
@@ -40,6 +41,10 @@ fallback_is_expected = pytest.mark.filterwarnings("ignore::fusedopt.FusedOptFall
 def on_every_backend(backend, monkeypatch):
     # "auto" takes the CPU kernels wherever they can serve: not for float64
     monkeypatch.setenv("FUSEDOPT_BACKEND", "auto" if backend == "cpu" else backend)
+
+
+def param(*shape, dtype=torch.float32):
+    return torch.nn.Parameter(torch.ones(*shape, dtype=dtype))
 
 
 def make_params(dtype=torch.float32, seed=7):

@@ -102,18 +102,6 @@ def test_gaps_are_not_written(dtype: torch.dtype, grad_has_gaps: bool, backend: 
         check_together(trios)
 
 
-def test_columns_of_a_matrix(backend: str) -> None:
-    """Two params interleaved in one buffer: neither writes into the other."""
-    for case in FULL_CASES:
-        buffer = randn((37, 10), 3)
-        before = buffer.clone()
-        trio = Trio.of(case, [make_param(buffer[:, 1:4]), make_param(buffer[:, 5:9])], backend)
-        for step in range(3):
-            trio.step([randn((37, 3), step), randn((37, 4), step + 9)])
-            trio.check()
-        assert torch.equal(buffer[:, [0, 4, 9]], before[:, [0, 4, 9]])
-
-
 @parametrize("dtype", DTYPES)
 def test_expanded_grads(dtype: torch.dtype, backend: str) -> None:
     """What backward() of a sum leaves: one element that stands for all."""

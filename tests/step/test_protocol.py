@@ -1,4 +1,4 @@
-"""The Optimizer protocol: closures, hooks, what is printed and zeroed, parameter groups."""
+"""The Optimizer protocol: closures, hooks, what is printed, zeroed and measured, groups."""
 
 import inspect
 
@@ -7,10 +7,11 @@ import torch
 from protocol_helpers import (
     KINDS,
     assert_twins,
-    build,
+    every_class,
     every_kind,
     fallback_is_expected,
     give_grads,
+    make_ours,
     make_params,
     on_every_backend,
     step_all,
@@ -55,16 +56,7 @@ def test_closure(kind, grad_enabled):
     assert_twins(pairs)
 
 
-@every_kind
-def test_closure_by_name_and_value_passed_through(kind):
-    params, opt = twins(kind)[0]
-    give_grads(params, 0)
-    token = object()
-    assert opt.step(closure=lambda: token) is token
-    assert opt.step() is None and opt.step(None) is None
-
-
-@pytest.mark.parametrize("cls", [fusedopt.FusedAdamW, fusedopt.FusedSGD])
+@every_class
 def test_signature_of_step(cls):
     opt = cls(make_params())
     for step in (cls.step, opt.step):
@@ -77,17 +69,17 @@ def test_signature_of_step(cls):
 
 @every_kind
 def test_step_hooks(kind):
-    params, opt = twins(kind)[0]
+    params, opt = make_ours(kind)
     calls = []
+
+    def noting(name):
+        return lambda o, args, kwargs: calls.append((name, o is opt, len(args)))
+
     handles = [
-        opt.register_step_pre_hook(lambda o, a, k: calls.append(("pre", o is opt, len(a)))),
-        opt.register_step_post_hook(lambda o, a, k: calls.append(("post", o is opt, len(a)))),
-        register_optimizer_step_pre_hook(
-            lambda o, a, k: calls.append(("global-pre", o is opt, len(a)))
-        ),
-        register_optimizer_step_post_hook(
-            lambda o, a, k: calls.append(("global-post", o is opt, len(a)))
-        ),
+        opt.register_step_pre_hook(noting("pre")),
+        opt.register_step_post_hook(noting("post")),
+        register_optimizer_step_pre_hook(noting("global-pre")),
+        register_optimizer_step_post_hook(noting("global-post")),
     ]
     give_grads(params, 0)
     opt.step()
@@ -114,16 +106,20 @@ def test_hooks_may_edit_gradients_and_hyper_parameters(kind):
 
 
 @every_kind
-def test_pre_hook_may_replace_the_closure(kind):
-    params, opt = twins(kind)[0]
+def test_value_of_the_closure(kind):
+    """Passed through; a pre-hook may replace the closure."""
+    params, opt = make_ours(kind)
     give_grads(params, 0)
+    token = object()
+    assert opt.step(closure=lambda: token) is token
+    assert opt.step() is None and opt.step(None) is None
     opt.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: 5.0), {}))
     assert opt.step(lambda: 1.0) == 5.0
 
 
 @every_kind
 def test_profiler_names_the_step(kind):
-    params, opt = twins(kind)[0]
+    params, opt = make_ours(kind)
     give_grads(params, 0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
         opt.step()
@@ -164,99 +160,100 @@ def test_zero_grad(kind, set_to_none):
 
 
 @every_kind
-def test_groups_with_their_own_everything(kind):
-    extra = (
-        [{"lr": 0.01, "betas": (0.5, 0.9), "eps": 1e-3}, {"amsgrad": True, "maximize": True}]
-        if kind == "adamw"
-        else [{"lr": 0.01, "momentum": 0.0}, {"nesterov": True, "dampening": 0, "maximize": True}]
-    )
-    pairs = []
-    for own in (True, False):
-        params = make_params()
-        groups = [
-            {"params": params[:1]},
-            {"params": params[1:2], "weight_decay": 0.0, **extra[0]},
-            {"params": params[2:], **extra[1]},
-        ]
-        pairs.append((params, build(own, kind, groups)))
-    for step in range(4):
-        step_all(pairs, step)
-    assert_twins(pairs)
-
-
-@every_kind
-def test_add_param_group_in_the_middle(kind):
-    pairs = twins(kind)
-    late = [make_params(seed=8), make_params(seed=8)]
-    for step in range(6):
-        if step == 3:
-            for (_, opt), more in zip(pairs, late, strict=True):
-                opt.add_param_group({"params": more, "lr": 0.01, "weight_decay": 0.0})
-        step_all(pairs, step)
-        if step >= 3:
-            step_all(list(zip(late, [o for _, o in pairs], strict=True)), step)
-    assert_twins(pairs)
-    assert_twins([(m, o) for m, (_, o) in zip(late, pairs, strict=True)])
-
-
-def test_clipping_is_over_all_groups():
-    params = make_params()
-    opt = fusedopt.FusedSGD([{"params": [p]} for p in params], lr=1.0, max_grad_norm=0.5)
-    start = [p.detach().clone() for p in params]
-    give_grads(params, 0)
-    norm = torch.cat([p.grad.flatten() for p in params]).norm()
-    opt.step()
-    torch.testing.assert_close(opt.grad_norm, norm)
-    for p, s in zip(params, start, strict=True):
-        torch.testing.assert_close(p.detach(), s - p.grad * (0.5 / (norm + 1e-6)))
-
-
-@every_kind
-def test_empty_groups_and_generators(kind):
+def test_empty_groups_generators_and_keys_of_others(kind):
     cls = KINDS[kind][0]
     with pytest.raises(ValueError, match="optimizer got an empty parameter list"):
         cls([])
-    opt = cls([{"params": []}], max_grad_norm=1.0)
-    opt.step()
-    model = torch.nn.Linear(3, 2)
-    opt = cls(p for p in model.parameters())
-    assert opt.param_groups[0]["params"] == list(model.parameters())
-    opt.add_param_group({"params": (p for p in make_params())})
-    assert len(opt.param_groups[1]["params"]) == 3
-    opt.add_param_group({"params": torch.nn.Parameter(torch.zeros(2))})
-    for group in opt.param_groups:
-        give_grads(group["params"], 0)
-    opt.step()
-    # a group that is empty between two that are not
+    cls([{"params": []}], max_grad_norm=1.0).step()
     params = make_params()
-    middle = cls([{"params": params[:1]}, {"params": []}, {"params": params[1:]}], lr=0.1)
+    opt = cls((p for p in params[:1]), lr=0.1)
+    opt.add_param_group({"params": [], "param_group": "none", "initial_lr": 0.3})
+    opt.add_param_group({"params": (p for p in params[1:2])})
+    opt.add_param_group({"params": params[2]})
+    found = [group["params"] for group in opt.param_groups]
+    assert found == [[params[0]], [], [params[1]], [params[2]]]
     give_grads(params, 0)
     before = [p.detach().clone() for p in params]
-    middle.step()
-    assert not any(torch.equal(a, b) for a, b in zip(before, params, strict=True))
-
-
-@every_kind
-def test_extra_group_keys_are_kept(kind):
-    params = make_params()
-    opt = KINDS[kind][0]([{"params": params, "param_group": "weights", "initial_lr": 0.3}])
-    give_grads(params, 0)
     opt.step()
-    assert opt.param_groups[0]["param_group"] == "weights"
-    assert opt.state_dict()["param_groups"][0]["initial_lr"] == 0.3
+    assert not any(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+    assert opt.param_groups[1]["param_group"] == "none"
+    assert opt.state_dict()["param_groups"][1]["initial_lr"] == 0.3
+
+
+# What the last step measured, and the options and the backend that an optimizer shows
 
 
 @every_kind
-def test_two_optimizers_in_one_process(kind):
-    both = [make_params(seed=1), make_params(seed=2)]
-    alone = [make_params(seed=1), make_params(seed=2)]
-    opts = [build(True, kind, p, max_grad_norm=0.5) for p in both]
+def test_measurements_are_snapshots(kind):
+    params, opt = make_ours(kind, max_grad_norm=0.5, skip_nonfinite=True)
+    assert opt.grad_norm is None
+    kept = []
     for step in range(4):
-        for params, opt in zip(both, opts, strict=True):
-            step_all([(params, opt)], step)
-    for params in alone:
-        opt = build(True, kind, params, max_grad_norm=0.5)
-        for step in range(4):
-            step_all([(params, opt)], step)
-    for a, b in zip(both[0] + both[1], alone[0] + alone[1], strict=True):
-        assert torch.equal(a, b)
+        give_grads(params, step, bad=float("nan") if step == 2 else None)
+        opt.step()
+        now = (opt.grad_norm, opt.clip_coef, opt.found_inf, opt.skipped_steps)
+        for value, dtype in zip(now, [torch.float32] * 3 + [torch.int64], strict=True):
+            assert (value.dtype, value.dim(), value.requires_grad) == (dtype, 0, False)
+        kept.append((now, [v.clone() for v in now]))
+    for now, copies in kept:
+        for value, copied in zip(now, copies, strict=True):
+            assert torch.equal(value, copied) or value.isnan()
+    assert [float(now[2]) for now, _ in kept] == [0, 0, 1, 0]
+    assert [int(now[3]) for now, _ in kept] == [0, 0, 1, 1]
+    norms = [float(now[0]) for now, _ in kept]
+    assert len(set(norms)) == 4
+    for i in (0, 1, 3):
+        coef = min(1.0, 0.5 / (norms[i] + 1e-6))
+        assert float(kept[i][0][1]) == pytest.approx(coef, rel=1e-6)
+    opt.grad_norm.fill_(-1.0)
+    opt.skipped_steps.fill_(99)
+    assert float(opt.grad_norm) == norms[3] and int(opt.skipped_steps) == 1
+
+
+@every_kind
+def test_grad_norm_only_where_measured(kind):
+    params, opt = make_ours(kind)
+    step_all([(params, opt)], 0)
+    assert opt.grad_norm is None
+    assert (float(opt.clip_coef), float(opt.found_inf), int(opt.skipped_steps)) == (1.0, 0.0, 0)
+    opt.max_grad_norm = float("inf")
+    step_all([(params, opt)], 1)
+    norm = torch.cat([p.grad.flatten() for p in params]).norm()
+    torch.testing.assert_close(opt.grad_norm, norm)
+    assert float(opt.clip_coef) == 1.0
+    opt.norm_type = float("inf")
+    opt.step()
+    assert float(opt.grad_norm) == max(float(p.grad.abs().max()) for p in params)
+    opt.max_grad_norm = None
+    opt.step()
+    assert opt.grad_norm is None
+
+
+@every_kind
+def test_measuring_changes_no_bit(kind):
+    pairs = [
+        make_ours(kind, **options)
+        for options in ({}, {"max_grad_norm": float("inf")}, {"skip_nonfinite": True})
+    ]
+    for step in range(4):
+        step_all(pairs, step)
+    for other, _ in pairs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(pairs[0][0], other, strict=True))
+
+
+@every_kind
+def test_options_may_be_assigned(kind):
+    params, opt = make_ours(kind)
+    assert (opt.max_grad_norm, opt.norm_type, opt.max_grad_value) == (None, 2.0, None)
+    assert opt.skip_nonfinite is False
+    fixed, fixed_opt = make_ours(kind, max_grad_norm=0.1, max_grad_value=0.02)
+    opt.max_grad_norm, opt.max_grad_value = 0.1, 0.02
+    for step in range(3):
+        step_all([(params, opt), (fixed, fixed_opt)], step)
+    assert all(torch.equal(a, b) for a, b in zip(params, fixed, strict=True))
+
+
+def test_backend_is_named(backend):
+    params, opt = make_ours()
+    step_all([(params, opt)], 0)
+    assert opt.backend == {"cpu": backend}

@@ -1,75 +1,133 @@
-"""How strangers come by an optimizer: torch's names, its lists and dicts, its profilers."""
+"""How strangers come by an optimizer: torch's names, wrappers, lists and dicts, profilers."""
 
 import contextlib
+import inspect
 import json
-import subprocess
-import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
-from protocol_helpers import every_kind, fallback_is_expected, give_grads, make_ours
+from children import in_a_child
+from protocol_helpers import every_class, every_kind, fallback_is_expected, give_grads, make_ours
 from torch.profiler import ExecutionTraceObserver
 
 import fusedopt
+from fusedopt.backends import registry
 
 pytestmark = fallback_is_expected
-every_class = pytest.mark.parametrize("cls", [fusedopt.FusedAdamW, fusedopt.FusedSGD])
 
 
-def run(code):
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+def run(code, folder):
+    done = in_a_child(textwrap.dedent(code), folder)
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_in_place_of_torchs_classes(when):
+@pytest.mark.parametrize("first", ["torch", "fusedopt"])
+def test_in_place_of_torchs_classes(first, tmp_path):
     """Frameworks that choose by name are switched over by putting ours under torch's names."""
-    imports = "import fusedopt\n" if when == "after" else ""
-    run(
-        "import torch\n"
-        + imports
-        + """
-names = "SGD", "Adam", "AdamW"
-stock = [getattr(torch.optim, name) for name in names]
-if not {"fusedopt"} <= set(globals()):
-    for name in names:
-        setattr(torch.optim, name, None)
-import fusedopt
-for name in names:
-    setattr(torch.optim, name, fusedopt.FusedSGD if name == "SGD" else fusedopt.FusedAdamW)
-plain = torch.amp.GradScaler("cpu")
-torch.amp.GradScaler = fusedopt.GradScaler
-p = torch.nn.Parameter(torch.ones(3))
-for name, theirs in zip(names, stock):
-    p.grad = torch.ones(3)
-    opt = getattr(torch.optim, name)([p], lr=0.1)
-    opt.step()
-    assert opt.defaults.keys() - {"decoupled_weight_decay"} <= theirs([p], lr=0.1).defaults.keys()
-fusedopt.fuse_scaler(plain)
-torch.amp.GradScaler("cpu").scale(p.sum()).backward()
-"""
-    )
+    code = """
+        names = "SGD", "Adam", "AdamW"
+        stock = [getattr(torch.optim, name) for name in names]
+        if "fusedopt" not in globals():
+            for name in names:
+                setattr(torch.optim, name, None)
+        import fusedopt
+        for name in names:
+            ours = fusedopt.FusedSGD if name == "SGD" else fusedopt.FusedAdamW
+            setattr(torch.optim, name, ours)
+        plain = torch.amp.GradScaler("cpu")
+        torch.amp.GradScaler = fusedopt.GradScaler
+        p = torch.nn.Parameter(torch.ones(3))
+        for name, theirs in zip(names, stock):
+            p.grad = torch.ones(3)
+            opt = getattr(torch.optim, name)([p], lr=0.1)
+            opt.step()
+            own = opt.defaults.keys() - {"decoupled_weight_decay"}
+            assert own <= theirs([p], lr=0.1).defaults.keys()
+        fusedopt.fuse_scaler(plain)
+        torch.amp.GradScaler("cpu").scale(p.sum()).backward()
+    """
+    run(f"import {first}, torch" + textwrap.dedent(code), tmp_path)
 
 
-def test_the_first_step_imports_nothing():
+def test_the_first_step_imports_nothing(tmp_path):
     run(
         """
         import sys, torch, fusedopt
-        for backend in ("auto", "reference"):
-            p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64 if backend else torch.float32))
+        for backend, dtype in (("auto", torch.float64), ("reference", torch.float64), (None, None)):
+            p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
             p.grad = torch.ones_like(p)
-            opt = fusedopt.FusedAdamW([p], max_grad_norm=1.0, backend=backend)
+            cls = fusedopt.FusedAdamW if backend else fusedopt.FusedSGD
+            opt = cls([p], max_grad_norm=1.0, backend=backend)
             before = set(sys.modules)
             opt.step()
             assert not set(sys.modules) - before, set(sys.modules) - before
-        p = torch.nn.Parameter(torch.ones(3))
-        p.grad = torch.ones_like(p)
-        opt = fusedopt.FusedSGD([p], max_grad_norm=1.0)
-        before = set(sys.modules)
-        opt.step()
-        assert not set(sys.modules) - before, set(sys.modules) - before
-        """
+        """,
+        tmp_path,
     )
+
+
+# A warning names the user's line, by whatever way the step was reached
+
+
+def by_step(opt):
+    opt.step()  # here
+
+
+def by_init_state(opt):
+    opt.init_state()  # here
+
+
+def by_what_torch_wraps_around_it(opt):
+    torch.optim.lr_scheduler.StepLR(opt, 1)
+    opt.register_step_pre_hook(lambda *_: None)
+    with torch.profiler.profile():
+        torch.no_grad()(opt.step)()  # here
+
+
+def by_torchs_scaler(opt):
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.step(opt)  # here
+
+
+def by_our_scaler(opt):
+    scaler = fusedopt.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.step(opt)  # here
+
+
+def by_a_hook_in_backward(opt):
+    def step(_):
+        opt.step()  # here
+
+    param = opt.param_groups[0]["params"][0]
+    param.register_post_accumulate_grad_hook(step)
+    param.sum().backward()
+
+
+WAYS = [by_step, by_init_state, by_what_torch_wraps_around_it, by_torchs_scaler, by_our_scaler,
+        by_a_hook_in_backward]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_fallback_names_the_users_line(way, monkeypatch):
+    monkeypatch.delenv("FUSEDOPT_BACKEND", raising=False)
+    monkeypatch.setattr(registry, "_announced", set())  # it is said once in a process
+    param = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    param.grad = torch.ones_like(param)
+    opt = fusedopt.FusedSGD([param], lr=0.1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", fusedopt.FusedOptFallbackWarning)
+        way(opt)
+    (warning,) = [w for w in said if w.category is fusedopt.FusedOptFallbackWarning]
+    lines, start = inspect.getsourcelines(way)
+    (here,) = (at for at, line in enumerate(lines, start) if line.endswith("  # here\n"))
+    assert (warning.filename, warning.lineno) == (__file__, here)
+
+
+# Profilers
 
 
 @contextlib.contextmanager
@@ -117,32 +175,18 @@ def test_the_range_ends_with_an_error(tmp_path):
 # Lists and dicts of torch's protocol, replaced by something else
 
 
-def as_tuple(opt):
-    opt.param_groups = tuple(opt.param_groups)
-
-
-def as_group(opt):
-    opt.param_groups.append(3)
-
-
-def as_params(opt):
-    opt.param_groups[0]["params"] = None
-
-
-def as_param(opt):
-    opt.param_groups[0]["params"].append(3)
-
-
-def as_state(opt):
-    opt.state = None
-
-
 REPLACED = {
-    "optimizer.param_groups is a tuple, not a list": as_tuple,
-    "param group 1 is no dict with a list of params": as_group,
-    "param group 0 is no dict with a list of params": as_params,
-    "param 3 of group 0 is a int, not a tensor": as_param,
-    "optimizer.state is a NoneType, not a dict": as_state,
+    "optimizer.param_groups is a tuple, not a list": (
+        lambda opt: setattr(opt, "param_groups", tuple(opt.param_groups))
+    ),
+    "param group 1 is no dict with a list of params": lambda opt: opt.param_groups.append(3),
+    "param group 0 is no dict with a list of params": (
+        lambda opt: opt.param_groups[0].update(params=None)
+    ),
+    "param 3 of group 0 is a int, not a tensor": (
+        lambda opt: opt.param_groups[0]["params"].append(3)
+    ),
+    "optimizer.state is a NoneType, not a dict": lambda opt: setattr(opt, "state", None),
 }
 
 
