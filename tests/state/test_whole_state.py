@@ -14,7 +14,13 @@ from checkpoint_helpers import (
     run_all,
     trained,
 )
-from protocol_helpers import COUPLED, fallback_is_expected, give_grads, on_every_backend
+from protocol_helpers import (
+    COUPLED,
+    assert_same,
+    fallback_is_expected,
+    give_grads,
+    on_every_backend,
+)
 from torch.utils._pytree import tree_map
 
 import fusedopt
@@ -92,12 +98,6 @@ def refused_step(params, opt, match):
     opt.step()
     assert opt.state[params[1]].get("step", 1) == 1  # plain SGD counts nothing
     assert opt.state[params[0]].get("step", 2) > 1
-
-
-def test_a_moment_that_is_deleted_is_not_made_anew():
-    params, opt, _ = trained()
-    del opt.state[params[1]]["exp_avg_sq"]
-    refused_step(params, opt, "its state has 'exp_avg', 'step' and lacks 'exp_avg_sq'")
 
 
 # Values that are no state
@@ -201,45 +201,38 @@ def test_a_parameter_whose_memory_is_elsewhere_gets_its_state():
 # Notes of others beside the states
 
 
-def test_notes_beside_the_states_are_kept():
-    params, opt, saved = trained()
-    saved["state"][0].update(ema=torch.ones(5, 3), note=None)
+def test_notes_are_kept_beside_states_and_alone_where_they_are_no_tensors():
+    params, opt, saved = trained(dtype=torch.bfloat16)
+    notes = {"note": None, "seen": 3, "more": {"a": [1.0]}}
+    saved["state"][0].update(ema=torch.ones(5, 3), **notes)
+    saved["state"][1] = {**notes, "master_param": torch.ones(37)}
     opt.load_state_dict(saved)
+    opt.state[params[2]] = {"seen": 4}
     run(params, opt, [2])
-    own = opt.state[params[0]]
-    assert torch.equal(own["ema"], torch.ones(5, 3)) and own["note"] is None and own["step"] == 3
+    first, second, third = (opt.state[p] for p in params[:3])
+    assert torch.equal(first["ema"], torch.ones(5, 3))
+    assert all(own[name] == value for own in (first, second) for name, value in notes.items())
+    assert third["seen"] == 4
+    assert (first["step"], second["step"], third["step"]) == (3, 1, 1)
 
 
-def test_notes_alone_are_kept_where_they_are_no_tensors():
-    params, opt = make("adamw", torch.bfloat16)
-    saved = opt.state_dict()
-    notes = {"note": None, "seen": 3, "more": {"a": [1.0]}, "master_param": torch.ones(5, 3)}
-    saved["state"] = {0: notes}
-    opt.load_state_dict(saved)
-    opt.state[params[1]].update(seen=4)
-    run(params, opt, range(2))
-    own = opt.state[params[0]]
-    assert own["note"] is None and own["seen"] == 3 and own["more"] == {"a": [1.0]}
-    assert own["step"] == opt.state[params[1]]["step"] == 2
+# SGD, whose first momentum step makes the buffer
 
 
 def test_momentum_starts_beside_tensors_of_others():
     """torch's SGD asks for its buffer by name; torch's Adam fails here."""
-    results = []
-    for cls, extra in ((torch.optim.SGD, {}), (fusedopt.FusedSGD, COUPLED)):
+    pairs = []
+    for cls, extra in ((fusedopt.FusedSGD, COUPLED), (torch.optim.SGD, {})):
         params = make_params()
         opt = cls(params, lr=0.1, momentum=0.9, **extra)
-        opt.state[params[0]]["ema"] = torch.ones(5, 3)
         opt.load_state_dict({**opt.state_dict(), "state": {1: {"ema": torch.ones(37)}}})
         opt.state[params[0]]["ema"] = torch.ones(5, 3)
         run(params, opt, range(2))
-        assert all(torch.equal(opt.state[p]["ema"], torch.ones_like(p)) for p in params[:2])
-        results.append(params)
-    for theirs, ours in zip(*results, strict=True):
-        torch.testing.assert_close(theirs, ours)
-
-
-# SGD, whose first momentum step makes the buffer
+        pairs.append((params, opt))
+    assert_same(*pairs)
+    assert all(
+        torch.equal(pairs[0][1].state[p]["ema"], torch.ones_like(p)) for p in pairs[0][0][:2]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
