@@ -268,20 +268,6 @@ def test_attribute_protocol(kind, scale, flag):
     torch.testing.assert_close(value, FLAGS[flag][0], rtol=0, atol=0, equal_nan=True)  # only read
 
 
-@every_kind
-@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
-def test_own_check_counts_when_the_flag_is_stale(kind, options):
-    """found_inf says zero, the gradients say otherwise (an edit after unscale_): nothing moves."""
-    params, opt = make_scaled(kind, **options)
-    give_grads(params, 0, 1.0, NAN)
-    before = snapshot(params, opt)
-    opt.grad_scale, opt.found_inf = None, torch.tensor(0.0)
-    opt.step()
-    del opt.grad_scale, opt.found_inf
-    assert_unmoved(before, params, opt)
-    assert float(opt.found_inf) == 1.0
-
-
 @every_scaler
 @pytest.mark.parametrize("preset", [2.0, torch.tensor(2.0)], ids=["float", "tensor"])
 @pytest.mark.parametrize("unscale", [False, True])
@@ -300,18 +286,6 @@ def test_preset_grad_scale(scaler_name, preset, unscale):
         theirs[1].step()
         assert not hasattr(ours[1], "grad_scale")
     assert_same(ours, theirs)
-
-
-def test_grad_scale_without_a_scaler_divides_and_stays():
-    ours, theirs = make_scaled("sgd"), make_theirs("sgd")
-    ours[1].grad_scale = torch.tensor(16.0)
-    for step in range(3):
-        give_grads(ours[0], step, 16.0)
-        give_grads(theirs[0], step, 1.0)
-        ours[1].step()
-        theirs[1].step()
-    assert_same(ours, theirs)
-    assert float(ours[1].grad_scale) == 16.0
 
 
 # An error in the middle

@@ -2,6 +2,7 @@
 own tensors where nobody else sees them, so that it needs no second state."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ BODY, HEAD = 600_000, 1000  # of 2.3 MiB, where huge pages are asked for
 
 
 def traced(call):
-    """Bytes that `call` held at most, and those it left behind, of what it allocated itself."""
+    """Bytes that `call` held at most, and those it left behind; of what no trace saw, none."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         call()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -35,90 +36,40 @@ def large(dtype=torch.float32, cls=fusedopt.FusedAdamW, **options):
     return params, cls([{"params": [p]} for p in params], **options)
 
 
-# Each tensor's memory is its own
-
-
-def delete_state(opt, param):
-    del opt.state[param]
-
-
-def replace_tensors(opt, param):
-    for name in opt.state[param]:
-        opt.state[param][name] = torch.empty(0)
-
-
-def free_storages(opt, param):
-    for value in opt.state[param].values():
-        value.untyped_storage().resize_(0)
-
-
-DROPS = [delete_state, replace_tensors, free_storages]
-
-
-@pytest.mark.parametrize("drop", DROPS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(
-    "made, dtype",
-    [
-        ("step", torch.float32),
-        ("step", torch.float64),
-        ("init_state", torch.bfloat16),
-        ("load", torch.bfloat16),
-    ],
-    ids=str,
-)
-def test_the_memory_of_one_parameter_returns_alone(made, dtype, drop):
-    saved = large(dtype)[1]
-    saved.init_state()
-    sizes, kept = [], []
-
-    def train(what):
-        params, opt = large(dtype)
-        kept.append((params, opt))
-        for p in params:
-            p.grad = torch.ones_like(p)
-        if made == "load":
-            opt.load_state_dict(saved.state_dict())
-        else:
-            getattr(opt, made)()
-        sizes.append(sum(v.nbytes for v in opt.state[params[0]].values() if v.dim() > 0))
-        what(opt, params[0])
-
-    _, without = traced(lambda: train(lambda *_: None))
-    _, left = traced(lambda: train(drop))
-    assert left <= without - sizes[0]  # the plan may keep the count, of four bytes
-    assert sizes[0] >= 2 * 4 * BODY
-
-
-@pytest.mark.parametrize("made", ["init_state", "load"])
-def test_states_are_allocated_where_torch_counts(made):
-    opt = large(torch.bfloat16)[1]
-    other = large(torch.bfloat16)[1]
-    other.init_state()
-    make_state = {
-        "init_state": opt.init_state,
-        "load": lambda: opt.load_state_dict(other.state_dict()),
-    }[made]
-    peak, left = traced(make_state)
-    state = sum(v.nbytes for own in opt.state.values() for v in own.values())
-    assert state <= left <= peak <= state + 20_000  # the plan, and small change
-
-
-def test_states_can_be_resized():
-    params, opt = large()
-    opt.init_state()
-    for value in opt.state[params[0]].values():
-        value.resize_(value.numel() + 5)
-
-
-# Loading into memory that is there
-
-
 def tensors_of(opt):
     return [v for own in opt.state.values() for v in own.values()]
 
 
 def addresses_of(opt):
     return [v.data_ptr() for v in tensors_of(opt) if v.dim() > 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("made", ["step", "init_state", "load"])
+def test_each_state_is_an_allocation_of_torchs(made, dtype):
+    """Counted where torch counts, of its own size, and returned with its parameter's entry."""
+    params, opt = large(dtype)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    other = large(dtype)[1]
+    other.init_state()
+    load = functools.partial(opt.load_state_dict, other.state_dict())
+    peak, left = traced({"step": opt.step, "init_state": opt.init_state, "load": load}[made])
+    states = tensors_of(opt)
+    size = sum(v.nbytes for v in states)
+    assert size <= left <= peak
+    if made != "step":
+        assert peak <= size + 20_000  # the plan, and small change
+    assert all(v.untyped_storage().nbytes() == v.nbytes for v in states)
+    first = sum(v.nbytes for v in opt.state[params[0]].values() if v.dim() > 0)
+    del states
+    _, left = traced(lambda: opt.state.pop(params[0]))
+    assert left <= -first <= -2 * 4 * BODY
+    for value in tensors_of(opt):
+        value.resize_(value.numel() + 5)  # as only memory of torch's can be
+
+
+# Loading into memory that is there
 
 
 def checkpoint_of(opt, dtype):

@@ -66,18 +66,6 @@ def test_module_to_dtype_between_steps(kind, first, second):
         assert torch.equal(p, own.to(second))
 
 
-@every_kind
-def test_param_data_replaced_leaves_the_old_memory_alone(kind):
-    params, opt = twins(kind)[0]
-    step_all([(params, opt)], 0)
-    old = params[1].data
-    kept = old.clone()
-    params[1].data = torch.zeros(37)
-    step_all([(params, opt)], 1)
-    assert torch.equal(old, kept)
-    assert params[1].any()
-
-
 # State and parameters that the user edits
 
 
