@@ -17,6 +17,18 @@ KINDS = {
     "plain-sgd": (fusedopt.FusedSGD, {"lr": 0.1}),
 }
 
+# a count of 20, as checkpoints and users have it
+STEP_FORMS = {
+    "fp32": lambda: torch.tensor(20.0),
+    "fp64": lambda: torch.tensor(20.0, dtype=torch.float64),
+    "int64": lambda: torch.tensor(20),
+    # with room behind it, for whoever takes it for fp32
+    "fp16": lambda: torch.tensor([20.0, 0, 0, 0], dtype=torch.float16)[0],
+    "1-element": lambda: torch.tensor([20.0]),
+    "int": lambda: 20,
+    "float": lambda: 20.0,
+}
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -34,8 +46,8 @@ def make(kind="adamw", dtype=torch.float32, params=None, **options):
     return params, cls(params, **{**kwargs, **options})
 
 
-def clone_params(params):
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+def clone_params(params, dtype=None):
+    return [torch.nn.Parameter(p.detach().clone().to(dtype or p.dtype)) for p in params]
 
 
 def run(params, opt, steps, bad=None):
@@ -56,6 +68,28 @@ def assert_same_bits(one, two):
             assert value.dtype == other.dtype and torch.equal(value, other), (i, key)
 
 
+def trained(kind="adamw", dtype=torch.float32, steps=2, **options):
+    """An optimizer after some steps, and a checkpoint of it that shares nothing with it."""
+    params, opt = make(kind, dtype, **options)
+    run(params, opt, range(steps))
+    return params, opt, copy.deepcopy(opt.state_dict())
+
+
+def resumed(kind, params, saved, dtype=None, **options):
+    """Another optimizer, of copies of ``params``, that has loaded ``saved``."""
+    copies, opt = make(kind, params=clone_params(params, dtype), **options)
+    opt.load_state_dict(saved)
+    return copies, opt
+
+
+def assert_same_run(steps, one, *others):
+    """To the bit, after these steps of all of them."""
+    for params, opt in (one, *others):
+        run(params, opt, steps)
+    for other in others:
+        assert_same_bits(one, other)
+
+
 def refused_load(opt, params, state_dict, error, match):
     """The message; the optimizer is as it was."""
     before, groups = snapshot(params, opt), copy.deepcopy(opt.state_dict()["param_groups"])
@@ -70,6 +104,12 @@ def refused_load(opt, params, state_dict, error, match):
 
 def remedy_in(message):
     return re.findall(r"`([^`]+)`", message)[-1]
+
+
+def load_after_remedy(opt, params, state_dict, error, match):
+    """Refused as it is; what the message advises makes it load."""
+    exec(remedy_in(refused_load(opt, params, state_dict, error, match)), {"state_dict": state_dict})
+    opt.load_state_dict(state_dict)
 
 
 def run_all(opt):

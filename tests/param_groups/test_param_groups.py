@@ -1,4 +1,4 @@
-"""Which parameters decay: each rule alone, tied weights, and that none is lost or doubled."""
+"""Which parameters decay: each rule alone, tied weights, norms by their names; none is lost."""
 
 from __future__ import annotations
 
@@ -39,13 +39,21 @@ class PreNorm(nn.Module):
         self.layer, self.norm = layer, nn.LayerNorm(width)
 
 
-class Tied(nn.Module):
-    def __init__(self, *, embedding_first: bool) -> None:
-        super().__init__()
-        owners = {"embedding": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)}
-        for name in owners if embedding_first else reversed(owners):
-            self.add_module(name, owners[name])
-        self.head.weight = self.embedding.weight
+def with_parameters(**params: torch.Tensor) -> nn.Module:
+    model = nn.Module()
+    for name, value in params.items():
+        model.register_parameter(name, nn.Parameter(value))
+    return model
+
+
+def owner(name: str, *bases: type[nn.Module]) -> nn.Module:
+    """A module of a class of this name, with a weight of two dimensions."""
+    module = type(name, bases or (nn.Module,), {})()
+    module.weight = nn.Parameter(torch.ones(2, 2))
+    return module
+
+
+SQUARE = torch.ones(2, 2)
 
 
 @pytest.mark.parametrize(
@@ -67,29 +75,22 @@ class Tied(nn.Module):
         (PreNorm(nn.Linear(3, 3), 3), {"layer.bias", "norm.weight", "norm.bias"}),
         (nn.Embedding(5, 3), set()),
         (nn.ParameterDict({"scale": torch.ones(()), "table": torch.ones(2, 2)}), {"scale"}),
+        # of three dimensions, and a bias
+        (
+            nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            {"in_proj_bias", "out_proj.bias", "bias_k", "bias_v"},
+        ),
+        # a bias by a word of the name, and not by a part of one
+        (with_parameters(unbiased=SQUARE, bias1=SQUARE, BIAS=SQUARE), {"bias1", "BIAS"}),
+        (
+            with_parameters(biasTable=SQUARE, inProjBias=SQUARE, position_bias_table=SQUARE),
+            {"biasTable", "inProjBias", "position_bias_table"},
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_which_parameters_decay(model: nn.Module, expected: set[str]) -> None:
     assert names_without_decay(model) == expected
-
-
-def test_a_bias_with_three_dimensions_is_a_bias() -> None:
-    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
-    assert attention.bias_k.ndim == 3
-    assert names_without_decay(attention) == {
-        "in_proj_bias",
-        "out_proj.bias",
-        "bias_k",
-        "bias_v",
-    }
-
-
-def test_a_bias_is_a_word_not_a_part_of_one() -> None:
-    model = nn.Module()
-    model.unbiased = nn.Parameter(torch.ones(2, 2))
-    model.position_bias_table = nn.Parameter(torch.ones(2, 2))
-    assert names_without_decay(model) == {"position_bias_table"}
 
 
 @pytest.mark.parametrize("embedding", [nn.Embedding(5, 3), nn.EmbeddingBag(5, 3)])
@@ -99,8 +100,7 @@ def test_embeddings_on_request(embedding: nn.Module) -> None:
 
 
 def with_3d_bias() -> nn.Module:
-    model = nn.Module()
-    model.bias = nn.Parameter(torch.ones(2, 1, 1))
+    model = with_parameters(bias=torch.ones(2, 1, 1))
     return parametrize.register_parametrization(model, "bias", nn.Identity())
 
 
@@ -138,34 +138,32 @@ def test_modules_that_are_only_called_parametrizations() -> None:
 @pytest.mark.parametrize("convert", ["script", "trace"])
 @pytest.mark.parametrize("decay_embeddings", [True, False])
 def test_a_scripted_module_is_split_like_its_original(convert: str, decay_embeddings: bool) -> None:
-    layers = [nn.Embedding(5, 4), nn.LayerNorm((3, 4)), nn.RMSNorm((3, 4)), NormedLinear(4, 2)]
-    model = nn.Sequential(*layers)
+    layers = [nn.Embedding(5, 4), nn.LayerNorm((3, 4)), nn.RMSNorm((3, 4))]
+    named = ("RMSNorm", "Layernorm", "NormalizingFlow", "LayerNormMLP")
+    layers += [owner(name, nn.Identity) for name in named]
+    model = nn.Sequential(*layers, NormedLinear(4, 2))
     inputs = [torch.zeros(2, 3, dtype=torch.int64)] if convert == "trace" else []
     expected = names_without_decay(model, decay_embeddings=decay_embeddings)
     scripted = getattr(torch.jit, convert)(model, *inputs)
     assert names_without_decay(scripted, decay_embeddings=decay_embeddings) == expected
-    assert ("0.weight" in expected) is not decay_embeddings and "3.weight" not in expected
+    weights = {f"{i}.weight" for i in range(1 if decay_embeddings else 0, 5)}
+    assert expected == weights | {"1.bias", "7.bias"}
 
 
-@pytest.mark.parametrize("embedding_first", [True, False])
-def test_a_tied_weight_follows_the_owner_that_wants_no_decay(embedding_first: bool) -> None:
-    model = Tied(embedding_first=embedding_first)
-    assert names_without_decay(model) == set()
-    (tied,) = names_without_decay(model, decay_embeddings=False)
-    assert tied in {"embedding.weight", "head.weight"}
-
-
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_a_weight_tied_to_a_norm_does_not_decay(norm_first: bool) -> None:
-    norm, linear = MyRMSNorm(3), nn.Linear(3, 1, bias=False)
-    linear.weight = norm.weight
-    pair = (norm, linear) if norm_first else (linear, norm)
-    assert names_without_decay(nn.Sequential(*pair)) == {"0.weight"}
+@pytest.mark.parametrize("reverse", [True, False])
+def test_a_tied_weight_follows_the_owner_that_wants_no_decay(reverse: bool) -> None:
+    embedding, norm, linear = nn.Embedding(7, 4), MyRMSNorm(3), nn.Linear(3, 1, bias=False)
+    head = nn.Linear(4, 7, bias=False)
+    head.weight, linear.weight = embedding.weight, norm.weight
+    model = nn.Sequential(
+        *([head, linear, embedding, norm] if reverse else [embedding, norm, head, linear])
+    )
+    assert names_without_decay(model) == {"1.weight"}
+    assert names_without_decay(model, decay_embeddings=False) == {"0.weight", "1.weight"}
 
 
 def test_one_parameter_under_two_names_of_one_module() -> None:
-    model = nn.Module()
-    model.weight = nn.Parameter(torch.ones(2, 2))
+    model = with_parameters(weight=SQUARE)
     model.bias = model.weight
     assert names_without_decay(model) == {"weight"}
 
@@ -235,3 +233,67 @@ def test_a_lazy_parameter_is_named() -> None:
         fusedopt.param_groups(model, 0.1)
     model(torch.zeros(1, 2))
     assert names_without_decay(model) == {"0.bias", "1.bias"}
+
+
+# Norms: torch's own by class, others by the words of their names
+
+NORMS = [
+    *("Norm", "RMSNorm", "RMSnorm", "RmsNorm2dFp32", "Layernorm", "layer_norm", "LAYERNORM"),
+    *("LayerNormFp32", "BatchNormAct2d", "GroupNormAct", "GroupNorm1NoBias", "FrozenBatchNorm2d"),
+    *("Qwen2RMSNorm", "Qwen2_5_VLRMSNorm", "NemotronLayerNorm1P", "NemotronH_Omni_RMSNorm"),
+    *("MambaRMSNormGated", "ConvNextLayerNorm", "ConvLayerNorm", "Conv2dNorm", "KimiLinearRMSNorm"),
+    *("xLSTMMultiHeadLayerNorm", "AutoformerLayernorm", "PPOCRV5ServerDetConvBatchnormLayer"),
+    *("FilterResponseNormTlu2d", "EvoNorm2dS0a", "BatchRenorm", "MLPNorm", "EmbeddingNorm"),
+    *("LayerNormalization", "InstanceNormalisation"),
+]
+NO_NORMS = [
+    *("SurfaceNormalHead", "NormalizingFlow", "NormedLinear", "NormedEmbedding", "Normalize"),
+    *("NormalOutput", "TextNormalizer", "Abnormal", "enormous", "LinearNormed"),
+    *("LayerNormLinear", "LayerNormMLP", "GlobalResponseNormMlp", "WeightNormConv"),
+    *("Wav2Vec2LayerNormConvLayer", "LayerNormLSTMCell", "LayernormGRU", "NormHead", "NormSoftmax"),
+    *("RobertaPreLayerNormEmbeddings", "RobertaPreLayerNormSelfAttention", "NormMultiheadAttn"),
+    *("ClNormMlpClassifierHead", "NormFreeNet", "PreNormTransformer", "NormExperts"),
+]
+
+
+def is_norm(module: nn.Module) -> bool:
+    return "weight" in names_without_decay(module)
+
+
+@pytest.mark.parametrize("name", NORMS + NO_NORMS)
+def test_a_class_is_judged_by_the_words_of_its_name(name: str) -> None:
+    assert is_norm(owner(name)) is (name in NORMS)
+
+
+class HeadScale(nn.LayerNorm):
+    """Says Head, and is a norm of torch."""
+
+
+class LinearNorm(nn.Linear):
+    """Says Norm, and is a linear layer of torch."""
+
+
+class QKNormAttentionNorm(nn.MultiheadAttention):
+    """Says Norm, and is torch's attention."""
+
+
+def test_a_class_that_derives_from_torchs_is_what_that_one_is() -> None:
+    assert names_without_decay(HeadScale((2, 3))) == {"weight", "bias"}
+    assert names_without_decay(LinearNorm(2, 3)) == {"bias"}
+    attention = QKNormAttentionNorm(2, 1)
+    assert names_without_decay(attention) == {"in_proj_bias", "out_proj.bias"}
+    for recurrent in (nn.LSTM, nn.GRUCell):
+        module = type("Norm", (recurrent,), {})(2, 2)
+        assert all("bias" in name for name in names_without_decay(module))
+
+
+def test_the_nearest_class_whose_name_tells_decides() -> None:
+    class Norm(nn.Module):
+        pass
+
+    class NormMLP(Norm):
+        pass
+
+    assert is_norm(owner("Gain", Norm))
+    assert not is_norm(owner("Gain", NormMLP))
+    assert is_norm(owner("Norm", NormMLP))

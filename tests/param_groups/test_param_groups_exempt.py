@@ -61,11 +61,12 @@ def test_names_are_relative_to_the_module_that_gives_them(model: type[nn.Module]
     assert names_without_decay(wrapped) == {f"1.vit.{name}" for name in EXEMPT}
 
 
-def test_a_name_is_the_whole_name() -> None:
-    vit = Vit()
+def test_a_name_is_the_whole_name_and_any_of_them() -> None:
+    vit, first = Vit(), nn.Module()
     vit.head = nn.Module()
     vit.head.pos_embed = nn.Parameter(torch.ones(2, 2))
-    assert names_without_decay(vit) == EXEMPT
+    first.weight = vit.pos_embed  # which is tied
+    assert names_without_decay(nn.Sequential(first, vit)) == {"0.weight", "1.blocks.0.table"}
 
 
 @pytest.mark.parametrize("convert", [set, list, tuple, frozenset, dict.fromkeys, iter])
@@ -109,13 +110,6 @@ def test_wrappers_that_change_names(wrap: Callable[[nn.Module], nn.Module]) -> N
     without = names_without_decay(model)
     decayed = {name for name, _ in model.named_parameters()} - without
     assert len(decayed) == 1 and "blocks" in min(decayed) and "weight" in min(decayed)
-
-
-def test_a_tied_weight_is_left_out_under_any_of_its_names() -> None:
-    vit = Vit()
-    first = nn.Module()
-    first.weight = vit.pos_embed
-    assert names_without_decay(nn.Sequential(first, vit)) == {"0.weight", "1.blocks.0.table"}
 
 
 def test_parameters_that_are_marked() -> None:

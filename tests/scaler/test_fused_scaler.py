@@ -11,7 +11,6 @@ from protocol_helpers import (
     INF,
     NAN,
     SCALERS,
-    assert_same,
     give_grads,
     make_ours,
     make_params,
@@ -19,6 +18,7 @@ from protocol_helpers import (
     make_theirs,
     on_every_backend,
 )
+from scaler_helpers import BesideTorch, iterate
 
 import fusedopt
 
@@ -47,29 +47,15 @@ def test_no_sweep_over_our_gradients(scaler_name, options, sweeps):
     params, opt = make_ours("adamw", **options)
     scaler = make_scaler(scaler_name)
     for step, bad in enumerate((None, INF, NAN, None)):
-        give_grads(params, step, scaler.get_scale(), bad)
-        scaler.step(opt)
-        scaler.update()
+        iterate(scaler, (params, opt), step, bad)
     assert sweeps == []
     assert (scaler.get_scale(), int(opt.skipped_steps)) == (2.0, 2)
-    foreign, stock_opt = make_theirs()
-    give_grads(foreign, 0, 2.0)
-    scaler.step(stock_opt)
+    iterate(scaler, make_theirs(), 0)
     assert len(sweeps) == 1
-    scaler.update()
     give_grads(params, 9, 2.0)
     scaler.unscale_(opt)
     scaler.step(opt)
     assert len(sweeps) == 2
-
-
-def test_stock_scaler_sweeps(sweeps):
-    """The count above can be other than zero."""
-    params, opt = make_ours()
-    scaler = make_scaler("torch")
-    give_grads(params, 0, 8.0)
-    scaler.step(opt)
-    assert len(sweeps) == 1
 
 
 @pytest.mark.parametrize("scaler_name", ["ours", "converted"])
@@ -78,10 +64,7 @@ def test_foreign_fused_optimizer_is_checked_by_torch(scaler_name):
     params = make_params()
     opt = torch.optim.AdamW(params, fused=True)
     scaler = make_scaler(scaler_name)
-    give_grads(params, 0, 8.0, INF)
-    scaler.step(opt)
-    scaler.update()
-    assert scaler.get_scale() == 4.0
+    assert iterate(scaler, (params, opt), 0, INF) == 4.0
     assert all(torch.equal(a, b) for a, b in zip(params, make_params(), strict=True))
 
 
@@ -98,16 +81,12 @@ def test_constructor_is_torchs():
 def test_scaler_copies(scaler_name, copier, sweeps):
     params, opt = make_ours()
     scaler = make_scaler(scaler_name)
-    give_grads(params, 0, 8.0, INF)
-    scaler.step(opt)
-    scaler.update()
+    iterate(scaler, (params, opt), 0, INF)
     del sweeps[:]
     twin = copier(scaler)
     assert twin.state_dict() == scaler.state_dict() and twin.get_scale() == 4.0
     twin.scale(torch.zeros(()))
-    give_grads(params, 1, 4.0)
-    twin.step(opt)
-    twin.update()
+    iterate(twin, (params, opt), 1)
     assert len(sweeps) == (1 if scaler_name == "torch" else 0)
     assert twin._get_growth_tracker() == 1 and scaler._get_growth_tracker() == 0
     assert float(opt.state[params[0]]["step"]) == 1
@@ -116,12 +95,9 @@ def test_scaler_copies(scaler_name, copier, sweeps):
 @pytest.mark.parametrize("source", SCALERS)
 @pytest.mark.parametrize("target", SCALERS)
 def test_scaler_state_dict_travels(source, target):
-    params, opt = make_ours()
-    scaler = make_scaler(source)
+    ours, scaler = make_ours(), make_scaler(source)
     for step, bad in enumerate((INF, None)):
-        give_grads(params, step, scaler.get_scale(), bad)
-        scaler.step(opt)
-        scaler.update()
+        iterate(scaler, ours, step, bad)
     other = make_scaler(target, init_scale=1.0)
     other.load_state_dict(scaler.state_dict())
     assert other.state_dict() == scaler.state_dict()
@@ -144,11 +120,8 @@ def test_fuse_keeps_a_subclass(copied, sweeps):
         scaler = pickle.loads(pickle.dumps(scaler))
     assert isinstance(scaler, CountingScaler)
     scaler.scale(torch.zeros(()))
-    params, opt = make_ours()
-    give_grads(params, 0, 8.0, NAN)
-    scaler.step(opt)
-    scaler.update()
-    assert (scaler.get_scale(), scaler.updates, sweeps) == (4.0, 1, [])
+    assert iterate(scaler, make_ours(), 0, NAN) == 4.0
+    assert (scaler.updates, sweeps) == (1, [])
 
 
 @pytest.mark.parametrize("module", [torch.cuda.amp, torch.cpu.amp], ids=lambda m: m.__name__)
@@ -162,27 +135,19 @@ def test_fuse_deprecated_classes(module, sweeps):
     assert isinstance(scaler, torch.amp.GradScaler)
     scaler.scale(torch.zeros(()))
     params, opt = make_ours()
-    give_grads(params, 0, scaler.get_scale())
-    scaler.step(opt)
-    scaler.update()
+    iterate(scaler, (params, opt), 0)
     assert sweeps == []
     assert float(opt.state[params[0]]["step"]) == 1
 
 
 def test_fuse_in_the_middle_of_a_run(sweeps):
     """State, scale and growth count go on; converting twice is converting once."""
-    ours, theirs = make_ours("sgd"), make_theirs("sgd")
-    scaler, stock = make_scaler("torch"), make_scaler("torch")
+    both = BesideTorch("torch", make_ours("sgd"), make_theirs("sgd"))
     for step in range(9):
         if step in (3, 5):
-            assert fusedopt.fuse_scaler(scaler) is scaler
-        bad = INF if step in (1, 4) else None
-        for s, (params, opt) in ((scaler, ours), (stock, theirs)):
-            give_grads(params, step, s.get_scale(), bad)
-            s.step(opt)
-            s.update()
-        assert scaler.state_dict() == stock.state_dict()
-    assert_same(ours, theirs)
+            assert fusedopt.fuse_scaler(both.scaler) is both.scaler
+        both.iterate(step, INF if step in (1, 4) else None)
+        assert both.scaler.state_dict() == both.stock.state_dict()
     assert len(sweeps) == 9 + 3
     own = fusedopt.GradScaler("cpu")
     assert fusedopt.fuse_scaler(own) is own and type(own) is fusedopt.GradScaler
@@ -206,50 +171,34 @@ def test_fuse_refuses_what_is_no_scaler(thing):
 # A flag that nobody wrote, and one that was
 
 
-def scale_after(scaler, opt, params, step, bad=None):
-    give_grads(params, step, scaler.get_scale(), bad)
-    scaler.step(opt)
-    scaler.update()
-    return scaler.get_scale()
-
-
 def test_a_step_that_is_not_carried_out_repeats_no_answer():
-    params, opt = make_ours("adamw")
-    scaler = make_scaler("ours")
-    before = scaler.get_scale()
-    assert scale_after(scaler, opt, params, 0, INF) == before / 2
+    (params, opt), scaler = make_ours(), make_scaler("ours")
+    assert iterate(scaler, (params, opt), 0, INF) == 4.0
     opt.step = lambda: None  # a client that now and then leaves a step out
-    assert scale_after(scaler, opt, params, 1) == before / 2
+    assert iterate(scaler, (params, opt), 1) == 4.0
+
+
+def fails(*_):
+    raise KeyError("hook")
 
 
 def test_an_error_after_the_decision_does_not_take_it_back():
-    params, opt = make_ours("adamw")
-    scaler = make_scaler("ours")
-    before = scaler.get_scale()
-
-    def fails(*_):
-        raise KeyError("post-hook")
-
-    handle = opt.register_step_post_hook(fails)
-    give_grads(params, 0, before, INF)
-    with pytest.raises(KeyError, match="post-hook"):
-        scaler.step(opt)
-    handle.remove()
+    (params, opt), scaler = make_ours(), make_scaler("ours")
+    opt.register_step_post_hook(fails)
+    with pytest.raises(KeyError, match="hook"):
+        iterate(scaler, (params, opt), 0, INF)
     scaler.update()
-    assert scaler.get_scale() == before / 2
+    assert scaler.get_scale() == 4.0
 
 
 def test_a_later_error_leaves_an_answer_in_the_books():
-    params, opt = make_ours("adamw")
-    scaler = make_scaler("ours")
-    before = scaler.get_scale()
-    give_grads(params, 0, before, INF)
-    scaler.step(opt)
-    params[0].grad = torch.sparse_coo_tensor(size=params[0].shape)
-    with pytest.raises(RuntimeError, match="sparse"):
-        opt.step()
-    scaler.update()
-    assert scaler.get_scale() == before / 2
+    def step_twice(scaler, opt, params):
+        scaler.step(opt)
+        params[0].grad = params[0].grad.to_sparse()
+        with pytest.raises(RuntimeError, match="sparse"):
+            opt.step()
+
+    assert iterate(make_scaler("ours"), make_ours(), 0, INF, step_twice) == 4.0
 
 
 @pytest.mark.parametrize("bad", [(INF, None), (None, INF)], ids=str)
@@ -274,8 +223,8 @@ def test_no_answer_before_the_step():
     scaler, seen = make_scaler("ours"), []
     opt.register_step_pre_hook(lambda o, *_: seen.append(float(o.found_inf)))
     answers = []
-    for i, bad in enumerate((INF, None, None)):
-        scale_after(scaler, opt, params, i, bad)
+    for step, bad in enumerate((INF, None, None)):
+        iterate(scaler, (params, opt), step, bad)
         answers.append(float(opt.found_inf))
     assert seen == [0.0, 0.0, 0.0] and answers == [1.0, 0.0, 0.0]
 

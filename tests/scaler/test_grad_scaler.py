@@ -1,14 +1,16 @@
 """The GradScaler contract: torch's scaler, ours and a converted one, in every order of calls."""
 
+import copy
+
 import pytest
 import torch
 from protocol_helpers import (
     INF,
-    KINDS,
     NAN,
     SCALERS,
     assert_same,
     assert_unmoved,
+    build,
     every_kind,
     every_scaler,
     give_grads,
@@ -19,13 +21,10 @@ from protocol_helpers import (
     on_every_backend,
     snapshot,
 )
+from scaler_helpers import BesideTorch, clip_to, iterate, step_only
 from torch.nn.utils import clip_grad_norm_
 
 _every_backend = pytest.fixture(autouse=True)(on_every_backend)
-
-
-def step_only(scaler, opt, params):
-    return scaler.step(opt)
 
 
 def edit_grads(scaler, opt, params):
@@ -35,39 +34,15 @@ def edit_grads(scaler, opt, params):
     return scaler.step(opt)
 
 
-def clip_once(scaler, opt, params):
-    scaler.unscale_(opt)
-    clip_grad_norm_(params, 0.7)
-    return scaler.step(opt)
-
-
-def clip_twice(scaler, opt, params):
-    scaler.unscale_(opt)
-    clip_grad_norm_(params, 2.0)
-    clip_grad_norm_(params, 0.7)
-    return scaler.step(opt)
-
-
-def clip_loosely(scaler, opt, params):
-    scaler.unscale_(opt)
-    clip_grad_norm_(params, 2.0)
-    return scaler.step(opt)
-
-
-def unscale_first(scaler, opt, params):
-    scaler.unscale_(opt)
-    return scaler.step(opt)
-
-
 # what is called on ours, options of ours, the same done with torch alone
 ORDERS = {
     "step": (step_only, {}, step_only),
-    "unscale": (unscale_first, {}, step_only),
+    "unscale": (clip_to(), {}, step_only),
     "edit": (edit_grads, {}, edit_grads),
-    "clip": (clip_once, {}, clip_once),
-    "own-clip": (step_only, {"max_grad_norm": 0.7}, clip_once),
-    "unscale-own-clip": (unscale_first, {"max_grad_norm": 0.7}, clip_once),
-    "both-clip": (clip_loosely, {"max_grad_norm": 0.7}, clip_twice),
+    "clip": (clip_to(0.7), {}, clip_to(0.7)),
+    "own-clip": (step_only, {"max_grad_norm": 0.7}, clip_to(0.7)),
+    "unscale-own-clip": (clip_to(), {"max_grad_norm": 0.7}, clip_to(0.7)),
+    "both-clip": (clip_to(2.0), {"max_grad_norm": 0.7}, clip_to(2.0, 0.7)),
 }
 BAD_STEPS = {0: INF, 3: -INF, 4: NAN, 9: INF}
 
@@ -78,28 +53,18 @@ BAD_STEPS = {0: INF, 3: -INF, 4: NAN, 9: INF}
 @pytest.mark.parametrize("amp_scaling", [None, True, False])
 def test_every_order_trains_as_torch(scaler_name, kind, order, amp_scaling):
     our_call, options, their_call = ORDERS[order]
-    ours = make_ours(kind, amp_scaling=amp_scaling, **options)
-    theirs = make_theirs(kind)
+    params, opt = ours = make_ours(kind, amp_scaling=amp_scaling, **options)
+    both = BesideTorch(scaler_name, ours, make_theirs(kind), our_call, their_call)
     asked = scaler_name != "torch" or amp_scaling is True  # to skip by itself
-    scaler, stock = make_scaler(scaler_name), make_scaler("torch")
-    for step in range(16):
-        bad = BAD_STEPS.get(step)
-        give_grads(ours[0], step, scaler.get_scale(), bad)
-        give_grads(theirs[0], step, stock.get_scale(), bad)
-        before = snapshot(*ours)
-        our_call(scaler, ours[1], ours[0])
-        their_call(stock, theirs[1], theirs[0])
-        assert bool(ours[1].found_inf) == (asked and bad is not None)
-        scaler.update()
-        stock.update()
-        assert scaler.get_scale() == stock.get_scale()
-        assert scaler._get_growth_tracker() == stock._get_growth_tracker()
+    for step in range(14):
+        bad, before = BAD_STEPS.get(step), snapshot(params, opt)
+        both.iterate(step, bad)
+        assert bool(opt.found_inf) == (asked and bad is not None)
         if bad is not None:
-            assert_unmoved(before, *ours)
-        assert_same(ours, theirs)
-        assert not hasattr(ours[1], "grad_scale")
-    assert int(ours[1].skipped_steps) == (len(BAD_STEPS) if asked else 0)
-    assert all(float(ours[1].state[p]["step"]) == 16 - len(BAD_STEPS) for p in ours[0])
+            assert_unmoved(before, params, opt)
+        assert not hasattr(opt, "grad_scale")
+    assert int(opt.skipped_steps) == (len(BAD_STEPS) if asked else 0)
+    assert all(float(opt.state[p]["step"]) == 14 - len(BAD_STEPS) for p in params)
 
 
 @every_scaler
@@ -107,88 +72,61 @@ def test_every_order_trains_as_torch(scaler_name, kind, order, amp_scaling):
 def test_random_orders(scaler_name, seed):
     """Stages and overflows mixed: no flag or scale of one iteration is left for the next."""
     gen = torch.Generator().manual_seed(seed)
-    calls = [step_only, unscale_first, edit_grads, clip_once]
-    ours, theirs = make_scaled("sgd"), make_theirs("sgd")
-    scaler, stock = make_scaler(scaler_name), make_scaler("torch")
+    calls = [step_only, clip_to(), edit_grads, clip_to(0.7)]
+    both = BesideTorch(scaler_name, make_scaled("sgd"), make_theirs("sgd"))
     for step in range(25):
-        call = calls[int(torch.randint(len(calls), (), generator=gen))]
-        bad = INF if float(torch.rand((), generator=gen)) < 0.3 else None
-        give_grads(ours[0], step, scaler.get_scale(), bad)
-        give_grads(theirs[0], step, stock.get_scale(), bad)
-        call(scaler, ours[1], ours[0])
-        call(stock, theirs[1], theirs[0])
-        scaler.update()
-        stock.update()
-        assert scaler.get_scale() == stock.get_scale()
-        assert_same(ours, theirs)
+        both.our_call = both.their_call = calls[int(torch.randint(len(calls), (), generator=gen))]
+        both.iterate(step, INF if float(torch.rand((), generator=gen)) < 0.3 else None)
 
 
 @every_scaler
 def test_scale_that_is_no_power_of_two(scaler_name):
-    ours, theirs = make_scaled("sgd", max_grad_norm=0.7), make_theirs("sgd")
-    scaler, stock = (make_scaler(n, init_scale=1234.567) for n in (scaler_name, "torch"))
+    params, opt = ours = make_scaled("sgd", max_grad_norm=0.7)
+    theirs = make_theirs("sgd")
+    both = BesideTorch(scaler_name, ours, theirs, their_call=clip_to(0.7), init_scale=1234.567)
     for step in range(5):
-        scale = scaler.get_scale()
-        give_grads(ours[0], step, scale)
-        give_grads(theirs[0], step, scale)
-        scaler.step(ours[1])
-        clip_once(stock, theirs[1], theirs[0])
-        scaler.update()
-        stock.update()
-        expected = sum(p.grad.double().square().sum() for p in ours[0]).sqrt() / scale
-        torch.testing.assert_close(ours[1].grad_norm.double(), expected, rtol=1e-6, atol=0)
-    assert_same(ours, theirs)
+        scale = both.scaler.get_scale()
+        both.iterate(step)
+        expected = sum(p.grad.double().square().sum() for p in params).sqrt() / scale
+        torch.testing.assert_close(opt.grad_norm.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("error")  # no `grad_scaler` in the signature: torch would warn of it
 @every_scaler
 @every_kind
-def test_gradients_are_left_as_backward_left_them(scaler_name, kind):
+def test_what_a_step_leaves_tells_and_returns(scaler_name, kind):
+    """Gradients as backward left them, post-hooks that see the skip, the closure's value."""
     params, opt = make_scaled(kind, max_grad_norm=0.1, max_grad_value=0.01)
-    scaler = make_scaler(scaler_name)
+    scaler, seen = make_scaler(scaler_name), []
+    opt.register_step_post_hook(lambda o, *_: seen.append(bool(o.found_inf)))
     for step, bad in enumerate((None, INF, None)):
         give_grads(params, step, 8.0, bad)
         before = [(p.grad, p.grad.clone(), p.grad._version) for p in params]
-        scaler.step(opt)
+        assert scaler.step(opt, lambda: 3.5) == 3.5
         for p, (tensor, value, version) in zip(params, before, strict=True):
             assert p.grad is tensor
             assert torch.equal(value.view(torch.int32), tensor.view(torch.int32))
             # the stock scaler's own check writes the gradients back, with the same bits
             assert scaler_name == "torch" or tensor._version == version
         scaler.update()
-
-
-@every_scaler
-def test_post_hooks_run_and_see_the_skip(scaler_name):
-    params, opt = make_scaled(max_grad_norm=1.0)
-    scaler, seen = make_scaler(scaler_name), []
-    opt.register_step_post_hook(lambda o, *_: seen.append(bool(o.found_inf)))
-    for step, bad in enumerate((None, INF, None)):
-        give_grads(params, step, scaler.get_scale(), bad)
-        scaler.step(opt)
-        scaler.update()
     assert seen == [False, True, False]
-
-
-@every_scaler
-def test_return_value_is_passed_on(scaler_name):
-    params, opt = make_scaled()
-    scaler = make_scaler(scaler_name)
-    give_grads(params, 0, 8.0)
-    assert scaler.step(opt, None) is None
-    scaler.update()
-    give_grads(params, 1, 8.0)
-    assert scaler.step(opt, lambda: 3.5) == 3.5
 
 
 @every_scaler
 @pytest.mark.parametrize("first", ["ours", "torch"])
 @pytest.mark.parametrize("bad_one", [None, 0, 1, 2])
 def test_several_optimizers_one_scaler(scaler_name, first, bad_one):
-    """Two of ours and one of torch's; each skips for itself, the scale falls for all."""
+    """Two of ours and one of torch's; each skips for itself, the scale falls for all.
+
+    And one that has no gradients, of which torch's scaler would complain if it were torch's.
+    """
     mixed = [make_scaled("sgd"), make_scaled("adamw"), make_theirs("sgd")]
     stock_all = [make_theirs("sgd"), make_theirs("adamw"), make_theirs("sgd")]
+    idle = make_scaled("adamw", max_grad_norm=1.0)
+    before = snapshot(*idle)
     scaler, stock = make_scaler(scaler_name), make_scaler("torch")
     for step in range(4):
+        scaler.step(idle[1])
         for s, opts in ((scaler, mixed), (stock, stock_all)):
             for i, (params, _) in enumerate(opts):
                 give_grads(params, 10 * i + step, s.get_scale(), INF if i == bad_one else None)
@@ -200,20 +138,7 @@ def test_several_optimizers_one_scaler(scaler_name, first, bad_one):
             assert_same(ours, theirs)
         # update() adds the flags of all optimizers up in one of them: not in the user's copy
         assert [float(mixed[i][1].found_inf) for i in (0, 1)] == [bad_one == 0, bad_one == 1]
-
-
-@every_scaler
-def test_optimizer_without_gradients_beside_another(scaler_name):
-    idle, busy = make_scaled("adamw", max_grad_norm=1.0), make_scaled("sgd")
-    scaler = make_scaler(scaler_name)
-    before = snapshot(*idle)
-    give_grads(busy[0], 0, 8.0)
-    scaler.step(idle[1])
-    scaler.step(busy[1])
-    scaler.update()
     assert_unmoved(before, *idle)
-    assert scaler.get_scale() == 8.0
-    assert float(busy[1].state[busy[0][0]]["step"]) == 1
 
 
 @every_scaler
@@ -225,13 +150,8 @@ def test_accumulation_through_autograd(scaler_name, kind):
     for own in (True, False):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
-        our_cls, their_cls, kwargs, extra = KINDS[kind]
         params = list(model.parameters())
-        opt = (
-            our_cls(params, **kwargs, **extra, max_grad_norm=0.05)
-            if own
-            else their_cls(params, **kwargs)
-        )
+        opt = build(own, kind, params, **({"max_grad_norm": 0.05} if own else {}))
         scaler = make_scaler(scaler_name if own else "torch", init_scale=2.0**10)
         for i, x in enumerate(data):
             scaler.scale(model(x).square().mean() / 3).backward()
@@ -248,22 +168,17 @@ def test_accumulation_through_autograd(scaler_name, kind):
 
 @pytest.mark.parametrize("scaler_name", SCALERS)
 def test_disabled_scaler(scaler_name):
-    ours, theirs = make_scaled("sgd", max_grad_norm=0.7), make_theirs("sgd")
-    scaler = make_scaler(scaler_name, enabled=False)
+    params, opt = ours = make_scaled("sgd", max_grad_norm=0.7)
+    both = BesideTorch(
+        scaler_name, ours, make_theirs("sgd"), clip_to(), clip_to(0.7), enabled=False
+    )
+    scaler = both.scaler
     assert not scaler.is_enabled() and scaler.get_scale() == 1.0 and scaler.state_dict() == {}
     for step in range(3):
-        give_grads(ours[0], step, 1.0)
-        give_grads(theirs[0], step, 1.0)
-        scaler.unscale_(ours[1])
-        scaler.step(ours[1])
-        scaler.update()
-        clip_grad_norm_(theirs[0], 0.7)
-        theirs[1].step()
-    assert_same(ours, theirs)
-    give_grads(ours[0], 9, 1.0, NAN)
-    scaler.step(ours[1])  # nobody is in charge: the NaN goes through, as in torch
-    assert not ours[0][1].isfinite().all()
-    assert int(ours[1].skipped_steps) == 0
+        both.iterate(step)
+    iterate(scaler, ours, 9, NAN)  # nobody is in charge: the NaN goes through, as in torch
+    assert not params[1].isfinite().all()
+    assert int(opt.skipped_steps) == 0
 
 
 # Precision
@@ -276,8 +191,7 @@ def test_half_gradients(scaler_name, kind, dtype):
     """Unscaled in fp32: a gradient of 1e-6 survives, which in fp16 it would not."""
     params, opt = make_scaled(kind, dtype)
     theirs = [torch.nn.Parameter(p.detach().float()) for p in params]
-    _, their_cls, kwargs, _ = KINDS[kind]
-    their_opt = their_cls(theirs, **kwargs)
+    their_opt = build(False, kind, theirs)
     scaler = make_scaler(scaler_name, init_scale=2.0**14)
     for step, bad in enumerate((None, INF, None, NAN, None)):
         scale = scaler.get_scale()
@@ -316,3 +230,129 @@ def test_large_finite_gradient_is_no_overflow(scaler_name, kind, options):
     assert float(opt.state[params[1]]["step"]) == 1
     if options:
         assert opt.grad_norm.item() == pytest.approx(37**0.5 * 0.5e30, rel=1e-6)
+
+
+# grad_scale and found_inf, set by hand
+
+FLAGS = {
+    "int0": (0, False),
+    "zero": (torch.tensor(0.0), False),
+    "zero-shape1": (torch.zeros(1), False),
+    "one": (torch.tensor(1.0), True),
+    "one-shape1": (torch.ones(1), True),
+    "sum-of-two": (torch.tensor(2.0), True),
+    "nan": (torch.tensor(NAN), True),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("scale", [None, torch.tensor(4.0), torch.tensor([4.0])], ids=str)
+@pytest.mark.parametrize("flag", FLAGS)
+def test_attribute_protocol(kind, scale, flag):
+    (params, opt), theirs = make_scaled(kind), make_theirs(kind)
+    value, skips = copy.deepcopy(FLAGS[flag])
+    give_grads(params, 0, 1.0 if scale is None else 4.0)
+    give_grads(theirs[0], 0, 1.0)
+    before = snapshot(params, opt)
+    opt.grad_scale, opt.found_inf = scale, value
+    opt.step()
+    del opt.grad_scale, opt.found_inf
+    assert float(opt.found_inf) == skips and int(opt.skipped_steps) == skips
+    assert not hasattr(opt, "grad_scale")
+    if skips:
+        assert_unmoved(before, params, opt)
+        give_grads(params, 0, 1.0)
+        opt.step()
+    theirs[1].step()
+    assert_same((params, opt), theirs)
+    torch.testing.assert_close(value, FLAGS[flag][0], rtol=0, atol=0, equal_nan=True)  # only read
+
+
+@every_scaler
+@pytest.mark.parametrize("preset", [2.0, torch.tensor(2.0)], ids=["float", "tensor"])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_preset_grad_scale(scaler_name, preset, unscale):
+    """READY: the product divides. UNSCALED: the preset is the only divisor."""
+    ours, theirs = make_scaled("sgd"), make_theirs("sgd")
+    scaler = make_scaler(scaler_name)
+    for step in range(2):
+        give_grads(ours[0], step, 8.0 * 2.0)
+        give_grads(theirs[0], step, 1.0)
+        if unscale:
+            scaler.unscale_(ours[1])
+        ours[1].grad_scale = preset
+        scaler.step(ours[1])
+        scaler.update()
+        theirs[1].step()
+        assert not hasattr(ours[1], "grad_scale")
+    assert_same(ours, theirs)
+
+
+# An error in the middle
+
+
+def break_body(params, opt):
+    dense = params[-2].grad
+    params[-2].grad = dense.to_sparse()
+    return lambda: setattr(params[-2], "grad", dense)
+
+
+def hook(*_):
+    raise RuntimeError("sparse, says the hook")
+
+
+BREAKS = {
+    "body": break_body,
+    "pre-hook": lambda params, opt: opt.register_step_pre_hook(hook).remove,
+    "post-hook": lambda params, opt: opt.register_step_post_hook(hook).remove,
+}
+
+
+@every_scaler
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("where", BREAKS)
+@pytest.mark.parametrize("preset", [None, 2.0])
+def test_error_in_step_leaves_no_scale_behind(scaler_name, unscale, where, preset):
+    """But the user's own, which the next step divides by as well."""
+    (params, opt), theirs = make_scaled("sgd"), make_theirs("sgd")
+    scaler = make_scaler(scaler_name)
+    give_grads(params, 0, 8.0 * (preset or 1.0))
+    if unscale:
+        scaler.unscale_(opt)
+    if preset is not None:
+        opt.grad_scale = preset
+    mend = BREAKS[where](params, opt)
+    before = snapshot(params, opt)
+    with pytest.raises(RuntimeError, match="sparse"):
+        scaler.step(opt)
+    mend()
+    if where != "post-hook":
+        assert_unmoved(before, params, opt)
+    assert getattr(opt, "grad_scale", None) == preset
+    scaler.step(opt)
+    scaler.update()
+    give_grads(theirs[0], 0, 1.0)
+    for _ in range(2 if where == "post-hook" else 1):
+        theirs[1].step()
+    assert_same((params, opt), theirs)
+    assert scaler.get_scale() == 8.0
+
+
+@every_scaler
+def test_misuse_raises_as_in_torch(scaler_name):
+    params, opt = make_scaled()
+    scaler = make_scaler(scaler_name)
+    give_grads(params, 0, 8.0)
+    with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
+        scaler.step(opt, closure=lambda: 0.0)
+    scaler.unscale_(opt)
+    with pytest.raises(RuntimeError, match="already been called on this optimizer"):
+        scaler.unscale_(opt)
+    scaler.step(opt)
+    with pytest.raises(RuntimeError, match="already been called since the last update"):
+        scaler.step(opt)
+    with pytest.raises(RuntimeError, match="after step"):
+        scaler.unscale_(opt)
+    unused = SCALERS[scaler_name]()
+    with pytest.raises(AssertionError, match="_scale is None"):
+        unused.step(opt)

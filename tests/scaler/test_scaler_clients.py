@@ -1,12 +1,14 @@
-"""How frameworks call scaler and optimizer, re-created by hand."""
+"""Who may hand the scale over to a step, what has to find unscaled gradients, and how frameworks
+call scaler and optimizer, re-created by hand."""
 
+import copy
 import functools
-import inspect
-import warnings
+from types import MethodType
 
 import pytest
 import torch
 from protocol_helpers import (
+    DTYPES,
     INF,
     KINDS,
     NAN,
@@ -21,10 +23,192 @@ from protocol_helpers import (
     make_theirs,
     on_every_backend,
 )
+from scaler_helpers import BesideTorch
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
+
+import fusedopt
+from fusedopt.optimizer import FusedOptimizer
 
 pytestmark = fallback_is_expected
 _every_backend = pytest.fixture(autouse=True)(on_every_backend)
+
+
+# Who may hand the scale over
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("amp_scaling", [None, True, False])
+def test_what_clients_are_told(kind, dtype, amp_scaling):
+    """A stock optimizer, unless the user says otherwise or ``unscale_`` refuses the gradients."""
+    params, opt = make_ours(kind, dtype, amp_scaling=amp_scaling)
+    expected = amp_scaling if amp_scaling is not None else dtype == torch.float16
+    assert opt._step_supports_amp_scaling is expected
+    assert opt._takes_scaled_gradients()  # what our own scaler asks
+    params[1]._fsdp_flattened = True
+    assert not opt._step_supports_amp_scaling and not opt._takes_scaled_gradients()
+    params[1]._fsdp_flattened = False
+    assert opt._step_supports_amp_scaling is expected
+
+
+def test_a_frozen_fp16_base_does_not_count():
+    adapter = torch.nn.Parameter(torch.ones(3))
+    base = torch.nn.Parameter(torch.ones(3, dtype=torch.float16), requires_grad=False)
+    opt = fusedopt.FusedAdamW([base, adapter])
+    assert opt._step_supports_amp_scaling is False
+    base.requires_grad_()
+    assert opt._step_supports_amp_scaling is True
+
+
+def test_flag_survives_wrappers_that_do_not_change_the_step():
+    _, opt = make_ours(amp_scaling=True)
+    for _ in range(2):
+        torch.optim.lr_scheduler.StepLR(opt, 1)
+        assert opt._step_supports_amp_scaling is True and not make_scaler("ours").sweeps(opt)
+    opt.step = opt.step  # taken off and put back, as Accelerate does
+    assert opt._step_supports_amp_scaling is True
+
+    class Renamed(fusedopt.FusedAdamW):
+        pass
+
+    assert Renamed(make_params(), amp_scaling=True)._step_supports_amp_scaling is True
+    assert copy.deepcopy(opt)._step_supports_amp_scaling is True
+    assert copy.deepcopy(make_ours(amp_scaling=False)[1])._step_supports_amp_scaling is False
+
+
+def patch_class(monkeypatch, opt):
+    inner = FusedOptimizer.step
+    monkeypatch.setattr(type(opt), "step", lambda self, closure=None: inner(self, closure))
+
+
+def patch_instance(monkeypatch, opt):
+    inner = opt.step
+    opt.step = functools.wraps(inner)(lambda closure=None: inner(closure))
+
+
+def patch_under_a_scheduler(monkeypatch, opt):
+    """The scheduler's own wrapper is harmless; what it wraps need not be."""
+    inner = opt.step
+    opt.step = MethodType(lambda self, closure=None: inner(closure), opt)
+    torch.optim.lr_scheduler.StepLR(opt, 1)
+
+
+def patch_over_a_scheduler(monkeypatch, opt):
+    torch.optim.lr_scheduler.StepLR(opt, 1)
+    patch_instance(monkeypatch, opt)
+
+
+def borrow_a_step(monkeypatch, opt):
+    opt.step = make_ours()[1].step
+
+
+def add_hook(monkeypatch, opt):
+    opt.register_step_pre_hook(lambda *_: None)
+
+
+def add_global_hook(monkeypatch, opt):
+    monkeypatch.setitem(_global_optimizer_pre_hooks, -1, lambda *_: None)
+
+
+BETWEEN = [patch_class, patch_instance, patch_under_a_scheduler, patch_over_a_scheduler]
+BETWEEN += [borrow_a_step, add_hook, add_global_hook]
+
+
+@pytest.mark.parametrize("put", BETWEEN)
+def test_whatever_runs_between_scaler_and_step(monkeypatch, put):
+    opts = {dtype: make_ours("adamw", dtype, amp_scaling=True)[1] for dtype in DTYPES}
+    for dtype, opt in opts.items():
+        assert opt._step_supports_amp_scaling is True
+        with monkeypatch.context() as patch:
+            put(patch, opt)
+            assert not opt._takes_scaled_gradients()
+            # nobody can unscale fp16, and the user has said that all that runs there knows it
+            assert opt._step_supports_amp_scaling is (dtype == torch.float16)
+            opt.amp_scaling = None
+            assert opt._step_supports_amp_scaling is False
+
+
+def clip_gradients(opt, args, kwargs):
+    clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], 1.0)
+
+
+def clipping_hook(opt, params):
+    return opt.register_step_pre_hook(clip_gradients)
+
+
+def clipping_global_hook(opt, params):
+    return register_optimizer_step_pre_hook(clip_gradients)
+
+
+def clipping_step(opt, params):
+    inner = opt.step
+
+    def step(*args):
+        clip_grad_norm_(params, 1.0)
+        return inner(*args)
+
+    opt.step = step
+
+
+@every_scaler
+@every_kind
+@pytest.mark.parametrize("amp_scaling", [None, True, False])
+@pytest.mark.parametrize("clip", [clipping_hook, clipping_global_hook, clipping_step])
+def test_hooks_and_patched_steps_see_unscaled_gradients(scaler_name, kind, amp_scaling, clip):
+    ours, theirs = make_ours(kind, amp_scaling=amp_scaling), make_theirs(kind)
+    both = BesideTorch(scaler_name, ours, theirs, init_scale=2.0**16)
+    handles = [clip(opt, params) for params, opt in (ours, theirs)]
+    for step, bad in enumerate((INF, None, NAN, None)):
+        both.iterate(step, bad)
+    for handle in filter(None, handles):
+        handle.remove()
+
+
+class Wrapper:
+    """Lookahead and the like: a scaler is given the wrapper, which steps what is inside."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self):
+        self.optimizer.step()
+
+
+def test_a_scaler_tells_whether_it_sweeps():
+    scaler, opt = make_scaler("ours"), make_ours()[1]
+    assert not scaler.sweeps(opt) and not scaler.sweeps(make_ours(amp_scaling=False)[1])
+    assert scaler.sweeps(Wrapper(opt)) and scaler.sweeps(make_theirs()[1])
+    opt.register_step_pre_hook(lambda *_: None)
+    assert scaler.sweeps(opt)
+    half = make_ours("adamw", torch.float16, amp_scaling=True)[1]
+    half.register_step_pre_hook(lambda *_: None)
+    assert not scaler.sweeps(half)
+
+
+@every_kind
+@pytest.mark.parametrize("amp_scaling", [None, False])
+def test_to_torchs_scaler_we_are_a_stock_optimizer(kind, amp_scaling):
+    ours, theirs = make_ours(kind, amp_scaling=amp_scaling), make_theirs(kind)
+    both, calls = BesideTorch("torch", ours, theirs), []
+    ours[1].register_step_post_hook(lambda *_: calls.append(1))
+    for step, bad in enumerate((INF, None, NAN, None)):
+        both.iterate(step, bad)
+        for p, q in zip(ours[0], theirs[0], strict=True):
+            assert torch.equal(p.grad.nan_to_num(), q.grad.nan_to_num())  # unscaled in place
+    assert len(calls) == 2
+
+
+def test_amp_scaling_off_refuses_fp16_gradients_as_torch():
+    params, opt = make_ours(dtype=torch.float16, amp_scaling=False)
+    give_grads(params, 0, 8.0)
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        make_scaler("torch").step(opt)
+    make_scaler("ours").step(opt)  # which needs no unscaled gradients
+
+
+# Frameworks
 
 
 def clipping_subclass(base, wraps):
@@ -49,37 +233,33 @@ def test_detectron2_clips_inside_step(scaler_name, kind, wraps):
     their_opt = clipping_subclass(their_cls, wraps)(theirs, **kwargs)
     assert not our_opt._takes_scaled_gradients()
     assert our_cls(make_params(), **kwargs, **extra)._takes_scaled_gradients()
-    scaler, stock = make_scaler(scaler_name), make_scaler("torch")
+    both = BesideTorch(scaler_name, (ours, our_opt), (theirs, their_opt))
     for step, bad in enumerate((None, INF, None, None)):
-        for s, params, opt in ((scaler, ours, our_opt), (stock, theirs, their_opt)):
-            give_grads(params, step, s.get_scale(), bad)
-            s.step(opt)
-            s.update()
-        assert scaler.get_scale() == stock.get_scale()
-        assert_same((ours, our_opt), (theirs, their_opt))
+        both.iterate(step, bad)
 
 
 class Accelerated:
     """accelerate's AcceleratedOptimizer: step replaced by an attribute, closure by position."""
 
-    def __init__(self, optimizer, scaler):
-        self.optimizer, self.scaler, self.called, self.step_was_skipped = optimizer, scaler, 0, 0
-        self.original = optimizer.step
+    def __init__(self, optimizer, clip):
+        self.called, self.clip = False, clip
         optimizer.load_state_dict(optimizer.state_dict())
+        self.original = optimizer.step
 
-        def patched_step(*args, **kwargs):
+        def patched(*args, **kwargs):
             self.called = True
             return self.original(*args, **kwargs)
 
-        self.patched = patched_step
+        self.patched = patched
 
-    def step(self, closure=None):
+    def __call__(self, scaler, optimizer, params):
         self.called = False
-        self.optimizer.step = self.patched
-        self.scaler.step(self.optimizer, closure)
-        self.scaler.update()
-        self.step_was_skipped = not self.called
-        self.optimizer.step = self.original
+        if self.clip:
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(params, 0.7)
+        optimizer.step = self.patched
+        scaler.step(optimizer, None)
+        optimizer.step = self.original
 
 
 @every_scaler
@@ -88,51 +268,34 @@ class Accelerated:
 @pytest.mark.parametrize("clip", [False, True])
 def test_accelerate(scaler_name, kind, amp_scaling, clip):
     ours, theirs = make_ours(kind, amp_scaling=amp_scaling), make_theirs(kind)
-    scaler, stock = make_scaler(scaler_name), make_scaler("torch")
-    wrapped = Accelerated(ours[1], scaler), Accelerated(theirs[1], stock)
+    calls = Accelerated(ours[1], clip), Accelerated(theirs[1], clip)
+    both = BesideTorch(scaler_name, ours, theirs, *calls)
     for step, bad in enumerate((INF, None, None, NAN, None)):
-        for wrapper, (params, opt) in zip(wrapped, (ours, theirs), strict=True):
-            give_grads(params, step, wrapper.scaler.get_scale(), bad)
-            if clip:
-                wrapper.scaler.unscale_(opt)
-                clip_grad_norm_(params, 0.7)
-            wrapper.step()
-        assert scaler.get_scale() == stock.get_scale()
-        assert_same(ours, theirs)
-        assert wrapped[0].step_was_skipped == (bad is not None)
+        both.iterate(step, bad)
+        assert calls[0].called == (bad is None)
 
 
-def lightning_step(opt, scaler, closure, clip=None):
+def lightning_step(clip, scaler, opt, params):
     """Lightning's MixedPrecision.optimizer_step."""
     handles_unscaling = getattr(opt, "_step_supports_amp_scaling", False)
-    closure()
     if not handles_unscaling:
         scaler.unscale_(opt)
     if clip is not None:
         if handles_unscaling:
             raise RuntimeError("gradient clipping is not supported with this optimizer")
-        clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], clip)
+        clip_grad_norm_(params, clip)
     scaler.step(opt)
-    scaler.update()
 
 
 @every_scaler
 @every_kind
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.7}, {}, {"amp_scaling": False}])
 def test_lightning(scaler_name, kind, options):
-    ours, theirs = make_ours(kind, **options), make_theirs(kind)
-    scaler, stock = make_scaler(scaler_name), make_scaler("torch")
     trainer_clip = None if "max_grad_norm" in options else 0.7
+    calls = (functools.partial(lightning_step, clip) for clip in (trainer_clip, 0.7))
+    both = BesideTorch(scaler_name, make_ours(kind, **options), make_theirs(kind), *calls)
     for step, bad in enumerate((None, INF, None, None)):
-        for s, (params, opt), clip in ((scaler, ours, trainer_clip), (stock, theirs, 0.7)):
-            lightning_step(
-                opt,
-                s,
-                lambda s=s, p=params, i=step, b=bad: give_grads(p, i, s.get_scale(), b),
-                clip,
-            )
-        assert scaler.get_scale() == stock.get_scale()
-        assert_same(ours, theirs)
+        both.iterate(step, bad)
 
 
 class FabricOptimizer:
@@ -166,16 +329,3 @@ def test_fabric(kind):
         theirs[1].step()
     assert_same(ours, theirs)
     assert set(wrapper.state_dict()) == {"state", "param_groups"}
-
-
-@every_scaler
-def test_no_warning_under_a_scaler(scaler_name):
-    """No `grad_scaler` parameter in step, so none of torch's deprecated path."""
-    params, opt = make_ours()
-    scaler = make_scaler(scaler_name)
-    assert "grad_scaler" not in inspect.signature(opt.step).parameters
-    give_grads(params, 0, 8.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        scaler.step(opt)
-        scaler.update()

@@ -11,15 +11,15 @@ import torch
 import triton_interpreter
 from conftest import require_cpu_backend
 from models import reference
-from protocol_helpers import every_kind, fallback_is_expected, make_ours
+from protocol_helpers import every_kind, fallback_is_expected, make_ours, make_scaler
+from scaler_helpers import iterate
 from step_scenes import Scene, same
-
-import fusedopt
 
 pytestmark = fallback_is_expected
 # Their reciprocals are not finite in fp32; that of the last is the largest that is.
 USELESS = [0.0, -0.0, 2.0**-128, 2.0**-149, float("nan")]
 SMALLEST = 2.0**-127
+FLAGS = [float("nan"), float("inf"), -1.0]
 
 
 @pytest.fixture(params=["cpu", "reference", "cuda", "triton"])
@@ -30,50 +30,44 @@ def served_by(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def scaler_of(name: str, scale: float) -> Any:
-    cls: Any = torch.amp.GradScaler if name == "torch" else fusedopt.GradScaler
-    scaler = cls("cpu", init_scale=scale)
-    scaler.scale(torch.zeros(()))
-    return scaler
-
-
-def assert_skipped(scene: Scene, before: dict[str, Any], skips: int) -> None:
-    after = scene.values()
-    assert after.pop("skipped_steps") == skips
-    del before["skipped_steps"]
-    assert same(before, after)
-    assert scene.opt.found_inf == 1
-
-
 @every_kind
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
-@pytest.mark.parametrize("scale", USELESS)
-@pytest.mark.parametrize("name", ["torch", "ours"])
-def test_with_a_scaler(
-    kind: str, name: str, scale: float, options: dict[str, Any], served_by: str
-) -> None:
-    scene = Scene(kind, served_by, amp_scaling=True, **options)
-    scaler = scaler_of(name, scale)
-    for skips in (1, 2):
-        before = scene.values()
-        scaler.step(scene.opt)
-        scaler.update()
-        assert_skipped(scene, before, skips)
+def test_steps_are_skipped(kind: str, options: dict[str, Any], served_by: str) -> None:
+    """With a scaler, and set by hand: who skips nothing would have params of NaN.
 
-
-@every_kind
-@pytest.mark.parametrize("scale", USELESS)
-def test_set_by_hand(kind: str, scale: float, served_by: str) -> None:
-    """Whoever skips nothing would have params of NaN."""
-    scene = Scene(kind, served_by)
+    One optimizer for all of them, since a step that is skipped leaves it as it was.
+    """
+    opt: Any = (scene := Scene(kind, served_by, amp_scaling=True, **options)).opt
     before = scene.values()
-    scene.opt.grad_scale = torch.tensor(scale)
-    scene.opt.step()
-    assert_skipped(scene, before, 1)
-    del scene.opt.grad_scale
-    scene.opt.step()
+    skips = before.pop("skipped_steps")
+
+    def assert_skipped(what: str) -> None:
+        nonlocal skips
+        skips += 1
+        after = scene.values()
+        assert after.pop("skipped_steps") == skips, what
+        assert same(before, after), what
+        assert opt.found_inf == 1, what
+
+    for scale in USELESS:
+        opt.grad_scale = torch.tensor(scale)
+        opt.step()
+        assert_skipped(f"grad_scale = {scale}")
+        del opt.grad_scale
+    for flag in FLAGS:
+        opt.grad_scale, opt.found_inf = torch.tensor(2.0), torch.tensor(flag)
+        opt.step()
+        assert_skipped(f"found_inf = {flag}")
+        del opt.grad_scale, opt.found_inf
+    for name, scale in (("torch", 0.0), ("ours", 0.0), ("ours", 2.0**-149), ("torch", USELESS[-1])):
+        scaler = make_scaler(name, init_scale=scale)
+        for _ in range(2):
+            scaler.step(opt)
+            scaler.update()
+            assert_skipped(f"{name} with the scale {scale}")
+    opt.step()
     assert all(p.isfinite().all() for p in scene.params)
-    assert scene.opt.skipped_steps == 1 and scene.opt.found_inf == 0
+    assert opt.skipped_steps == skips and opt.found_inf == 0
 
 
 @every_kind
@@ -101,26 +95,11 @@ def test_the_smallest_scale_is_of_use(kind: str, served_by: str) -> None:
     assert all(p.isfinite().all() for p in scene.params)
 
 
-@every_kind
-@pytest.mark.parametrize("flag", [float("nan"), float("inf"), -1.0])
-def test_any_flag_but_zero_skips(kind: str, flag: float, served_by: str) -> None:
-    scene = Scene(kind, served_by)
-    before = scene.values()
-    scene.opt.grad_scale = torch.tensor(2.0)
-    scene.opt.found_inf = torch.tensor(flag)
-    scene.opt.step()
-    assert_skipped(scene, before, 1)
-
-
 def test_a_scale_that_a_backoff_has_driven_to_zero() -> None:
     """As in a run whose every step overflows."""
     params, opt = make_ours(amp_scaling=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-126, backoff_factor=2.0**-20)
-    scaler.scale(torch.zeros(()))
-    for bad in (True, True, False, False):
-        for p in params:
-            p.grad = torch.full_like(p, float("inf") if bad else 1.0)
-        scaler.step(opt)
-        scaler.update()
+    scaler = make_scaler("torch", init_scale=2.0**-126, backoff_factor=2.0**-20)
+    for step, bad in enumerate((float("inf"), float("inf"), None, None)):
+        iterate(scaler, (params, opt), step, bad)
     assert scaler.get_scale() == 0.0
     assert opt.skipped_steps == 4 and all(p.isfinite().all() for p in params)

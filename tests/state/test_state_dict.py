@@ -8,14 +8,17 @@ import pytest
 import torch
 from checkpoint_helpers import (
     assert_same_bits,
+    assert_same_run,
     clone_params,
-    every_dtype,
     every_kind,
     make,
     make_params,
+    resumed,
     run,
+    trained,
 )
-from protocol_helpers import fallback_is_expected, on_every_backend
+from protocol_helpers import INF, fallback_is_expected, on_every_backend
+from torch.utils._pytree import tree_map
 
 import fusedopt
 
@@ -26,96 +29,63 @@ _every_backend = pytest.fixture(autouse=True)(on_every_backend)
 # The dictionary itself
 
 
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_state_dict_holds_tensors_and_plain_values(kind, dtype):
-    params, opt = make(kind, dtype, max_grad_norm=1.0, skip_nonfinite=True)
-    run(params, opt, range(2))
-    saved = opt.state_dict()
-    assert set(saved) == {"state", "param_groups"}
-    for state in saved["state"].values():
-        assert all(type(v) is torch.Tensor for v in state.values())
-    plain = (bool, int, float, str, type(None))
-    for group in saved["param_groups"]:
-        for key, value in group.items():
-            items = value if isinstance(value, (list, tuple)) else [value]
-            assert all(isinstance(v, plain) for v in items), key
-    theirs = torch.optim.AdamW if "sgd" not in kind else torch.optim.SGD
-    keys = set(theirs(make_params()).state_dict()["param_groups"][0])
-    assert set(saved["param_groups"][0]) == keys | {"decoupled_weight_decay"}
+def save(opt):
+    opt.state_dict()
 
 
-def test_saving_does_not_disturb_the_run():
-    (params, opt), (other, other_opt) = make("sgd"), make("sgd")
+def load_its_own(opt):
+    """accelerate does it at construction, trainers do it to move states between devices."""
+    opt.load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize("disturb", [save, load_its_own])
+@pytest.mark.parametrize("kind, dtype", [("sgd", torch.float32), ("adamw", torch.float16)])
+def test_saving_and_loading_do_not_disturb_the_run(kind, dtype, disturb):
+    (params, opt), (other, other_opt) = make(kind, dtype), make(kind, dtype)
     for step in range(4):
+        disturb(other_opt)
         run(params, opt, [step])
         run(other, other_opt, [step])
-        other_opt.state_dict()
     assert_same_bits((params, opt), (other, other_opt))
 
 
 def test_hooks():
-    params, opt = make("sgd")
-    run(params, opt, range(2))
+    params, opt, _ = trained("sgd")
+    other, other_opt = make("sgd", params=clone_params(params))
     calls = []
-    opt.register_state_dict_pre_hook(lambda o: calls.append("save-pre"))
 
     def add(o, saved):
         calls.append("save-post")
         return {**saved, "extra": 1}
 
-    opt.register_state_dict_post_hook(add)
-    saved = opt.state_dict()
-    assert saved["extra"] == 1 and calls == ["save-pre", "save-post"]
-
-    other, other_opt = make("sgd", params=clone_params(params))
-
     def double(o, loaded):
         calls.append("load-pre")
-        state = {
-            i: {k: v * 2 if k == "momentum_buffer" else v for k, v in s.items()}
-            for i, s in loaded["state"].items()
-        }
-        return {**loaded, "state": state}
+        return {**loaded, "state": tree_map(lambda value: value * 2, loaded["state"])}
 
+    def look(o):
+        calls.append("load-post")
+        calls.append(o.state[other[0]]["momentum_buffer"].clone())
+
+    opt.register_state_dict_pre_hook(lambda o: calls.append("save-pre"))
+    opt.register_state_dict_post_hook(add)
     other_opt.register_load_state_dict_pre_hook(double)
-    seen = []
-    other_opt.register_load_state_dict_post_hook(
-        lambda o: seen.append(o.state[other[0]]["momentum_buffer"].clone())
-    )
-    other_opt.load_state_dict(saved)
-    assert calls[2:] == ["load-pre"] and len(seen) == 1
-    assert torch.equal(seen[0], 2 * opt.state[params[0]]["momentum_buffer"])
-
-
-def test_named_parameters():
-    model = torch.nn.Linear(3, 2)
-    opt = fusedopt.FusedAdamW(model.named_parameters())
-    assert opt.param_groups[0]["param_names"] == ["weight", "bias"]
-    run(list(model.parameters()), opt, range(1))
+    other_opt.register_load_state_dict_post_hook(look)
     saved = opt.state_dict()
-    assert saved["param_groups"][0]["param_names"] == ["weight", "bias"]
-    unnamed = torch.nn.Linear(3, 2)
-    other = fusedopt.FusedAdamW(unnamed.named_parameters())
-    del saved["param_groups"][0]["param_names"]
-    other.load_state_dict(saved)
-    assert other.param_groups[0]["param_names"] == ["weight", "bias"]
-    assert torch.equal(other.state[unnamed.bias]["exp_avg"], opt.state[model.bias]["exp_avg"])
+    assert saved["extra"] == 1
+    other_opt.load_state_dict(saved)
+    assert calls[:-1] == ["save-pre", "save-post", "load-pre", "load-post"]
+    assert torch.equal(calls[-1], 2 * opt.state[params[0]]["momentum_buffer"])
 
 
 def test_loading_keeps_the_constructors_global_options():
-    params, opt = make("adamw", max_grad_norm=0.001, skip_nonfinite=True)
-    run(params, opt, range(2))
-    _, other_opt = make("adamw", params=clone_params(params), max_grad_norm=7.0)
-    other_opt.load_state_dict(opt.state_dict())
-    assert other_opt.max_grad_norm == 7.0 and other_opt.skip_nonfinite is False
-    assert "max_grad_norm" not in other_opt.param_groups[0]
+    params, _, saved = trained("adamw", max_grad_norm=0.001, skip_nonfinite=True)
+    _, opt = resumed("adamw", params, saved, max_grad_norm=7.0)
+    assert opt.max_grad_norm == 7.0 and opt.skip_nonfinite is False
+    assert "max_grad_norm" not in opt.param_groups[0]
 
 
 def test_wrong_structure_is_refused_as_in_torch():
-    params, opt = make("adamw")
-    run(params, opt, range(1))
-    saved = opt.state_dict()
+    _, _, saved = trained("adamw")
     fewer = fusedopt.FusedAdamW(make_params()[:2])
     with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
         fewer.load_state_dict(saved)
@@ -136,42 +106,22 @@ def all_storages(opt):
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loading_copies(kind, dtype):
-    params, opt = make(kind, dtype)
-    run(params, opt, range(2))
+    params, opt, copied = trained(kind, dtype)
     saved = opt.state_dict()
-    twins = [make(kind, params=clone_params(params)) for _ in range(2)]
-    for _, twin_opt in twins:
-        twin_opt.load_state_dict(saved)
-    storages = [all_storages(o) for o in (opt, twins[0][1], twins[1][1])]
-    assert not (storages[0] & storages[1] or storages[0] & storages[2] or storages[1] & storages[2])
-    reference = copy.deepcopy(saved)
-    for _, twin_opt in twins:
-        run(*make_pair(twin_opt), range(2, 4))
-    for i, state in reference["state"].items():
+    twins = [resumed(kind, params, saved) for _ in range(2)]
+    storages = [all_storages(each) for each in (opt, *(twin_opt for _, twin_opt in twins))]
+    assert len(set().union(*storages)) == sum(map(len, storages))
+    assert_same_run(range(2, 4), *twins)
+    for i, state in copied["state"].items():
         for key, value in state.items():
             assert torch.equal(saved["state"][i][key], value)  # the source has not moved
-    assert_same_bits(*twins)
-
-
-def make_pair(opt):
-    return opt.param_groups[0]["params"], opt
-
-
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_changing_the_loaded_dict_later_changes_nothing(kind):
-    params, opt = make(kind, torch.bfloat16)
-    run(params, opt, range(2))
-    saved = copy.deepcopy(opt.state_dict())
-    other, other_opt = make(kind, params=clone_params(params))
-    other_opt.load_state_dict(saved)
-    for state in saved["state"].values():
+    other = resumed(kind, params, copied)
+    for state in copied["state"].values():  # and what is changed later is not seen
         for value in state.values():
             value.fill_(123.0)
-    saved["param_groups"][0]["lr"] = 77.0
-    assert_same_bits((params, opt), (other, other_opt))
-    run(params, opt, range(2, 4))
-    run(other, other_opt, range(2, 4))
-    assert_same_bits((params, opt), (other, other_opt))
+    copied["param_groups"][0]["lr"] = 77.0
+    assert_same_bits((params, opt), other)
+    assert_same_run(range(2, 4), (params, opt), other)
 
 
 def test_an_entry_of_no_parameter_is_copied():
@@ -186,23 +136,11 @@ def test_an_entry_of_no_parameter_is_copied():
     assert opt.state["global"]["seen"] == [1, 2]
 
 
-def test_loading_its_own_state_dict_changes_nothing():
-    """accelerate does it at construction, trainers do it to move states between devices."""
-    (params, opt), (other, other_opt) = make("adamw", torch.float16), make("adamw", torch.float16)
-    for step in range(4):
-        other_opt.load_state_dict(other_opt.state_dict())
-        run(params, opt, [step])
-        run(other, other_opt, [step])
-    assert_same_bits((params, opt), (other, other_opt))
-
-
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_lr_tensor_is_copied(device):
-    lr = torch.tensor(0.1, device=device)
+def test_lr_tensor_is_copied():
+    lr = torch.tensor(0.1)
     params, opt = make("adamw", lr=lr)
     run(params, opt, range(1))
-    other, other_opt = make("adamw", params=clone_params(params))
-    other_opt.load_state_dict(opt.state_dict())
+    other, other_opt = resumed("adamw", params, opt.state_dict())
     lr.fill_(100.0)
     run(other, other_opt, range(1, 2))
     assert float(other_opt.param_groups[0]["lr"]) == pytest.approx(0.1)
@@ -239,12 +177,16 @@ every_copier = pytest.mark.parametrize("copier", COPIERS)
 
 @every_copier
 @every_kind
-@every_dtype
-def test_copy_steps_as_the_original_and_alone(copier, kind, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_copy_steps_as_the_original_and_alone(copier, kind, dtype, scheduled):
+    """A scheduler leaves a bound `step` on the instance; the copy must not step the original."""
     params, opt = make(kind, dtype, max_grad_norm=0.5)
+    if scheduled:
+        torch.optim.lr_scheduler.StepLR(opt, 1)
     run(params, opt, range(3))
     twin_opt = COPIERS[copier](opt)
-    twin, _ = make_pair(twin_opt)
+    twin = twin_opt.param_groups[0]["params"]
     assert type(twin_opt) is type(opt) and twin[0] is not params[0]
     assert not all_storages(opt) & all_storages(twin_opt)
     before = [p.detach().clone() for p in params]
@@ -267,7 +209,7 @@ def test_copy_keeps_every_option(copier, cls, stepped):
     for name in ("max_grad_norm", "norm_type", "max_grad_value", "skip_nonfinite"):
         assert getattr(twin, name) == getattr(opt, name) == OPTIONS[name]
     assert twin._step_supports_amp_scaling is False
-    twin_params, _ = make_pair(twin)
+    twin_params = twin.param_groups[0]["params"]
     run(twin_params, twin, range(1, 2), bad=1)  # skipped: skip_nonfinite
     assert float(twin.found_inf) == 1
     run(twin_params, twin, range(2, 3))
@@ -290,24 +232,39 @@ def test_copy_with_its_model(copier):
     assert torch.equal(model.weight, model2.weight)
 
 
-@pytest.mark.parametrize("copier", ["deepcopy", "pickle"])
-def test_copy_of_a_wrapped_step_is_no_longer_tied_to_the_original(copier):
-    """A scheduler leaves a bound `step` on the instance; the copy must not step the original."""
-    params, opt = make("adamw")
-    torch.optim.lr_scheduler.StepLR(opt, 1)
-    run(params, opt, range(2))
-    twin_opt = COPIERS[copier](opt)
-    twin, _ = make_pair(twin_opt)
-    before = [p.detach().clone() for p in params]
-    run(twin, twin_opt, range(2, 3))
-    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(before, twin, strict=True))
-
-
 def test_copy_in_the_middle_of_a_scaler_step_is_not_scaled():
-    params, opt = make("adamw")
-    run(params, opt, range(1))
+    _, opt, _ = trained("adamw")
     opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(0.0)
-    twin_opt = copy.deepcopy(opt)
-    del opt.grad_scale, opt.found_inf
-    assert not hasattr(twin_opt, "grad_scale")
+    assert not hasattr(copy.deepcopy(opt), "grad_scale")
+
+
+# Wrappers
+
+
+@pytest.mark.parametrize("cls", [fusedopt.FusedAdamW, fusedopt.FusedSGD])
+@pytest.mark.parametrize("wrapped", ["before", "after"])
+def test_wrappers_share_the_options_and_the_answers(cls, wrapped):
+    """Lightning's and Fabric's wrappers take over ``__dict__``, once."""
+    p = torch.nn.Parameter(torch.ones(4))
+    opt = cls([p], lr=0.1, max_grad_norm=10.0)
+    p.grad = torch.ones(4)
+    if wrapped == "after":
+        opt.step()
+    wrapper = object.__new__(type("Wrapper", (cls,), {}))
+    wrapper.__dict__ = {k: v for k, v in opt.__dict__.items() if k != "step"}
+    wrapper.max_grad_norm = 1.0
+    assert opt.max_grad_norm == 1.0
+    opt.step()
+    for each in (opt, wrapper):
+        assert float(each.clip_coef) == pytest.approx(0.5) and float(each.grad_norm) == 2.0
+        assert each.backend == opt.backend and each.memory_footprint() == opt.memory_footprint()
+    opt.skip_nonfinite = True
+    assert wrapper.skip_nonfinite
+    p.grad[0] = INF
+    wrapper.grad_scale = 2.0
+    opt.step()
+    assert float(wrapper.found_inf) == 1.0 and int(wrapper.skipped_steps) == 1
+    assert opt.grad_scale == 2.0
+    alone = copy.deepcopy(opt)
+    alone.max_grad_norm = None
+    assert opt.max_grad_norm == wrapper.max_grad_norm == 1.0

@@ -1,11 +1,15 @@
-"""State is memory of torch's allocator, one allocation a tensor; loading needs no second state."""
+"""State is memory of torch's allocator, one allocation a tensor; loading writes to the optimizer's
+own tensors where nobody else sees them, so that it needs no second state."""
 
 import copy
+import functools
 
 import pytest
 import torch
+from checkpoint_helpers import assert_same_run, make, resumed, run, trained
 from protocol_helpers import fallback_is_expected, on_every_backend
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 import fusedopt
 
@@ -16,7 +20,7 @@ BODY, HEAD = 600_000, 1000  # of 2.3 MiB, where huge pages are asked for
 
 
 def traced(call):
-    """Bytes that `call` held at most, and those it left behind, of what it allocated itself."""
+    """Bytes that `call` held at most, and those it left behind; of what no trace saw, none."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         call()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -32,102 +36,46 @@ def large(dtype=torch.float32, cls=fusedopt.FusedAdamW, **options):
     return params, cls([{"params": [p]} for p in params], **options)
 
 
-def test_peaks_are_seen():
-    """What the assertions below rest on."""
-
-    def call():
-        a = torch.ones(1000)
-        b = torch.ones(1000)
-        del a
-        return b
-
-    assert traced(call) == (8000, 0)
+def tensors_of(opt):
+    return [v for own in opt.state.values() for v in own.values()]
 
 
-# Each tensor's memory is its own
+def addresses_of(opt):
+    return [v.data_ptr() for v in tensors_of(opt) if v.dim() > 0]
 
 
-def delete_state(opt, param):
-    del opt.state[param]
-
-
-def clear_own(opt, param):
-    opt.state[param].clear()
-
-
-def drop_group(opt, param):
-    del opt.state[param], opt.param_groups[0]
-
-
-def replace_tensors(opt, param):
-    for name in opt.state[param]:
-        opt.state[param][name] = torch.empty(0)
-
-
-def free_storages(opt, param):
-    for value in opt.state[param].values():
-        value.untyped_storage().resize_(0)
-
-
-DROPS = [delete_state, clear_own, drop_group, replace_tensors, free_storages]
-
-
-@pytest.mark.parametrize("drop", DROPS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("made", ["step", "init_state", "load"])
-def test_the_memory_of_one_parameter_returns_alone(dtype, made, drop):
-    saved = large(dtype)[1]
-    saved.init_state()
-    sizes, kept = [], []
-
-    def train(what):
-        params, opt = large(dtype)
-        kept.append((params, opt))
-        for p in params:
-            p.grad = torch.ones_like(p)
-        if made == "load":
-            opt.load_state_dict(saved.state_dict())
-        else:
-            getattr(opt, made)()
-        sizes.append(sum(v.nbytes for v in opt.state[params[0]].values() if v.dim() > 0))
-        what(opt, params[0])
-
-    _, without = traced(lambda: train(lambda *_: None))
-    _, left = traced(lambda: train(drop))
-    assert left <= without - sizes[0]  # the plan may keep the count, of four bytes
-    assert sizes[0] >= 2 * 4 * BODY
-
-
-@pytest.mark.parametrize("made", ["init_state", "load"])
-def test_states_are_allocated_where_torch_counts(made):
-    opt = large(torch.bfloat16)[1]
-    other = large(torch.bfloat16)[1]
+def test_each_state_is_an_allocation_of_torchs(made, dtype):
+    """Counted where torch counts, of its own size, and returned with its parameter's entry."""
+    params, opt = large(dtype)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    other = large(dtype)[1]
     other.init_state()
-    make_state = {
-        "init_state": opt.init_state,
-        "load": lambda: opt.load_state_dict(other.state_dict()),
-    }[made]
-    peak, left = traced(make_state)
-    state = sum(v.nbytes for own in opt.state.values() for v in own.values())
-    assert state <= left <= peak <= state + 20_000  # the plan, and small change
+    load = functools.partial(opt.load_state_dict, other.state_dict())
+    peak, left = traced({"step": opt.step, "init_state": opt.init_state, "load": load}[made])
+    states = tensors_of(opt)
+    size = sum(v.nbytes for v in states)
+    assert size <= left <= peak
+    if made != "step":
+        assert peak <= size + 20_000  # the plan, and small change
+    assert all(v.untyped_storage().nbytes() == v.nbytes for v in states)
+    first = sum(v.nbytes for v in opt.state[params[0]].values() if v.dim() > 0)
+    del states
+    _, left = traced(lambda: opt.state.pop(params[0]))
+    assert left <= -first <= -2 * 4 * BODY
+    for value in tensors_of(opt):
+        value.resize_(value.numel() + 5)  # as only memory of torch's can be
 
 
-def test_states_can_be_resized():
-    params, opt = large()
-    opt.init_state()
-    for value in opt.state[params[0]].values():
-        value.resize_(value.numel() + 5)
+# Loading into memory that is there
 
 
-# Loading
-
-
-def checkpoint_of(opt, dtype=None):
+def checkpoint_of(opt, dtype):
     saved = copy.deepcopy(opt.state_dict())
     for own in saved["state"].values():
-        for name in own:
-            if dtype is not None and name != "step":
-                own[name] = own[name].to(dtype)
+        own.update({k: v.to(dtype or v.dtype) for k, v in own.items() if k != "step"})
     return saved
 
 
@@ -136,32 +84,24 @@ def checkpoint_of(opt, dtype=None):
 @pytest.mark.parametrize(
     "cls, options", [(fusedopt.FusedAdamW, {}), (fusedopt.FusedSGD, {"momentum": 0.9})]
 )
-@pytest.mark.parametrize("stepped", ["stepped", "init_state", "loaded"])
-def test_loading_over_a_state_needs_no_second_one(dtype, saved_as, cls, options, stepped):
+def test_loading_over_a_state_needs_no_second_one(dtype, saved_as, cls, options):
     """At most one tensor, beside the state and the caller's checkpoint."""
     params, opt = large(dtype, cls, **options)
     opt.init_state()
     saved = checkpoint_of(opt, saved_as)
-    if stepped == "stepped":
-        for p in params:
-            p.grad = torch.ones_like(p)
-        opt.step()
-        opt.step()
-    if stepped == "loaded":
-        opt.load_state_dict(saved)
-    addresses = addresses_of(opt)
-    peak, left = traced(lambda: opt.load_state_dict(saved))
-    assert peak <= 8 * BODY and left <= 5000
-    assert addresses_of(opt) == addresses
-    for own, p in zip(saved["state"].values(), params, strict=True):
-        for name, value in own.items():
-            assert torch.equal(opt.state[p][name], value.to(opt.state[p][name].dtype))
-
-
-def addresses_of(opt):
-    return {
-        (p, k): v.data_ptr() for p, own in opt.state.items() for k, v in own.items() if v.dim() > 0
-    }
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for made in ("init_state", "load", "step"):
+        if made == "step":
+            opt.step()
+            opt.step()
+        addresses = addresses_of(opt)
+        peak, left = traced(lambda: opt.load_state_dict(saved))
+        assert peak <= 8 * BODY and left <= 5000, made
+        assert addresses_of(opt) == addresses, made
+        for own, p in zip(saved["state"].values(), params, strict=True):
+            for name, value in own.items():
+                assert torch.equal(opt.state[p][name], value.to(opt.state[p][name].dtype))
 
 
 def test_loading_into_a_fresh_optimizer_makes_one_state():
@@ -171,3 +111,126 @@ def test_loading_into_a_fresh_optimizer_makes_one_state():
     fresh = large()[1]
     peak, _ = traced(lambda: fresh.load_state_dict(saved))
     assert peak <= 2 * 4 * (2 * BODY + HEAD) + 4 * BODY
+
+
+def test_loading_over_a_run_continues_as_a_fresh_one():
+    params, opt, saved = trained("adamw", torch.bfloat16, 3)
+    other, other_opt = make("adamw", torch.bfloat16)
+    run(other, other_opt, range(5, 9))
+    with torch.no_grad():
+        for p, q in zip(params, other, strict=True):
+            q.copy_(p)
+    other_opt.load_state_dict(saved)
+    assert_same_run(range(3, 6), (params, opt), (other, other_opt), resumed("adamw", params, saved))
+
+
+# Memory that somebody else sees
+
+OWNERS = {
+    "the dict": lambda opt: opt.state_dict(),
+    "all state": lambda opt: opt.state,
+    "tensors": tensors_of,
+    "aliases": lambda opt: [v.detach() for v in tensors_of(opt)],
+    "parts": lambda opt: [v[:1] for v in tensors_of(opt) if v.dim()],
+    "storages": lambda opt: [v.untyped_storage() for v in tensors_of(opt)],
+    "arrays": lambda opt: [v.numpy() for v in tensors_of(opt)],
+    "a graph": lambda opt: [torch.ones_like(v, requires_grad=True) * v for v in tensors_of(opt)],
+    "dlpack": lambda opt: [torch.utils.dlpack.to_dlpack(v) for v in tensors_of(opt)],
+}
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_what_somebody_else_sees_does_not_change_under_him(owner):
+    params, opt, saved = trained()
+    for own in saved["state"].values():
+        own["exp_avg"] += 1
+    held = OWNERS[owner](opt)
+    addresses = addresses_of(opt)
+    before = [leaf.clone() for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)]
+    opt.load_state_dict(saved)
+    assert not set(addresses) & set(addresses_of(opt))
+    after = [leaf for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor)]
+    assert len(after) == len(before) and all(map(torch.equal, after, before))
+    for p, own in zip(params, saved["state"].values(), strict=True):
+        assert torch.equal(opt.state[p]["exp_avg"], own["exp_avg"])
+
+
+def of_numpy(value):
+    array = value.numpy().copy()
+    return torch.from_numpy(array), lambda: torch.from_numpy(array.copy())
+
+
+def of_shared_memory(value):
+    shared = value.clone().share_memory_()
+    return shared, lambda: None
+
+
+def of_a_longer_one(value):
+    longer = torch.cat([value.flatten(), value.flatten()])
+    return longer[: value.numel()].view(value.shape), lambda: None
+
+
+@pytest.mark.parametrize("source", [of_numpy, of_shared_memory, of_a_longer_one])
+def test_memory_that_torch_did_not_allocate_for_it_is_not_reused(source):
+    params, opt, saved = trained()
+    value, read = source(opt.state[params[1]]["exp_avg"])
+    opt.state[params[1]]["exp_avg"] = value
+    address, before = value.data_ptr(), read()
+    del value
+    saved["state"][1]["exp_avg"] += 1
+    opt.load_state_dict(saved)
+    assert opt.state[params[1]]["exp_avg"].data_ptr() != address or source is of_a_longer_one
+    assert opt.state[params[1]]["exp_avg"].untyped_storage().nbytes() == 4 * 37
+    assert before is None or torch.equal(read(), before)
+
+
+def test_one_tensor_for_two_states_is_taken_apart():
+    params, opt, saved = trained()
+    opt.state[params[0]]["exp_avg"] = opt.state[params[0]]["exp_avg_sq"]
+    opt.load_state_dict(saved)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(opt.state[params[0]][name], saved["state"][0][name])
+
+
+def test_states_exchanged_between_parameters():
+    """The checkpoint is made of the optimizer's own tensors, in other places."""
+    params, opt = make("adamw", params=[torch.nn.Parameter(torch.ones(7)) for _ in range(2)])
+    run(params, opt, range(2))
+    saved = opt.state_dict()
+    saved["state"] = {0: saved["state"][1], 1: saved["state"][0]}
+    expected = copy.deepcopy(list(saved["state"].values()))
+    opt.load_state_dict(saved)
+    for p, own in zip(params, expected, strict=True):
+        assert all(torch.equal(opt.state[p][k], v) for k, v in own.items())
+
+
+def test_state_made_in_inference_mode_is_replaced():
+    params, opt, saved = trained()
+    with torch.inference_mode():
+        opt.state[params[0]]["exp_avg"] = torch.zeros(5, 3)
+        opt.load_state_dict(saved)
+    run(params, opt, [2])
+    assert not opt.state[params[0]]["exp_avg"].is_inference()
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_no_memory_while_loading_changes_nothing(after, monkeypatch):
+    _, opt, _ = trained("adamw", torch.bfloat16)
+    source = make("adamw", torch.bfloat16)[1]
+    source.init_state()
+    saved, snapshot = source.state_dict(), opt.state_dict()  # somebody else sees it: no reuse
+    before, left, real = [v.clone() for v in tensors_of(opt)], [after], torch.Tensor.resize_
+
+    def no_memory(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("not enough memory")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "resize_", no_memory)
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            opt.load_state_dict(saved)
+    assert all(map(torch.equal, before, tensors_of(opt)))
+    assert [*snapshot["state"].values()] == [*opt.state.values()]
+    opt.load_state_dict(saved)
