@@ -188,8 +188,8 @@ def served(backend: str) -> Iterator[None]:
         yield
         return
     tests = Path(fusedopt.__file__).parent.parent / "tests"
-    if not list(tests.rglob(f"{helper}.py")):
-        raise SystemExit(f"no {helper}.py below {tests}")
+    if not [*tests.rglob(f"{helper}.py"), *tests.rglob(f"{helper}/__init__.py")]:
+        raise SystemExit(f"no module {helper} below {tests}")
     # Last: a folder named triton is not to hide the package.
     sys.path += sorted({str(path.parent) for path in tests.rglob("*.py")})
     with importlib.import_module(helper).installed():

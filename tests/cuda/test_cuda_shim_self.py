@@ -1,4 +1,4 @@
-"""The fake CUDA runtime of tests/shim: kernels with known answers, and mistakes it has to see.
+"""The CUDA runtime of tests/cuda_shim: kernels with known answers, and mistakes it has to see.
 
 Data races are ThreadSanitizer's business (.ci/shim_sanitizers); here they show as wrong results,
 because a warp runs as far as it can before another does.
@@ -25,8 +25,7 @@ SCHEDULES = [
 @pytest.fixture(scope="module")
 def library() -> cuda_shim.Shim:
     try:
-        source = cuda_shim.TESTS / "shim" / "self_test.cu"
-        return cuda_shim.Shim(cuda_shim.build("self_test", [source]))
+        return cuda_shim.Shim(cuda_shim.build("self_test", [cuda_shim.SELF_TEST]))
     except cuda_shim.NoShim as reason:
         pytest.skip(str(reason))
 
@@ -181,7 +180,7 @@ def test_injected_failures(shim: cuda_shim.Shim) -> None:
 
 
 def test_flags_are_those_of_the_build() -> None:
-    written = (cuda_shim.TESTS.parent / "build_compilers.py").read_text()
+    written = (cuda_shim.CSRC.parent / "build_compilers.py").read_text()
     names = ", ".join(f'"{flag}"' for flag in cuda_shim.NUMERIC_FLAGS)
     assert f"\nNUMERIC_FLAGS = ({names})" in written
 
