@@ -3,6 +3,7 @@ absent gradients, groups, masters."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -55,6 +56,14 @@ def combined(lengths: list[int], pairs: list[Pair]) -> list[tuple[int, Pair]]:
     return by_speed(every, every, turns)
 
 
+@functools.cache
+def inputs(own: tuple[tuple[int, Pair], ...]) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Of params, and gradients of four steps, every other scaled; only read, so made once."""
+    values = [randn(n, k, dtype) for k, (n, (dtype, _)) in enumerate(own)]
+    dtypes = [dtype for _, (_, dtype) in own]
+    return values, [grads_like(values, k, dtypes, (1.0, 128.0)[k % 2]) for k in range(4)]
+
+
 @pytest.mark.parametrize(
     ("pairs", "master_weights"),
     [
@@ -69,15 +78,12 @@ def test_options_lengths_and_dtypes(
     case: OptimizerCase, pairs: list[Pair], master_weights: bool | None
 ) -> None:
     """All in one optimizer: neighbours in the list differ in dtype, length and alignment."""
-    own = combined(lengths_for(case, master_weights is None), pairs)
-    values = [randn(n, k, dtype) for k, (n, (dtype, _)) in enumerate(own)]
+    values, grads = inputs(tuple(combined(lengths_for(case, master_weights is None), pairs)))
     twins = Twins.of(case, values, master_weights=master_weights)
     lr = float(case.hyper.get("lr", 1e-3))
     for step in range(by_speed(4, 3, 2 if master_weights is None else 1)):
         twins.set(lr=lr * (1.0, 0.5, 2.0, 1.25)[step])
-        scale = (1.0, 128.0)[step % 2]
-        grads = grads_like(twins.params, step, [dtype for _, (_, dtype) in own], scale)
-        twins.step(grads, grad_scale=None if scale == 1.0 else scale)
+        twins.step(grads[step], grad_scale=128.0 if step % 2 else None)
         twins.check()
 
 
