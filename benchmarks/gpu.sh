@@ -156,7 +156,7 @@ judge report "$(last report '^module _cuda|^backend cuda')"
 
 has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
 
-gpu_tests=$(grep -lE 'on_gpu|mark\.gpu\b' "$root"/tests/*/test_*.py)
+gpu_tests=$(grep -lE '= (on_gpu|runners)\(\)?|mark\.gpu\b' "$root"/tests/*/test_*.py)
 if [ "$mode" = quick ]; then
   skip tests "quick"
 elif ! has pytest; then
@@ -188,7 +188,7 @@ elif [ "$built" -eq 0 ]; then
   # the kernels through the shim, the machine code, the build: what needs no GPU
   may_stop=1
   run_pytest other-tests 60 215 -m 'not gpu and not clients' "${workers[@]}" \
-    "$root"/tests/{cuda,triton_backend} "$root"/tests/installation/test_build_cuda.py
+    "$root"/tests/{cuda,gpu,triton_backend} "$root"/tests/installation/test_build_cuda.py
   may_stop=0
 fi
 

@@ -1,11 +1,13 @@
-"""What the tests of the GPU backends need of a GPU, and what stands in for it without one.
+"""What runs the kernels under test, and what a test needs of it.
 
-Every test runs once for each backend, CUDA and Triton: ``device_fixture`` makes it so, and
-``backend()`` says which one it is. FUSEDOPT_TEST_GPU=cuda or =triton leaves the other one out. The
-stand-ins run the tests with device "cpu": =shim with the CUDA kernels compiled for the CPU
-(tests/cuda_shim.py), =interpreter with the Triton kernels in Triton's interpreter
-(tests/triton_interpreter.py), =emulate with the CPU backend. Then a stream, a graph or a count of
-allocations is a stand-in too, and what is left of a test is its own arithmetic.
+A test runs once for each runner: ``shim``, the CUDA kernels compiled for the CPU (tests/cuda_shim);
+``interpreter``, the Triton kernels in Triton's interpreter (tests/triton_interpreter.py); ``cuda``
+and ``triton``, the kernels of either backend on a GPU. The fixtures of ``runners()`` and
+``on_gpu()`` make it so, and ``backend()``, ``device()`` and ``real()`` say what is at work.
+
+FUSEDOPT_TEST_GPU=cuda, say, leaves the other runners out. With =shim or =interpreter, the tests of
+what only a GPU has run without one: then a stream, a graph or a count of allocations is a stand-in
+too, and what is left of a test is its own arithmetic.
 """
 
 from __future__ import annotations
@@ -15,102 +17,130 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from cases import CHUNK, LENGTHS
+from conftest import require_cpu_backend
 from torch import Tensor
 
+from fusedopt.backends.device import DevicePlan
+
 T = TypeVar("T")
-
-VARIABLE = "FUSEDOPT_TEST_GPU"
-STAND_INS = {"emulate": "cpu", "shim": "cuda", "interpreter": "triton"}
-ON_A_GPU = ("cuda", "triton")
-CHOSEN = os.environ.get(VARIABLE, "")
-if CHOSEN not in ("", *STAND_INS, *ON_A_GPU):
-    raise ValueError(
-        f"{VARIABLE}={CHOSEN!r}; use {', '.join(STAND_INS)} (without a GPU), cuda or triton (that "
-        "backend alone), or unset it"
-    )
-STAND_IN = CHOSEN if CHOSEN in STAND_INS else None
-
-REAL = not STAND_IN and torch.cuda.is_available()
-DEVICE = torch.device("cuda", 0) if REAL else torch.device("cpu")
-BACKENDS = (STAND_INS[STAND_IN],) if STAND_IN else (CHOSEN,) if CHOSEN else ON_A_GPU
-
-# Every file of GPU tests starts with `pytestmark = on_gpu` and `device = device_fixture()`.
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (REAL or STAND_IN), reason="torch.cuda.is_available() is False: no GPU"),
-]
-real_gpu = pytest.mark.skipif(not REAL, reason="there is nothing to see without a GPU")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def by_speed(gpu: T, stand_in: T, interpreter: T) -> T:
-    """A CPU that stands in for a GPU takes its time; the interpreter, 10 ms for each tensor."""
-    return interpreter if STAND_IN == "interpreter" else gpu if REAL else stand_in
+@dataclass(frozen=True)
+class Runner:
+    name: str
+    backend: str  # the optimizers' argument
+    device: torch.device
+
+    @property
+    def is_wanted(self) -> bool:
+        return CHOSEN in ("", self.name)
 
 
-MANY_LENGTHS = by_speed(
-    LENGTHS,
-    [0, 1, 3, 8, 17, 51, 257, CHUNK + 1, 2 * CHUNK + 257],
-    [0, 1, 17, 257, CHUNK + 1],
+RUNNERS = (
+    Runner("shim", "cuda", CPU),
+    Runner("interpreter", "triton", CPU),
+    Runner("cuda", "cuda", GPU),
+    Runner("triton", "triton", GPU),
 )
+VARIABLE = "FUSEDOPT_TEST_GPU"
+CHOSEN = os.environ.get(VARIABLE, "")
+if CHOSEN not in ("", *(one.name for one in RUNNERS)):
+    names = ", ".join(one.name for one in RUNNERS)
+    raise ValueError(f"{VARIABLE}={CHOSEN!r}; use one of {names}, or unset it")
+STAND_IN = any(one.name == CHOSEN and one.device == CPU for one in RUNNERS)
 
-_under_test = BACKENDS[0]
+real_gpu = pytest.mark.skipif(
+    STAND_IN or not torch.cuda.is_available(), reason="there is nothing to see without a GPU"
+)
+_at_work = Runner("none", "cpu", CPU)
 
 
 def backend() -> str:
-    """The one that is under test, as the optimizers' argument."""
-    return _under_test
+    """The one under test, as the optimizers' argument."""
+    return _at_work.backend
 
 
-def device_fixture(backends: Sequence[str] = BACKENDS) -> Any:
-    """The tests of the file run on DEVICE, once for each of `backends` that is to be tested.
-
-    A GPU that the backend cannot serve is a skip, with FUSEDOPT_REQUIRE_CUDA=1 or
-    FUSEDOPT_REQUIRE_TRITON=1 a failure.
-    """
-    own = [name for name in BACKENDS if name in backends]
-    return pytest.fixture(autouse=True, params=own)(_on_device)
+def device() -> torch.device:
+    return _at_work.device
 
 
-def _on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    name = request.param
-    monkeypatch.setattr(sys.modules[__name__], "_under_test", name)
-    if STAND_IN in ("shim", "interpreter"):
-        _numbers_stay(name, monkeypatch)
+def real() -> bool:
+    """Whether a GPU is at work, and nothing stands in for it."""
+    return _at_work.device.type == "cuda"
+
+
+def by_speed(gpu: T, shim: T, interpreter: T) -> T:
+    """A CPU that stands in for a GPU takes its time; the interpreter, 10 ms for each tensor."""
+    return {"shim": shim, "interpreter": interpreter}.get(_at_work.name, gpu)
+
+
+def runners(*names: str) -> Any:
+    """A fixture: the tests of the file run once for each of these runners, or for every one."""
+    return _fixture(one for one in RUNNERS if one.name in names or not names)
+
+
+def on_gpu(*backends: str) -> Any:
+    """The same for tests of what only a GPU has, for each of these backends or for both."""
+    own = (one for one in RUNNERS if one.backend in backends or not backends)
+    return _fixture(one for one in own if one.device == GPU or STAND_IN)
+
+
+def _fixture(own: Iterable[Runner]) -> Any:
+    no_gpu = not torch.cuda.is_available()
+    params = []
+    for one in own:
+        marks = [pytest.mark.gpu] if one.device == GPU or STAND_IN else []
+        if one.device == GPU and no_gpu:
+            reason = "torch.cuda.is_available() is False: no GPU"
+            marks.append(pytest.mark.skipif(True, reason=reason))
+        if one.is_wanted:
+            params.append(pytest.param(one, marks=marks, id=one.name))
+    return pytest.fixture(autouse=True, params=params)(_running)
+
+
+def _running(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Gives the shim or the interpreter. A GPU that the backend cannot serve is a skip, with
+    FUSEDOPT_REQUIRE_CUDA=1 or FUSEDOPT_REQUIRE_TRITON=1 a failure."""
+    require_cpu_backend()
+    monkeypatch.setattr(sys.modules[__name__], "_at_work", request.param)
+    if not real():
+        _numbers_stay(monkeypatch)
         yield from _kernels_on_the_cpu(monkeypatch)
         return
-    reason = module_of(name).unavailable_reason() if REAL else None
-    variable = f"FUSEDOPT_REQUIRE_{name.upper()}"
+    reason = module_of(backend()).unavailable_reason()
+    variable = f"FUSEDOPT_REQUIRE_{backend().upper()}"
     if reason is not None and os.environ.get(variable) == "1":
         pytest.fail(f"{reason}, and {variable}=1", pytrace=False)
     if reason is not None:
-        pytest.skip(f"the {name} backend cannot serve this GPU: {reason}")
-    yield DEVICE
+        pytest.skip(f"the {backend()} backend cannot serve this GPU: {reason}")
+    yield device()
 
 
 def module_of(name: str) -> Any:
     return importlib.import_module(f"fusedopt.backends.{name}")
 
 
-def _numbers_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hyper-parameters in tensors, as on a GPU; those on the CPU cannot be told apart here."""
     from fusedopt.optimizer import FusedOptimizer
 
     def stays(self: FusedOptimizer, value: Tensor) -> bool:
-        return self._shared.options.backend == name
+        return self._shared.options.backend == backend()
 
     monkeypatch.setattr(FusedOptimizer, "_stays_on_device", stays)
 
 
-def _kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    if STAND_IN == "shim":
+def _kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    if backend() == "cuda":
         import cuda_shim
 
         yield from cuda_shim.fixture()
@@ -128,43 +158,48 @@ def _kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     yield from triton_interpreter.fixture()
 
 
-def two_devices() -> list[torch.device]:
-    """Two GPUs, or the reason why this is no test here."""
-    if not REAL:
-        return [DEVICE, DEVICE]
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one optimizer over two GPUs needs a second GPU")
-    return [torch.device("cuda", 0), torch.device("cuda", 1)]
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Two GPUs, or the reason why this is no test here; a stand-in has two names of the CPU, to
+    which the tensors of a plan go by turns."""
+    if real():
+        if torch.cuda.device_count() < 2:
+            pytest.skip("one optimizer over two GPUs needs a second GPU")
+        return [GPU, torch.device("cuda", 1)]
+    devices = [CPU, torch.device("cpu", 1)]
+
+    def by_turns(plan: DevicePlan, row: Any) -> torch.device:
+        return devices[plan.rows.index(row) % 2]
+
+    if backend() == "cuda":
+        import cuda_shim
+
+        cuda_shim.load().set(devices=2)
+    driver = module_of(backend()).driver()
+    monkeypatch.setattr(driver, "index", lambda device: device.index or 0, raising=False)
+    monkeypatch.setattr(DevicePlan, "device_of", by_turns)
+    return [CPU, CPU]
 
 
 @contextmanager
 def memory(n_bytes: int) -> Iterator[None]:
     """One test at a time has so much of the GPU, of all workers; skipped if it is not to spare."""
-    if not REAL:
+    if not real():
         yield
         return
-    with one_at_a_time("memory"):
+    import fcntl
+
+    path = Path(tempfile.gettempdir(), f"fusedopt-{os.getuid()}-memory.lock")
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(DEVICE)
+        free, _ = torch.cuda.mem_get_info(device())
         if free < n_bytes + (1 << 30):
-            pytest.skip(
-                f"needs {n_bytes / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free"
-            )
+            wanted = f"{n_bytes / 2**30:.0f} GiB of GPU memory"
+            pytest.skip(f"needs {wanted}, {free / 2**30:.0f} are free")
         try:
             yield
         finally:
             torch.cuda.empty_cache()
-
-
-@contextmanager
-def one_at_a_time(what: str) -> Iterator[None]:
-    """Of the workers of pytest-xdist, which share the GPU."""
-    import fcntl
-
-    path = Path(tempfile.gettempdir(), f"fusedopt-{os.getuid()}-{what}.lock")
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ---- tensors ------------------------------------------------------------------------------------
@@ -181,7 +216,7 @@ def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def synchronize() -> None:
-    if REAL:
+    if real():
         torch.cuda.synchronize()
 
 
@@ -189,28 +224,28 @@ def synchronize() -> None:
 
 
 def new_stream() -> Any:
-    return torch.cuda.Stream() if REAL else None
+    return torch.cuda.Stream() if real() else None
 
 
 def on_stream(stream: Any) -> AbstractContextManager[Any]:
-    return torch.cuda.stream(stream) if REAL else nullcontext()
+    return torch.cuda.stream(stream) if real() else nullcontext()
 
 
 def wait_for(stream: Any) -> None:
     """What the current stream does from now on comes after all that `stream` has to do."""
-    if REAL:
+    if real():
         torch.cuda.current_stream().wait_stream(stream)
 
 
 def keep_busy(seconds: float = 0.3) -> None:
     """Let the current stream do nothing for a while: the host runs ahead."""
-    if REAL:
+    if real():
         torch.cuda._sleep(int(seconds * 1.5e9))  # clock cycles
 
 
 def current_place() -> tuple[Any, ...]:
     """The caller's device and stream on every device."""
-    if not REAL:
+    if not real():
         return ()
     streams = [torch.cuda.current_stream(i) for i in range(torch.cuda.device_count())]
     return (torch.cuda.current_device(), *streams)
@@ -219,7 +254,7 @@ def current_place() -> tuple[Any, ...]:
 @contextmanager
 def no_sync() -> Iterator[None]:
     """No call of torch may wait for the GPU, and neither may ours: the stream is busy meanwhile."""
-    if not REAL:
+    if not real():
         yield
         return
     synchronize()
@@ -244,16 +279,15 @@ def captured(iteration: Callable[[], None], warmup: int = 3) -> Callable[[], Non
 
     Capturing runs nothing. The stand-in of a replay is the iteration.
     """
-    if not REAL:
-        for _ in range(warmup):
-            iteration()
-        return iteration
     side = new_stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    if side is not None:
+        side.wait_stream(torch.cuda.current_stream())
+    with on_stream(side):
         for _ in range(warmup):
             iteration()
-    torch.cuda.current_stream().wait_stream(side)
+    wait_for(side)
+    if not real():
+        return iteration
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         iteration()
@@ -265,42 +299,41 @@ def captured(iteration: Callable[[], None], warmup: int = 3) -> Callable[[], Non
 
 def n_allocations() -> int:
     """Blocks ever asked of torch's allocators: of memory on this device, and of pinned memory."""
-    if not REAL:
+    if not real():
         return 0
-    on_device = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+    on_device = torch.cuda.memory_stats(device())["allocation.all.allocated"]
     return int(on_device) + int(torch.cuda.host_memory_stats()["num_host_alloc"])
 
 
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
-def device_work(call: Callable[[], Any], tmp_path: Path) -> list[str] | None:
-    """Names of the kernels, copies and fills that `call` puts on the GPU; None where none counts.
-
-    Read from the trace, where the ranges that the profiler itself marks have another category.
-    """
-    if STAND_IN == "shim":
-        import cuda_shim
-
-        before = len(cuda_shim.load().launches())
-        call()
-        return [launch.kernel for launch in cuda_shim.load().launches()[before:]]
-    if STAND_IN == "interpreter":
-        launched = module_of("triton").driver().launched
-        before = len(launched)
-        call()
-        return [name for name, _ in launched[before:]]
-    if not REAL:
-        call()
-        return None
-    probe = torch.zeros(8, device=DEVICE)
-    seen = len(traced(lambda: probe.add_(1.0), tmp_path))
+def device_work(call: Callable[[], Any], tmp_path: Path) -> list[str]:
+    """Names of the kernels, copies and fills that `call` puts on the GPU."""
+    if not real():
+        return _stood_in(call)
+    probe = torch.zeros(8, device=device())
+    seen = len(_traced(lambda: probe.add_(1.0), tmp_path))
     if seen != 1:
         pytest.skip(f"the profiler does not see the GPU here: {seen} kernels for one add_")
-    return traced(call, tmp_path)
+    return _traced(call, tmp_path)
 
 
-def traced(call: Callable[[], Any], tmp_path: Path) -> list[str]:
+def _stood_in(call: Callable[[], Any]) -> list[str]:
+    def so_far() -> list[str]:
+        if backend() == "triton":
+            return [name for name, _ in module_of("triton").driver().launched]
+        import cuda_shim
+
+        return [launch.kernel for launch in cuda_shim.load().launches()]
+
+    before = len(so_far())
+    call()
+    return so_far()[before:]
+
+
+def _traced(call: Callable[[], Any], tmp_path: Path) -> list[str]:
+    """From the trace, where the ranges that the profiler itself marks have another category."""
     from torch.profiler import ProfilerActivity, profile
 
     synchronize()

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from cases import OptimizerCase
-from gpu_helpers import DEVICE, backend, moved
+from gpu_helpers import backend, device, moved
 from harness import FUSED, make_param, randn, set_grad
 from tolerances import assert_same_bits, same_bits
 from torch import Tensor
 
 Grads = Sequence[Tensor | None]
+Dtypes = torch.dtype | Sequence[torch.dtype] | None
 Pair = tuple[str, Tensor, Tensor]  # what it is, ours, the twin's
 SCALARS = ("grad_norm", "clip_coef", "found_inf", "skipped_steps")
 
@@ -60,7 +61,7 @@ class Twins:
     A tensor among the hyper-parameters goes to the device for ours and stays for the twin.
     """
 
-    backend: str | None = None  # the one that the fixture `device` says is under test
+    backend: str | None = None  # instead of the one that a fixture says is under test
 
     def __init__(
         self,
@@ -69,73 +70,24 @@ class Twins:
         devices: Sequence[torch.device] | None = None,
         **common: Any,
     ) -> None:
-        n_params = sum(len(group["params"]) for group in groups)
-        self.devices = list(devices or [DEVICE] * n_params)
-        where = iter(self.devices)
+        where = iter(devices or [device()] * sum(len(group["params"]) for group in groups))
         ours, twins = [], []
         for group in groups:
             hyper = {name: value for name, value in group.items() if name != "params"}
-            first = self.devices[0]
-            at_ours = {k: moved(v, first) if isinstance(v, Tensor) else v for k, v in hyper.items()}
             own = [make_param(moved(v, next(where))) for v in group["params"]]
-            ours.append({**at_ours, "params": own})
-            twins.append(
-                {**hyper, "params": [make_param(moved(v, "cpu")) for v in group["params"]]}
-            )
+            ours.append({**{k: on_device(v) for k, v in hyper.items()}, "params": own})
+            others = [make_param(moved(v, "cpu")) for v in group["params"]]
+            twins.append({**hyper, "params": others})
         self.params: list[Tensor] = [p for group in ours for p in group["params"]]
         self.twin_params: list[Tensor] = [p for group in twins for p in group["params"]]
         self.opt = FUSED[rule](ours, backend=self.backend or backend(), **common)
         self.twin = FUSED[rule](twins, backend="cpu", **common)
+        self.both = ((self.opt, self.params), (self.twin, self.twin_params))
 
     @classmethod
-    def of(cls, case: OptimizerCase, values: Sequence[Tensor], **common: Any) -> Twins:
+    def of(cls, case: OptimizerCase, values: Sequence[Tensor], **common: Any) -> Any:
         group = {"params": list(values), **case.hyper}
         return cls(case.rule, [group], **{**case.common, **common})
-
-    def set(self, group: int = 0, **hyper: Any) -> None:
-        """Change hyper-parameters of both, as a scheduler does."""
-        for optimizer in (self.opt, self.twin):
-            optimizer.param_groups[group].update(hyper)
-
-    def give(self, grads: Grads) -> None:
-        for param, twin_param, grad in zip(self.params, self.twin_params, grads, strict=True):
-            set_grad(twin_param, grad)
-            set_grad(param, None if grad is None else moved(grad, param.device))
-
-    def step(
-        self, grads: Grads, grad_scale: float | None = None, found_inf: float | None = None
-    ) -> None:
-        """With `grad_scale` or `found_inf` as a GradScaler leaves them on the optimizer."""
-        self.give(grads)
-        for optimizer, params in ((self.opt, self.params), (self.twin, self.twin_params)):
-            given = {"grad_scale": grad_scale, "found_inf": found_inf}
-            given = {name: value for name, value in given.items() if value is not None}
-            for name, value in given.items():
-                setattr(optimizer, name, torch.tensor(value, device=params[0].device))
-            optimizer.step()
-            for name in given:
-                delattr(optimizer, name)
-
-    def pairs(self) -> list[Pair]:
-        grads = [
-            (f"grad {index} was written to", param.grad, twin_param.grad)
-            for index, (param, twin_param) in enumerate(
-                zip(self.params, self.twin_params, strict=True)
-            )
-            if param.grad is not None
-        ]
-        return grads + everything(self.opt, self.params, self.twin, self.twin_params)
-
-    def check(self) -> None:
-        assert_pairs_agree(self.pairs())
-
-
-class HostTwins(Twins):
-    """Both on the CPU, also where there is a GPU: for a backend whose kernels a stand-in runs."""
-
-    def __init__(self, rule: str, groups: Sequence[dict[str, Any]], **common: Any) -> None:
-        n_params = sum(len(group["params"]) for group in groups)
-        super().__init__(rule, groups, [torch.device("cpu")] * n_params, **common)
 
     @classmethod
     def of_lengths(
@@ -145,28 +97,101 @@ class HostTwins(Twins):
         dtype: torch.dtype = torch.float32,
         **common: Any,
     ) -> Any:
-        group = {"params": values_of(lengths, dtype), **case.hyper}
-        return cls(case.rule, [group], **{**case.common, **common})
+        return cls.of(case, values_of(lengths, dtype), **common)
 
-    def run(self, dtype: torch.dtype | None = None, steps: int = 3) -> None:
-        """Steps with gradients of `dtype`, or of the params' own, compared after each."""
-        for step in range(steps):
-            self.step(grads_like(self.params, step, dtype))
+    def set(self, group: int = 0, **hyper: Any) -> None:
+        """Change hyper-parameters of both, as a scheduler does."""
+        for optimizer, _ in self.both:
+            optimizer.param_groups[group].update(hyper)
+
+    def give(self, grads: Grads) -> None:
+        for param, twin_param, grad in zip(self.params, self.twin_params, grads, strict=True):
+            set_grad(twin_param, grad)
+            set_grad(param, None if grad is None else moved(grad, param.device))
+
+    def step(
+        self,
+        grads: Grads | None = None,
+        grad_scale: float | None = None,
+        found_inf: float | None = None,
+    ) -> None:
+        """With `grad_scale` or `found_inf` as a GradScaler leaves them on the optimizer; with the
+        gradients that are there, unless there are new ones."""
+        if grads is not None:
+            self.give(grads)
+        given = {"grad_scale": grad_scale, "found_inf": found_inf}
+        given = {name: value for name, value in given.items() if value is not None}
+        for optimizer, params in self.both:
+            for name, value in given.items():
+                setattr(optimizer, name, torch.tensor(value, device=params[0].device))
+            optimizer.step()
+            for name in given:
+                delattr(optimizer, name)
+
+    def run(self, dtypes: Dtypes = None, steps: int = 3, first: int = 0) -> None:
+        """Steps with gradients of `dtypes`, or of the params' own, compared after each."""
+        for step in range(first, first + steps):
+            self.step(grads_like(self.params, step, dtypes))
             self.check()
+
+    def pairs(self) -> list[Pair]:
+        both = zip(self.params, self.twin_params, strict=True)
+        grads = [
+            (f"grad {index} was written to", param.grad, twin_param.grad)
+            for index, (param, twin_param) in enumerate(both)
+            if param.grad is not None
+        ]
+        return grads + everything(self.opt, self.params, self.twin, self.twin_params)
+
+    def check(self) -> None:
+        """The words of the norm, too, where one device has them all; and that what the blocks of
+        reduce add to is ready for the next step."""
+        assert_pairs_agree(self.pairs())
+        plan = self.opt._shared.plan  # none before the first step that torch's scaler lets through
+        if plan is None or len(plan.parts) != 1:
+            return
+        tensors = plan.parts[0].tensors
+        ours = tensors["words"].view(torch.int64).tolist()
+        assert ours == self.twin._shared.plan._tables["words"].tolist()
+        for table in ("sums", "ticket"):
+            assert not tensors[table].any(), f"{table}: not ready for the next step"
+
+
+def on_device(value: Any) -> Any:
+    """Tensors, and those of a tuple."""
+    if isinstance(value, tuple):
+        return tuple(map(on_device, value))
+    return moved(value, device()) if isinstance(value, Tensor) else value
 
 
 def values_of(lengths: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [randn(n, n, dtype) for n in lengths]
 
 
+def shaped(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Tensor]:
+    return [randn(shape, seed + k, dtype) for k, shape in enumerate(shapes)]
+
+
+def shifted(values: Tensor, offset: int) -> Tensor:
+    """A view that begins `offset` elements into a larger buffer, and ends before its end."""
+    buffer = torch.full((values.numel() + 32,), 77.0, dtype=values.dtype)
+    return buffer[offset : offset + values.numel()].copy_(values)
+
+
 def grads_like(
-    params: Sequence[Tensor], step: int, dtype: torch.dtype | None = None, scale: float = 1.0
+    params: Sequence[Tensor], step: int, dtypes: Dtypes = None, scale: float = 1.0
 ) -> list[Tensor]:
     """Of a size that changes from step to step, on both sides of the thresholds of clipping."""
     scale *= (1.0, 0.02, 5.0, 0.3)[step % 4]
+    if dtypes is None:
+        dtypes = [p.dtype for p in params]
+    elif isinstance(dtypes, torch.dtype):
+        dtypes = [dtypes] * len(params)
     return [
-        randn(tuple(p.shape), 1000 * step + index + 100, dtype or p.dtype, scale)
-        for index, p in enumerate(params)
+        randn(tuple(p.shape), 1000 * step + index + 100, dtype, scale)
+        for index, (p, dtype) in enumerate(zip(params, dtypes, strict=True))
     ]
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import cuda_shim
 import pytest
 import torch
 from cases import FULL_CASES, OptimizerCase, adamw, parametrize
-from conftest import require_cpu_backend
-from cuda_twins import ShimTwins, flat
-from gpu_twins import grads_like
+from cuda_shim import CudaShim
+from gpu_helpers import runners
+from gpu_twins import Twins, grads_like
 from tolerances import assert_same_bits
+from torch import Tensor
 
 import fusedopt
 from fusedopt.backends import cuda
@@ -25,20 +26,13 @@ ERRORS = {
     999: "cudaErrorUnknown: unknown error",
 }
 CASES = [*FULL_CASES, adamw("unmeasured", lr=0.01, weight_decay=0.1)]
+Snapshot = dict[str, Tensor]
 
-_shim = pytest.fixture(cuda_shim.fixture)
-
-
-@pytest.fixture(autouse=True)
-def shim(_shim: cuda_shim.CudaShim) -> cuda_shim.CudaShim:
-    require_cpu_backend()
-    return _shim
+shim = runners("shim")
 
 
 @pytest.fixture(params=[0, 2], ids=["current_device", "other_device"])
-def device(
-    request: pytest.FixtureRequest, shim: cuda_shim.CudaShim, monkeypatch: pytest.MonkeyPatch
-) -> int:
+def device(request: pytest.FixtureRequest, shim: CudaShim, monkeypatch: pytest.MonkeyPatch) -> int:
     """Where the parameters are; the caller's current device is 0."""
     shim.set(devices=3)
     monkeypatch.setattr(cuda.driver(), "index", lambda device: request.param, raising=False)
@@ -46,25 +40,33 @@ def device(
     return number
 
 
-def assert_unmoved(before: dict[str, Any], after: dict[str, Any]) -> None:
+def snapshot(twins: Twins) -> Snapshot:
+    """Copies of everything that a failed step must leave alone."""
+    found = {}
+    for index, param in enumerate(twins.params):
+        found[f"param {index}"] = param.detach()
+        if param.grad is not None:
+            found[f"grad {index}"] = param.grad
+        for name, value in twins.opt.state.get(param, {}).items():
+            found[f"{name} {index}"] = value
+    return copy.deepcopy(found)
+
+
+def assert_unmoved(old: Snapshot, new: Snapshot) -> None:
     """State that a failed first step has made must be what it is made as."""
-    old, new = flat(before), flat(after)
     for name, value in new.items():
+        kind, _, index = name.partition(" ")
         if name in old:
             assert_same_bits(value, old[name], name)
-        elif name.endswith("master_param"):
-            number = name.split(".")[2]
-            assert_same_bits(value, old[f".params.{number}"].float(), name)
+        elif kind == "master_param":
+            assert_same_bits(value, old[f"param {index}"].float(), name)
         else:
-            assert name.startswith(".state.") and not value.any(), f"{name} was born moved"
+            assert kind != "grad" and not value.any(), f"{name} was born moved"
     assert old.keys() <= new.keys()
 
 
 def fail_everywhere(
-    shim: cuda_shim.CudaShim,
-    step: Callable[[], None],
-    snapshot: Callable[[], dict[str, Any]],
-    done: Callable[[], None],
+    shim: CudaShim, twins: Twins, step: Callable[[], None], done: Callable[[], None]
 ) -> int:
     """`step` with its first call failing, then with its second, until none is left to fail.
 
@@ -74,13 +76,13 @@ def fail_everywhere(
     errors = itertools.cycle(ERRORS.items())
     for count in range(1, 50):
         error, text = next(errors)
-        before, calls = snapshot(), shim.calls()
+        before, calls = snapshot(twins), shim.calls()
         shim.fail("", error, count)
         try:
             step()
         except RuntimeError as raised:
             assert str(raised).startswith("fusedopt: CUDA: ") and str(raised).endswith(text)
-            assert_unmoved(before, snapshot())
+            assert_unmoved(before, snapshot(twins))
             assert shim.current_device() == 0
             continue
         shim.fail("", 0, 0)
@@ -92,13 +94,13 @@ def fail_everywhere(
     raise AssertionError("it never came through")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@parametrize("dtype", [torch.float32, torch.bfloat16])
 @parametrize("case", CASES)
 def test_every_call_of_a_step(
-    case: OptimizerCase, dtype: torch.dtype, shim: cuda_shim.CudaShim, device: int
+    case: OptimizerCase, dtype: torch.dtype, shim: CudaShim, device: int
 ) -> None:
     """A step with a new plan, one whose gradients have moved, one where nothing has changed."""
-    twins = ShimTwins.of_lengths(case, [300, 5, 0], dtype)
+    twins = Twins.of_lengths(case, [300, 5, 0], dtype)
     used: list[Any] = []  # held, so that the next gradients lie elsewhere
 
     def move() -> None:
@@ -122,16 +124,16 @@ def test_every_call_of_a_step(
             prepare()
             twins.opt.step()
 
-        sites.append(fail_everywhere(shim, step, twins.snapshot, step_twin))
+        sites.append(fail_everywhere(shim, twins, step, step_twin))
     # In a steady step each of the two kernels asks which device is current and is launched; on
     # another device there are two more, to make that current and the caller's again.
     assert sites[2] == (4 if device == 0 else 8), sites
     assert sites[0] > sites[1] > sites[2]
 
 
-def test_a_table_in_pieces(shim: cuda_shim.CudaShim) -> None:
+def test_a_table_in_pieces(shim: CudaShim) -> None:
     """Any of the launches that write it may fail."""
-    twins = ShimTwins.of_lengths(adamw("default"), [1] * 300)
+    twins = Twins.of_lengths(adamw("default"), [1] * 300)
     for piece in (1, 2):
         twins.give(grads_like(twins.params, piece))
         shim.fail("cudaLaunchKernelEx", 2, piece)
@@ -143,67 +145,47 @@ def test_a_table_in_pieces(shim: cuda_shim.CudaShim) -> None:
 
 
 @parametrize("case", FULL_CASES)
-def test_a_skipped_step_that_fails_counts_once(
-    case: OptimizerCase, shim: cuda_shim.CudaShim
-) -> None:
-    twins = ShimTwins.of_lengths(case, [300, 5])
-    twins.step(grads_like(twins.params, 0))
-    grads = grads_like(twins.params, 1)
-    grads[1][2] = math.nan
-    twins.give(grads)
-    fail_everywhere(shim, twins.opt.step, twins.snapshot, twins.twin.step)
-    twins.check()
-    assert twins.opt.skipped_steps == 1
-
-
-@parametrize("case", FULL_CASES)
-def test_under_a_scaler(case: OptimizerCase, shim: cuda_shim.CudaShim) -> None:
-    """The step may be tried again; then the scale goes on as if nothing had happened."""
-    twins = ShimTwins.of_lengths(case, [300, 5], torch.float16)
+def test_under_a_scaler(case: OptimizerCase, shim: CudaShim) -> None:
+    """The step may be tried again; then the scale goes on as if nothing had happened, and a skipped
+    step counts once."""
+    twins = Twins.of_lengths(case, [300, 5], torch.float16)
     scalers = [fusedopt.GradScaler("cpu", 512.0, growth_interval=2) for _ in range(2)]
     for step in range(4):
         grads = grads_like(twins.params, step)
         if step == 1:
-            grads[0][7] = math.inf
+            grads[0][7] = math.nan
         twins.give(grads)
         for scaler in scalers:
             scaler.scale(torch.ones(()))
-        fail_everywhere(
-            shim,
-            lambda: scalers[0].step(twins.opt),
-            twins.snapshot,
-            lambda: scalers[1].step(twins.twin),
-        )
+        steps = [
+            lambda pair=pair: pair[0].step(pair[1])
+            for pair in zip(scalers, (twins.opt, twins.twin), strict=True)
+        ]
+        fail_everywhere(shim, twins, *steps)
         for scaler in scalers:
             scaler.update()
         twins.check()
         assert scalers[0].get_scale() == scalers[1].get_scale()
+    assert twins.opt.skipped_steps == 1
 
 
-def test_the_error_names_the_call(shim: cuda_shim.CudaShim) -> None:
-    twins = ShimTwins.of_lengths(FULL_CASES[0], [300])
-    twins.give(grads_like(twins.params, 0))
-    twins.opt.step()
+def test_the_error_names_the_call(shim: CudaShim) -> None:
+    """And leaves nothing behind: neither sums, nor CUDA's last error for whoever asks next."""
+    twins = Twins.of_lengths(FULL_CASES[0], [300])
+    twins.run(steps=1)
     for count, verb in enumerate(("reduce", "update"), start=1):
         shim.fail("cudaLaunchKernelEx", 719, count)
         with pytest.raises(RuntimeError, match=f"{verb}.*cudaErrorLaunchFailure"):
             twins.opt.step()
-        twins.opt.step()
+        assert shim.last_error() == 0
+        twins.check()
+        twins.step()
+        twins.check()
 
 
-def test_an_error_is_reported_once(shim: cuda_shim.CudaShim) -> None:
-    """CUDA keeps the last error for whoever asks next, say torch."""
-    twins = ShimTwins.of_lengths(FULL_CASES[0], [300])
-    twins.give(grads_like(twins.params, 0))
-    shim.fail("cudaLaunchKernelEx", 2, 2)
-    with pytest.raises(RuntimeError):
-        twins.opt.step()
-    assert shim.last_error() == 0
-
-
-def test_no_room_for_a_block(shim: cuda_shim.CudaShim) -> None:
+def test_no_room_for_a_block(shim: CudaShim) -> None:
     shim.set(blocks_per_processor=0)
-    twins = ShimTwins.of_lengths(FULL_CASES[0], [300])
+    twins = Twins.of_lengths(FULL_CASES[0], [300])
     twins.give(grads_like(twins.params, 0))
     with pytest.raises(RuntimeError, match="block"):
         twins.opt.step()
@@ -211,7 +193,7 @@ def test_no_room_for_a_block(shim: cuda_shim.CudaShim) -> None:
     twins.opt.step()
 
 
-def test_no_gpu_and_old_driver(shim: cuda_shim.CudaShim) -> None:
+def test_no_gpu_and_old_driver(shim: CudaShim) -> None:
     count = shim.module.device_count
     assert count() == 1
     shim.set(devices=0)

@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gpu_helpers
 import pytest
 from children import helpers_of
-from gpu_helpers import REAL
+from gpu_helpers import on_gpu, real
 
-pytestmark = gpu_helpers.on_gpu
-device = gpu_helpers.device_fixture(["triton"])
+runner = on_gpu("triton")
 
 
 def steps_in_a_process(cache: Path, **variables: str) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def test_every_variant_is_compiled_once(tmp_path: Path) -> None:
     reachable = [v for v in all_variants() if v.streams != "any-states"]  # no plan has such states
     names = sorted(variant.name for variant in reachable)
     cold = steps_in_a_process(tmp_path)
-    if not REAL:  # the interpreter compiles nothing, but runs what would be compiled
+    if not real():  # the interpreter compiles nothing, but runs what would be compiled
         assert cold["ran"] == names
         assert cold["compiled"] == cold["cached"] == [[], []]
         return

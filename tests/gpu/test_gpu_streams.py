@@ -1,58 +1,40 @@
-"""Nobody waits, nothing is allocated, two launches; side streams and threads."""
+"""Nobody waits, nothing is allocated; side streams and threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import gpu_helpers
 import pytest
 import torch
 from cases import CHUNK, PLAIN_CASES, OptimizerCase, parametrize
 from gpu_helpers import (
-    DEVICE,
-    backend,
     by_speed,
     current_place,
-    device_work,
+    device,
     keep_busy,
     moved,
     n_allocations,
     new_stream,
     no_sync,
+    on_gpu,
     on_stream,
     synchronize,
     wait_for,
 )
-from gpu_runs import RULES, Run, assert_runs_agree
+from gpu_runs import OPTIONS, RULES, Run, assert_runs_agree, started
 from gpu_twins import Twins, grads_like, values_of
 from harness import randn, set_grad
 
-pytestmark = gpu_helpers.on_gpu
-device = gpu_helpers.device_fixture()
+runner = on_gpu()
 
 SCALERS = [None, "torch", "ours"]
-OPTIONS: list[dict[str, Any]] = [{}, {"max_grad_norm": None}, {"lr": 0.01, "skip_nonfinite": True}]
 every_run = pytest.mark.parametrize(
     ("rule", "scaler"), [(rule, scaler) for rule in RULES for scaler in SCALERS], ids=str
 )
 
 
-def started(
-    rule: str, scaler: str | None, dtype: torch.dtype = torch.float16, **options: Any
-) -> Run:
-    """A run with all its state, kernels and buffers in place."""
-    run = Run(rule, scaler, dtype, **options)
-    for step in range(2):
-        run.feed(step)
-        run.iteration(set_to_none=False)
-    synchronize()
-    return run
-
-
-# No synchronisation
+# ---- no synchronisation -------------------------------------------------------------------------
 
 
 @every_run
@@ -60,7 +42,7 @@ def started(
 def test_nobody_waits_for_the_gpu(rule: str, scaler: str | None, options: dict[str, Any]) -> None:
     """Not even when gradients or hyper-parameters have moved, and not to look at the result."""
     run, other = (started(rule, scaler, **options) for _ in range(2))
-    grads = [[g.to(DEVICE) for g in grads_like(run.params, k, torch.float16)] for k in range(3)]
+    grads = [[g.to(device()) for g in grads_like(run.params, k, torch.float16)] for k in range(3)]
     grads[1][1] = grads[1][1].t().contiguous().t()  # to be copied into order
 
     def steps(run: Run) -> None:
@@ -89,18 +71,18 @@ def test_tables_on_their_way(n_steps: int) -> None:
     with no_sync():
         for step in range(n_steps):
             twins.set(lr=0.01 * (1 + step % 7), weight_decay=0.02 * (step % 3))
-            twins.opt.step()
-            twins.twin.step()
+            twins.step()
     twins.check()
 
 
-# No allocation
+# ---- no allocation ------------------------------------------------------------------------------
 
 
 @every_run
 def test_no_allocation_after_the_first_step(rule: str, scaler: str | None) -> None:
-    """torch's own scaler allocates; what counts is the step inside it."""
-    run, counts = started(rule, scaler), []
+    """torch's own scaler allocates; what counts is the step inside it. With hooks a scaler would
+    unscale first, unless told that they know scaled gradients."""
+    run, counts = started(rule, scaler, amp_scaling=True), []
     run.opt.register_step_pre_hook(lambda *_: counts.append(-n_allocations()))
     run.opt.register_step_post_hook(lambda *_: counts.append(n_allocations()))
     for step in range(4):
@@ -120,68 +102,12 @@ def test_one_buffer_for_a_gradient_out_of_order() -> None:
     for step in range(4):
         twins.give([randn((251, 37), step + 2).t()])
         before = n_allocations()
-        twins.opt.step()
-        twins.twin.step()
+        twins.step()
         assert step == 0 or n_allocations() == before
         twins.check()
 
 
-# Launches
-
-
-def assert_launches(call: Callable[[], Any], count: int, tmp_path: Path) -> None:
-    """Of which Triton's third is no kernel: the copy of the table, from pinned memory."""
-    names = device_work(call, tmp_path)
-    if names is None:
-        return
-    copies = [name for name in names if name.startswith("Memcpy")]
-    assert len(names) == count and len(copies) == (count > 2 and backend() == "triton"), names
-    assert all("HtoD" in name and "Pinned" in name for name in copies), copies
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_two_launches(rule: str, options: dict[str, Any], tmp_path: Path) -> None:
-    run = started(rule, None, **options)
-    assert_launches(run.opt.step, 2, tmp_path)
-
-
-def test_two_launches_whatever_the_number_of_tensors_and_groups(tmp_path: Path) -> None:
-    groups = [
-        {"params": [randn(n % 50, n) for n in range(g, by_speed(1200, 40, 40), 12)], "lr": 0.01 * g}
-        for g in range(1, 13)
-    ]
-    twins = Twins("adamw", groups, max_grad_norm=1.0)
-    for step in range(2):
-        twins.step(grads_like(twins.twin_params, step))
-    twins.opt.step()
-    assert_launches(twins.opt.step, 2, tmp_path)
-    for _ in range(2):
-        twins.twin.step()
-    twins.check()
-
-
-def test_two_launches_in_a_scaler_step(tmp_path: Path) -> None:
-    run = started("adamw", "ours")
-    assert_launches(lambda: run.scaler.step(run.opt), 2, tmp_path)
-    run.scaler.update()
-
-
-@pytest.mark.parametrize("what", ["gradient", "hyper-parameter"])
-def test_what_has_moved_costs_one_launch_once(what: str, tmp_path: Path) -> None:
-    run = started("adamw", None)
-    old = [p.grad for p in run.params]  # lest new gradients get their addresses
-    for param in run.params:
-        param.grad = param.grad.clone()
-    if what == "hyper-parameter":
-        run.opt.step()
-        run.opt.param_groups[0]["weight_decay"] = 0.25
-    assert_launches(run.opt.step, 3, tmp_path)
-    assert_launches(run.opt.step, 2, tmp_path)
-    assert len(old) == len(run.params)
-
-
-# Streams, threads
+# ---- streams, threads ---------------------------------------------------------------------------
 
 
 @parametrize("case", PLAIN_CASES)
@@ -195,7 +121,7 @@ def test_step_on_a_side_stream(case: OptimizerCase, first_step_on: str) -> None:
     for step in range(1, 4):
         grads = grads_like(twins.twin_params, step)
         twins.give([torch.zeros_like(g) for g in grads])
-        values = [moved(g, DEVICE) for g in grads]
+        values = [moved(g, device()) for g in grads]
         synchronize()
         with on_stream(side):
             place = current_place()
@@ -229,7 +155,7 @@ def test_tables_outlive_the_steps_that_read_them() -> None:
     twins.opt._shared.drop_plans()
     with on_stream(side):  # zeros: a table read too late has no tensors rather than wild pointers
         others = [
-            torch.zeros(n, dtype=torch.uint8, device=DEVICE) for n in 200 * [512, 4096, 16384]
+            torch.zeros(n, dtype=torch.uint8, device=device()) for n in 200 * [512, 4096, 16384]
         ]
     synchronize()
     assert not any(bool(other.any()) for other in others), "a step wrote into freed memory"

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from cases import ALL_CASES, CHUNK
-from gpu_helpers import DEVICE, STAND_IN, module_of
+from gpu_helpers import CPU, GPU, STAND_IN, module_of
 from harness import FUSED, make_param, randn
 
+DEVICE = CPU if STAND_IN else GPU
 ROUNDS: list[dict[str, Any]] = [
     {"lengths": [17], "values": {}, "grad_scale": None},
     {
@@ -62,7 +63,7 @@ def main() -> None:
 
     listener = triton.knobs.compilation.listener = Compilations()
     with contextlib.ExitStack() as stack:
-        if STAND_IN == "interpreter":
+        if STAND_IN:
             import triton_interpreter
 
             stack.enter_context(triton_interpreter.installed())

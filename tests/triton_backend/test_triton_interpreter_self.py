@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -13,15 +12,13 @@ import pytest
 import torch
 import triton_interpreter
 from cases import FULL_CASES
-from conftest import require_cpu_backend
+from gpu_helpers import runners
+from gpu_twins import Twins, shifted
 from models import exact
 from triton_interpreter import Interpreter
 from triton_memory import Memory
-from triton_twins import TritonTwins, shifted
 
-from fusedopt.backends import triton as backend
-
-pytest.importorskip("triton")
+interpreter = runners("interpreter")
 
 f32 = np.float32
 MOST = float(np.finfo(f32).max)
@@ -74,15 +71,6 @@ def bits(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), f32(np.nan), values).view(np.int32)
 
 
-def test_nearest() -> None:
-    """By numpy's conversion: of ties, of what overflows and of what does not quite."""
-    table = [0.1, 1 + 2.0**-24, 1 + 3 * 2.0**-24, MOST * (1 + 2.0**-25), MOST * (1 + 2.0**-24)]
-    table += [2.0**-150, 2.0**-150 * (1 + 2.0**-40), 3 * 2.0**-150, *NASTY[:-3]]
-    with np.errstate(over="ignore"):
-        for value in table:
-            assert nearest(Fraction(value)) == f32(value)
-
-
 def test_fma_rounds_once() -> None:
     """The one that kernels have in the interpreter, and the one it has in older Tritons."""
     import triton.language as tl
@@ -125,13 +113,6 @@ def test_an_fma_that_rounds_twice_is_found_out(
         triton_interpreter.rounds_once.cache_clear()
 
 
-@pytest.fixture
-def interpreter() -> Iterator[Interpreter]:
-    require_cpu_backend()
-    with triton_interpreter.installed() as interpreter:
-        yield interpreter
-
-
 def test_a_false_alignment_is_found_out() -> None:
     """``tl.multiple_of`` is a promise to a GPU, which may read elsewhere if it is broken."""
     load = triton_interpreter.part("reduce").load_gradients
@@ -157,7 +138,7 @@ def language() -> list[object]:
 def test_nothing_is_left_behind(interpreter: Interpreter) -> None:
     """After a launch, also a failed one, Triton's language is for its compiler again."""
     before = language()
-    twins = TritonTwins.of_lengths(FULL_CASES[0], [300])
+    twins = Twins.of_lengths(FULL_CASES[0], [300])
     twins.run(steps=1)
     assert language() == before
     interpreter.memory = Memory(twins.params)
@@ -166,10 +147,3 @@ def test_nothing_is_left_behind(interpreter: Interpreter) -> None:
     assert language() == before
     with triton_interpreter.interpreting():
         assert language() != before
-
-
-def test_installed_only_for_a_while() -> None:
-    before = backend.driver.made
-    with triton_interpreter.installed() as interpreter:
-        assert backend.driver.made is interpreter
-    assert backend.driver.made is before

@@ -1,5 +1,5 @@
 // The host side of the fake runtime, and what tests do with it: count, inject failures, and shape
-// the device (the extern "C" functions, called through ctypes by tests/cuda_shim.py).
+// the device (the extern "C" functions, called through ctypes by __init__.py).
 #include <dlfcn.h>
 #include <sys/mman.h>
 

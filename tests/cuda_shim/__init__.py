@@ -1,4 +1,5 @@
-"""The CUDA backend on a machine without a GPU: csrc/cuda compiled against tests/shim.
+"""The CUDA backend on a machine without a GPU: csrc/cuda compiled against the runtime beside this
+file. README.md says what that proves, and what it cannot.
 
 ``load()`` builds the kernels and their bindings as the module ``_cuda_shim`` and gives a ``Shim``;
 ``installed()`` makes it the driver of ``fusedopt.backends.cuda``, so that CPU tensors are served by
@@ -27,9 +28,10 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
-RUNTIME = ("shim/blocks.cpp", "shim/grid.cpp", "shim/runtime.cpp")
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+RUNTIME = [HERE / name for name in ("blocks.cpp", "grid.cpp", "runtime.cpp")]
+SELF_TEST = HERE / "self_test.cu"  # small kernels with known answers, and with mistakes
 
 # The numeric contract, as the build has it (tests/cuda/test_cuda_shim_self.py compares).
 NUMERIC_FLAGS = ("-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -53,8 +55,8 @@ def _command(source: Path, sanitize: str) -> list[str]:
     """How one source is compiled. What is not under test is not instrumented."""
     known = {"address": "-DSHIM_ASAN", "thread": "-DSHIM_TSAN"}
     flags = [known[name] for name in sanitize.split(",") if name in known]
-    flags += ["-I", str(TESTS / "shim"), "-I", str(CSRC)]
-    if source.parent == TESTS / "shim" and source.suffix == ".cpp":
+    flags += ["-I", str(HERE), "-I", str(CSRC)]
+    if source in RUNTIME:
         return [*_flags(""), "-g", *flags]
     if source.name != "bindings.cpp":
         # nvcc includes its runtime unasked
@@ -69,7 +71,7 @@ def _command(source: Path, sanitize: str) -> list[str]:
 
 
 def _key(sources: Sequence[Path], commands: Sequence[list[str]]) -> str:
-    headers = sorted(p for p in [*CSRC.rglob("*.*h"), *(TESTS / "shim").glob("*.h")] if p.is_file())
+    headers = sorted([*CSRC.rglob("*.*h"), *HERE.glob("*.h")])
     digest = hashlib.sha256(repr([*commands, platform.platform()]).encode())
     for path in [*sources, *headers]:
         digest.update(f"{path}\n".encode() + path.read_bytes())
@@ -87,7 +89,7 @@ def build(name: str, sources: Sequence[Path], sanitize: str = SANITIZED) -> Path
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler:
         raise NoShim("no C++ compiler")
-    sources = [*sources, *(TESTS / part for part in RUNTIME)]
+    sources = [*sources, *RUNTIME]
     commands = [[*compiler.split(), *_command(source, sanitize)] for source in sources]
     folder = Path(tempfile.gettempdir(), f"fusedopt-shim-{os.getuid()}", _key(sources, commands))
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +160,7 @@ class Shim:
         self.functions.shim_reset()
 
     def set(self, **settings: int) -> None:
-        """See ``setting()`` in shim/runtime.cpp for the names."""
+        """See ``setting()`` in runtime.cpp for the names."""
         for name, value in settings.items():
             self.functions.shim_set(name.encode(), value)
 

@@ -10,9 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cuda_shim
 
-functions = cuda_shim.Shim(
-    cuda_shim.build("self_test", [cuda_shim.TESTS / "shim" / "self_test.cu"])
-).functions
+functions = cuda_shim.Shim(cuda_shim.build("self_test", [cuda_shim.SELF_TEST])).functions
 # of malloc itself, so that the sanitizer knows where they end
 libc = ctypes.CDLL(None)
 libc.calloc.restype = ctypes.c_void_p
