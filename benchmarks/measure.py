@@ -65,7 +65,6 @@ def sandwich(
     takes = {name: clock.sampler(candidate) for name, candidate in candidates.items()}
     trials: dict[str, list[Trial]] = {name: [] for name in candidates}
     rng = random.Random(0)
-    gc.collect()
     gc.disable()
     try:
         before = take_reference()

@@ -112,13 +112,13 @@ class Report:
             raise ValueError(f"no columns of a row: {sorted(whole)}")
         self.rows.append(row)
         if self.path is not None:
-            append(self.path, row)
+            append(self.path, [row])
 
     def figures(self) -> list[Figure]:
         return list(figures(self.rows).values())
 
 
-def append(path: Path, *new_rows: Row) -> None:
+def append(path: Path, new_rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     check_header(path)
     with path.open("a", newline="") as file:

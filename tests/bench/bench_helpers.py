@@ -53,5 +53,5 @@ def row(values: object = "1 2 3", theirs: object = "2 4 6", **changes: object) -
 
 def write(path: Path, *found: rows.Row) -> Path:
     path.unlink(missing_ok=True)
-    rows.append(path, *found)
+    rows.append(path, found)
     return path

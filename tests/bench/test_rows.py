@@ -103,7 +103,7 @@ def test_rows_are_appended_as_they_come_and_other_columns_refused(tmp_path: Path
     with pytest.raises(ValueError, match="surprise"):
         report.add("step", "ms", [1.0], surprise=1)
     path.write_text("other,columns\n1,2\n")
-    for use in (lambda: rows.append(path, *report.rows), lambda: rows.Report({}, path)):
+    for use in (lambda: rows.append(path, report.rows), lambda: rows.Report({}, path)):
         with pytest.raises(SystemExit, match="columns"):
             use()
 
