@@ -5,7 +5,7 @@
   gpu           the same on an NVIDIA GPU
   host          the host's share of a step with Triton, without a GPU
   kernels       reduce and update by themselves, over sizes and dtypes
-  instructions  instructions and cycles per element of the CPU kernels, against bounds
+  instructions  instructions per element of the CPU kernels, against bounds
   roofline      bytes per parameter from the options, and predicted times
   profile       the share of the optimizer in the examples' training
   memory        peak memory of the first and the second step

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from benchmarks.param_sets import LISTS, Shape, equal, gpt, gpt2, llama_3_2_1b, ragged, resnet50
+from benchmarks.param_sets import LISTS, Shape, gpt, gpt2, llama_3_2_1b, ragged, resnet50
 from benchmarks.registry import KINDS
 
 
@@ -57,38 +57,31 @@ def tiny() -> list[Shape]:
 
 Pairs = Sequence[tuple[str, str]]
 
-_AGAINST_FUSED = (("fusedopt_adamw", "adamw_fused"), ("fusedopt_adamw_amp_scaling", "adamw_fused"))
+
+def _against(pipeline: str, *references: str) -> Pairs:
+    return [(pipeline, reference) for reference in references]
+
+
+_ADAMW = partial(_against, "fusedopt_adamw")
+_SCALING = ("fusedopt_adamw_amp_scaling", "adamw_fused")
 _ROOF = ("adamw_fused", "stream_huge")  # no step can be further ahead of torch than a stream is
 _ADAMW_MANY = (
-    *_AGAINST_FUSED,
-    ("adamw_foreach", "adamw_fused"),
-    ("adamw_deepspeed", "adamw_fused"),
-    ("fusedopt_adamw", "adamw_foreach"),
-    ("fusedopt_adamw", "adamw_deepspeed"),
-    ("fusedopt_adamw", "stream_huge"),
-    ("fusedopt_adamw", "stream_4k"),
-    _ROOF,
+    *_ADAMW("adamw_fused", "adamw_foreach", "adamw_deepspeed", "stream_huge", "stream_4k"),
+    *(_SCALING, ("adamw_foreach", "adamw_fused"), ("adamw_deepspeed", "adamw_fused"), _ROOF),
 )
-_ADAMW_ONE = (*_AGAINST_FUSED, ("fusedopt_adamw", "stream_huge"), _ROOF)
-_MODEL = (
-    ("fusedopt_adamw", "adamw_fused"),
-    ("fusedopt_adamw", "adamw_foreach"),
-    ("fusedopt_adamw", "stream_huge"),
-)
-_SWEEP = (*_MODEL, ("fusedopt_adamw", "adamw_deepspeed"))
-_PACKAGES = (("fusedopt_adamw", "adamw_optimi"), ("fusedopt_adamw", "adamw_torchao"))
-_SGD = (("fusedopt_sgd", "sgd_fused"),)
-_SGD_MODEL = (*_SGD, ("fusedopt_sgd", "sgd_foreach"))
-_BF16 = (("fusedopt_adamw_bf16", "adamw_bf16_torch_ops"),)
-_BF16_PACKAGES = tuple(
-    ("fusedopt_adamw_bf16", package)
-    for package in ("optimi_adamw", "bitsandbytes_adamw8bit", "torchao_adamw8bit")
-)
+_ADAMW_ONE = (*_ADAMW("adamw_fused", "stream_huge"), _SCALING, _ROOF)
+_MODEL = _ADAMW("adamw_fused", "adamw_foreach", "stream_huge")
+_SWEEP = (*_MODEL, *_ADAMW("adamw_deepspeed"))
+_SGD_MODEL = _against("fusedopt_sgd", "sgd_fused", "sgd_foreach")
+_SGD = _SGD_MODEL[:1]
+_BF16 = _against("fusedopt_adamw_bf16", "adamw_bf16_torch_ops")
+_BF16_PACKAGES = _against("fusedopt_adamw_bf16", "optimi_adamw", "bitsandbytes_adamw8bit",
+                          "torchao_adamw8bit")  # fmt: skip
 
 # The parameter list and the pairs. AdamW with 100M in one tensor is not among them: torch's norm of
 # an fp32 tensor as long as that is off by 1 % on the CPU, so its step is another one.
 _CASES: tuple[tuple[str, Pairs], ...] = (
-    ("tiny-1000x8", _AGAINST_FUSED),
+    ("tiny-1000x8", (*_ADAMW("adamw_fused"), _SCALING)),
     ("gpt-300k", _SWEEP),
     ("gpt-1M", _ADAMW_MANY),
     ("one-1M", _ADAMW_ONE),
@@ -96,7 +89,7 @@ _CASES: tuple[tuple[str, Pairs], ...] = (
     ("gpt-1M", _BF16),
     ("gpt-3M", _SWEEP),
     ("ragged", _MODEL),
-    ("gpt-10M", (*_ADAMW_MANY, *_PACKAGES)),
+    ("gpt-10M", (*_ADAMW_MANY, *_ADAMW("adamw_optimi", "adamw_torchao"))),
     ("one-10M", _ADAMW_ONE),
     ("gpt-10M", _SGD),
     ("gpt-10M", (*_BF16, *_BF16_PACKAGES)),
@@ -153,35 +146,24 @@ _GPU_FP16 = ("fusedopt_adamw_fp16", "fusedopt_adamw_fp16_triton", "fusedopt_adam
 _GPU_BF16 = ("fusedopt_adamw_bf16", "fusedopt_adamw_bf16_triton", "adamw_bf16_torch_ops",
              "te_fused_adam", "apex_fused_adam", "flashoptim_adamw",
              "bitsandbytes_adamw8bit")  # fmt: skip
-_GPU_LISTS: Mapping[str, Callable[[], list[Shape]]] = {
-    "300x1k": partial(equal, 300, 1000),
-    "1M": partial(gpt, 1_000_000, 13),
-    "10M": partial(gpt, 10_000_000),
-    "resnet50": resnet50,
-    "ragged": ragged,
-    "gpt2": gpt2,
-    "gpt2-124M": gpt2,
-    "llama": llama_3_2_1b,
-    "llama-1.24B": llama_3_2_1b,
-}
 # Small models first; what has to compile last.
-_GPU_CASES: dict[str, tuple[str, ...]] = {
-    "adamw-300x1k": _GPU_ADAMW,
-    "adamw-1M": _GPU_ADAMW,
-    "adamw-resnet50": _GPU_ADAMW,
-    "adamw-ragged": _GPU_ADAMW,
-    "adamw-10M": _GPU_ADAMW,
-    "sgd-resnet50": _GPU_SGD,
-    "adamw-llama-1.24B": _GPU_ADAMW,
-    "fp16-llama-1.24B": _GPU_FP16,
-    "sgd-llama-1.24B": _GPU_SGD,
-    "adamw-gpt2-124M": _GPU_ADAMW,
-    "bf16-gpt2-124M": _GPU_BF16,
-    "fp16-gpt2-124M": _GPU_FP16,
-    "adamw-gpt2-bucket": _GPU_ADAMW,
-    "adamw-gpt2-compiled": _GPU_COMPILED,
-    "adamw-resnet50-compiled": _GPU_COMPILED,
-    "adamw-llama-compiled": _GPU_COMPILED,
+_GPU_CASES: dict[str, tuple[Callable[[], list[Shape]], tuple[str, ...]]] = {
+    "adamw-300x1k": (LISTS["equal-300x1k"], _GPU_ADAMW),
+    "adamw-1M": (partial(gpt, 1_000_000, 13), _GPU_ADAMW),
+    "adamw-resnet50": (resnet50, _GPU_ADAMW),
+    "adamw-ragged": (ragged, _GPU_ADAMW),
+    "adamw-10M": (LISTS["gpt-10M"], _GPU_ADAMW),
+    "sgd-resnet50": (resnet50, _GPU_SGD),
+    "adamw-llama-1.24B": (llama_3_2_1b, _GPU_ADAMW),
+    "fp16-llama-1.24B": (llama_3_2_1b, _GPU_FP16),
+    "sgd-llama-1.24B": (llama_3_2_1b, _GPU_SGD),
+    "adamw-gpt2-124M": (gpt2, _GPU_ADAMW),
+    "bf16-gpt2-124M": (gpt2, _GPU_BF16),
+    "fp16-gpt2-124M": (gpt2, _GPU_FP16),
+    "adamw-gpt2-bucket": (gpt2, _GPU_ADAMW),
+    "adamw-gpt2-compiled": (gpt2, _GPU_COMPILED),
+    "adamw-resnet50-compiled": (resnet50, _GPU_COMPILED),
+    "adamw-llama-compiled": (llama_3_2_1b, _GPU_COMPILED),
 }
 QUICK_GPU_CASES = ("adamw-300x1k", "adamw-1M", "adamw-resnet50")
 COMPILED, BUCKET = "-compiled", "-bucket"  # at the end of names; the latter's gradients are views
@@ -189,9 +171,8 @@ COMPILED, BUCKET = "-compiled", "-bucket"  # at the end of names; the latter's g
 
 def gpu_cases() -> dict[str, Case]:
     found = {}
-    for name, (ours, *rivals) in _GPU_CASES.items():
-        rule, _, rest = name.partition("-")
-        shapes = _GPU_LISTS[rest.removesuffix(COMPILED).removesuffix(BUCKET)]
+    for name, (shapes, (ours, *rivals)) in _GPU_CASES.items():
+        rule = name.partition("-")[0]
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(rule, torch.float32)
         label = f"{name}: {RULES[rule]}, {size(shapes())}"
         comparisons = tuple(Comparison(ours, rival) for rival in rivals)

@@ -14,76 +14,53 @@ the samples of one tell: repeat a run before you believe it.
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks import arguments as args_of, rows as files
+from benchmarks import rows as files
 from benchmarks.rows import KEY, RESULTS, Estimate, Figure, Key, figures, shown
 
 OURS = "fusedopt"
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """Of reference time over pipeline time: above 1, the pipeline is faster."""
 
     figure: Figure
     old: Estimate
     new: Estimate
     runs: tuple[int, int]
-    quiet: bool
+    verdict: str
 
     @classmethod
     def of(cls, old: Figure, new: Figure) -> Change:
-        runs = (len(old.rows), len(new.rows))
-        return cls(new, old.ratio(), new.ratio(), runs, old.quiet() and new.quiet())
-
-    @property
-    def verdict(self) -> str:
-        if not self.quiet:
-            return "disturbed"
-        if self.new.high < self.old.low:
-            return "SLOWER"
-        return "faster" if self.new.low > self.old.high else "same"
+        was, now = old.ratio(), new.ratio()
+        verdict = "faster" if now.low > was.high else "SLOWER" if now.high < was.low else "same"
+        verdict = verdict if old.quiet() and new.quiet() else "disturbed"
+        return cls(new, was, now, (len(old.rows), len(new.rows)), verdict)
 
 
 def read(source: str, results: Path = RESULTS) -> dict[Key, Figure]:
     """For each key the newest runs of a CSV, or a commit's rows in all files of ``results``."""
-    path = Path(source)
-    if path.suffix == ".csv":
-        if not path.exists():
-            raise SystemExit(f"{source}: there is no such file")
-        found = figures(_rows(path))
-        if not found:
-            raise SystemExit(f"{source}: no row with a ratio, a machine and a reference")
-        return found
-    commit = source if re.fullmatch(r"[0-9a-f]{7,40}", source) else _resolved(source)
-    if not commit:
-        raise SystemExit(f"{source}: neither a .csv nor a commit")
-    rows = [row for path in files.every_file(results) for row in _rows(path)]
+    is_file, commit = source.endswith(".csv"), ""
+    if is_file and not Path(source).exists():
+        raise SystemExit(f"{source}: there is no such file")
+    if not is_file:
+        is_commit = re.fullmatch(r"[0-9a-f]{7,40}", source)
+        commit = source if is_commit else files.git("rev-parse", "--verify", f"{source}^{{commit}}")
+        if not commit:
+            raise SystemExit(f"{source}: neither a .csv nor a commit")
+    paths = [Path(source)] if is_file else files.every_file(results)
+    rows = [row for path in paths for row in files.read(path) if row.get("reference_values")]
     own = [row for row in rows if row["commit"].startswith(commit)]
     if not own:
-        raise SystemExit(f"{source}: {results} has no row of this commit")
-    clean = [row for row in own if row["dirty"] == "0"]
+        where = "no row with a reference" if is_file else f"{results} has no row of this commit"
+        raise SystemExit(f"{source}: {where}")
+    clean = [row for row in own if is_file or row["dirty"] == "0"]
     if not clean:
         raise SystemExit(f"{source}: its rows were measured with changes in the tree: commit them")
     return figures(clean)
-
-
-def _resolved(name: str) -> str:
-    """The commit that git knows under a name: HEAD, a branch, a tag."""
-    command = ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]
-    try:
-        return subprocess.run(command, cwd=RESULTS, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def _rows(path: Path) -> list[files.Row]:
-    """Those with a reference."""
-    return [row for row in files.read(path) if row.get("reference_values")]
 
 
 def changes(old: Mapping[Key, Figure], new: Mapping[Key, Figure]) -> list[Change]:
@@ -112,7 +89,7 @@ def nothing_in_common(old: Mapping[Key, Figure], new: Mapping[Key, Figure]) -> s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = args_of.parser("compare", __doc__)
+    parser = files.parser("compare", __doc__)
     parser.add_argument("old", metavar="OLD")
     parser.add_argument("new", metavar="NEW")
     options = parser.parse_args(arguments)
@@ -124,10 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(found))
     slower = [change for change in found if change.verdict == "SLOWER"]
     ours = sum(change.figure["pipeline"].startswith(OURS) for change in slower)
-    print(
-        f"\n{len(found)} figures in common, {len(slower)} slower beyond the noise, {ours} of ours"
-    )
+    common = f"{len(found)} figures in common"
+    print(f"\n{common}, {len(slower)} slower beyond the noise, {ours} of ours")
     left_out = len(old.keys() ^ new.keys())
-    if left_out:
-        print(f"{left_out} more are in only one of the two")
+    print(f"{left_out} more are in only one of the two" if left_out else "")
     return int(ours > 0)

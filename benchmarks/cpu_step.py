@@ -25,14 +25,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import arguments as args_of, goals, stream
-from benchmarks.arguments import positive
+from benchmarks import goals, rows, stream
 from benchmarks.cases import QUICK_CASES, Case, Comparison, all_cases, make_case
 from benchmarks.clocks import HostClock
 from benchmarks.measure import Bench, Result, run_case
 from benchmarks.param_sets import LISTS
 from benchmarks.registry import COMPILE_FIRST, KINDS, on_backend
-from benchmarks.rows import Report, add_options, destination, provenance, table, told
 
 ROUNDS, QUICK_ROUNDS = 10, 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +47,7 @@ timed in turns. over predicted: its time over that of its bytes at the memory's 
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = args_of.parser("cpu", __doc__)
+    parser = rows.parser("cpu", __doc__)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--cases", nargs="+", choices=list(all_cases()), metavar="CASE")
@@ -62,85 +60,75 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     new += "refilled; or views into one buffer, as DDP leaves them, refilled"
     add("--grads", choices=["new", "kept", "bucket"], default="new", help=new)
     rounds = f"samples of each comparison (default: {ROUNDS})"
-    add("--rounds", type=positive, metavar="N", help=rounds)
-    add("--threads", type=positive, default=2, metavar="N", help="default: 2")
+    add("--rounds", type=rows.positive, metavar="N", help=rounds)
+    add("--threads", type=rows.positive, default=2, metavar="N", help="default: 2")
     wanted = "show the ratios that the project works towards on its own machines"
     add("--goals", action="store_true", help=wanted)
-    add_options(parser, f"{QUICK_ROUNDS} rounds, small cases if none are named")
+    rows.add_options(parser, f"{QUICK_ROUNDS} rounds, small cases if none are named")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     args.selected = _selected(args, parser)
-    args.out = destination(args)
+    args.out = rows.destination(args)
     return args
 
 
 def _selected(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
     """The cases to run, all with the wanted gradients on the wanted backend."""
+    slow: set[str] = set()
     if args.params:
         cases = _cases_of_lists(args, parser)
     elif args.pipelines or args.dtype:
         parser.error("--pipelines and --dtype go with --params; a case has its own")
     else:
         names = args.cases or (QUICK_CASES if args.quick else all_cases())
-        cases = [all_cases()[name] for name in names]
-    slow = {*COMPILE_FIRST} if args.quick and not args.params else set()
-    return [
-        dataclasses.replace(
-            case,
-            grads=args.grads,
-            comparisons=tuple(
-                Comparison(*(on_backend(name, args.backend) for name in (c.pipeline, c.reference)))
-                for c in case.comparisons
-                if not {c.pipeline, c.reference} & slow
-            ),
-        )
-        for case in cases
-    ]
+        cases, slow = [all_cases()[name] for name in names], {*(COMPILE_FIRST * args.quick)}
+
+    def chosen(case: Case) -> Case:
+        pairs = [pair for pair in case.comparisons if not slow & {*dataclasses.astuple(pair)}]
+        ours = lambda name: on_backend(name, args.backend)  # noqa: E731
+        comparisons = tuple(Comparison(ours(p.pipeline), ours(p.reference)) for p in pairs)
+        return dataclasses.replace(case, grads=args.grads, comparisons=comparisons)
+
+    return [chosen(case) for case in cases]
 
 
 def _cases_of_lists(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Case]:
     wanted = args.dtype or "float32"
     names, dtype = args.pipelines or PIPELINES[wanted], DTYPES[wanted]
-    unknown = [name for name in names if name not in KINDS]
-    if unknown:
-        parser.error(f"no pipeline {unknown[0]!r}: see `python -m benchmarks list`")
-    unfit = [name for name in names if dtype not in KINDS[name].dtypes]
-    if unfit:
-        fit = ", ".join(n for n, kind in KINDS.items() if dtype in kind.dtypes)
-        parser.error(f"{unfit[0]} is not for {wanted}; these are: {fit}")
+    fit = [name for name, kind in KINDS.items() if dtype in kind.dtypes]
+    for name in names:
+        if name not in KINDS:
+            parser.error(f"no pipeline {name!r}: see `python -m benchmarks list`")
+        if name not in fit:
+            parser.error(f"{name} is not for {wanted}; these are: {', '.join(fit)}")
     if len(set(names)) != len(names) or len(names) < 2:
         parser.error("--pipelines takes two or more different ones")
     pairs = [(names[0], name) for name in names[1:]]
     return [make_case(params, pairs, dtype) for params in dict.fromkeys(args.params)]
 
 
-def _ceiling(quick: bool) -> float | None:
-    """What memory gives just now."""
-    size = (stream.QUICK_CEILING_NUMEL, QUICK_ROUNDS) if quick else ()
-    return stream.ceiling_gb_s(*size)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    report = Report(provenance(), args.out)
+    report = rows.Report(rows.provenance(), args.out)
     total = args.rounds * sum(len(case.comparisons) for case in args.selected)
     bar: tqdm[Any] = tqdm(total=total, unit="sample", disable=None)  # None: no terminal
-    bench = Bench(lambda _: HostClock(), KINDS, args.rounds,
-                  attempts=args.rounds if args.quick else 2 * args.rounds,
-                  progress=bar.update, announce=bar.set_description)  # fmt: skip
+    attempts = args.rounds if args.quick else 2 * args.rounds
+    bench = Bench(lambda _: HostClock(), KINDS, args.rounds, attempts, progress=bar.update,
+                  announce=bar.set_description)  # fmt: skip
+    ceiling = lambda: stream.ceiling_gb_s(*(stream.QUICK if args.quick else ()))  # noqa: E731
     results: list[Result] = []
-    after = _ceiling(args.quick)
+    after = ceiling()
     for case in args.selected:
         before, measured = after, run_case(case, bench)
-        after = _ceiling(args.quick)
-        ceiling = "" if before is None or after is None else f"{(before + after) / 2:.5g}"
+        after = ceiling()
+        mean = "" if before is None or after is None else f"{(before + after) / 2:.5g}"
         for result in measured:
-            result.add_to(report, bench, ceiling_gb_s=ceiling)
+            result.add_to(report, bench, ceiling_gb_s=mean)
         results += measured
     bar.close()
     print(", ".join(f"{key} {value}" for key, value in report.common.items() if value != ""))
-    print(f"{table(report.figures())}\n")
+    print(f"{rows.table(report.figures())}\n")
     for result in results:
         if not result.trials:
             pair = result.comparison
@@ -151,5 +139,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = {case.name for case in args.selected}
         wanted = [goal for goal in goals.ON_CPU if goal.case in names]
         print("\n" + goals.table(wanted, report.figures()))
-    print(f"\n{told(args.out)}")
+    print(f"\n{rows.told(args.out)}")
     return int(any(result.wrong for result in results))

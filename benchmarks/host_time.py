@@ -10,20 +10,19 @@ Triton's launcher twice, and torch's copy and event where the table has moved.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 import fusedopt
-from benchmarks import arguments as args_of
-from benchmarks.arguments import positive
+from benchmarks import rows
 from benchmarks.clocks import HostClock
 from benchmarks.measure import add_trials, sandwich
 from benchmarks.param_sets import Gradients, equal, make_params
 from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, Ours
-from benchmarks.rows import Report, add_options, destination, provenance, table, told
 from fusedopt.backends import triton as backend
 
 SHAPES = equal(300, 1000)
@@ -35,13 +34,6 @@ STILL = "nothing"
 MOVED = {STILL: "kept", "gradients": "new", "lr": "kept"}
 
 
-class _Over:
-    """In the place of a CUDA event."""
-
-    def query(self) -> bool:
-        return True
-
-
 class NoLaunches(backend.TritonDriver):
     """Serves CPU tensors; computes nothing."""
 
@@ -49,7 +41,7 @@ class NoLaunches(backend.TritonDriver):
     pins = False
     launcher = staticmethod(lambda device, variant, values: lambda programs, stream: None)
     reduce_programs = staticmethod(lambda device: 32 * 132)
-    event = staticmethod(lambda device: _Over())
+    event = staticmethod(lambda device: SimpleNamespace(query=lambda: True))
     stream = index = staticmethod(lambda device: 0)
     capturing = staticmethod(lambda device: False)
     record_stream = staticmethod(lambda tensor, device: None)
@@ -72,7 +64,7 @@ class HostOnly(Ours):
             self.optimizer.param_groups[0]["lr"] *= 0.999
 
 
-def measure(report: Report, rounds: int) -> None:
+def measure(report: rows.Report, rounds: int) -> None:
     """What has moved, each in turns with a step before which nothing has."""
     pipelines = {moved: HostOnly(moved) for moved in MOVED}
     trials = sandwich(pipelines.pop(STILL), pipelines, HostClock(), rounds, 2 * rounds)
@@ -85,24 +77,23 @@ def measure(report: Report, rounds: int) -> None:
         )  # fmt: skip
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = args_of.parser("host", __doc__)
-    parser.add_argument("--rounds", type=positive, help="samples of each (default: 41)")
-    add_options(parser, "few rounds")
+def parse(arguments: Sequence[str] | None) -> Any:
+    parser = rows.parser("host", __doc__)
+    parser.add_argument("--rounds", type=rows.positive, help="samples of each (default: 41)")
+    rows.add_options(parser, "few rounds")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (5 if args.quick else 41)
-    args.out = destination(args)
+    args.out = rows.destination(args)
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(1)  # nothing here is parallel, and a waiting thread spins
-    report = Report(provenance(), args.out)
+    report = rows.Report(rows.provenance(), args.out)
     before, backend.driver.made = backend.driver.made, NoLaunches()
     try:
         measure(report, args.rounds)
     finally:
         backend.driver.made = before
-    print(table(report.figures()))
-    print(told(args.out))
+    print(f"{rows.table(report.figures())}\n{rows.told(args.out)}")

@@ -1,13 +1,11 @@
-// One verb of the CPU backend on one tensor, or on many small ones, for callgrind or a clock to
-// watch:
+// One verb of the CPU backend on one tensor, or on many small ones, for callgrind to watch:
 //
-//   instructions                             prints the instruction sets it can run
-//   instructions LEVEL KERNEL CHUNKS CALLS   prints the ticks of each call
+//   instructions                      prints the instruction sets it can run
+//   instructions LEVEL KERNEL CHUNKS
 //
 // LEVEL is one of those instruction sets, KERNEL a name in kCases below. All the work is inside of
 // measured_call(), on one thread.
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,10 +15,6 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-
-#if defined(__x86_64__)
-#include <x86intrin.h>
-#endif
 
 using namespace fusedopt;
 
@@ -130,15 +124,6 @@ struct Problem {
   }
 };
 
-// Of the time-stamp counter, whose rate is constant; elsewhere nanoseconds.
-uint64_t ticks() {
-#if defined(__x86_64__)
-  return __rdtsc();
-#else
-  return std::chrono::steady_clock::now().time_since_epoch().count();
-#endif
-}
-
 }  // namespace
 
 // Named in callgrind's --toggle-collect.
@@ -156,15 +141,11 @@ int main(int argc, char** argv) {
     for (const Kernels* const* k = available_kernels(); *k; ++k) std::puts((*k)->name);
     return 0;
   }
-  if (argc != 5 || !select_kernels(argv[1])) return 2;
+  if (argc != 4 || !select_kernels(argv[1])) return 2;
   const Case* found = std::find_if(std::begin(kCases), std::end(kCases), [&](const Case& c) {
     return std::strcmp(c.name, argv[2]) == 0;
   });
   if (found == std::end(kCases)) return 2;
   Problem problem(*found, std::atol(argv[3]));
-  for (long call = 0; call < std::atol(argv[4]); ++call) {
-    const uint64_t start = ticks();
-    measured_call(current_kernels(), problem);
-    std::printf("%llu\n", static_cast<unsigned long long>(ticks() - start));
-  }
+  measured_call(current_kernels(), problem);
 }

@@ -1,7 +1,7 @@
-"""Instructions and cycles per element of the CPU kernels, one thread, tensors in the cache.
+"""Instructions per element of the CPU kernels, one thread.
 
 python -m benchmarks instructions            rows go to benchmarks/results/local
-python -m benchmarks instructions --quick    the counts alone, printed only: what CI runs
+python -m benchmarks instructions --quick    printed only: what CI runs
 
 They are those of a small program without Python or torch, benchmarks/instructions.cpp, compiled
 with the kernels as setup.py has them compiled. The instructions are those that valgrind's callgrind
@@ -9,11 +9,12 @@ sees the kernels execute (what they call in libc and libm is named apart), so th
 every run. Each count has a bound in benchmarks/instructions.csv. It holds for one version of the
 compiler: under another one counts are printed and not judged. The exit status is 1 where a count is
 above its bound, or so far below it that the bound should be lowered (`--set-bounds`).
+
+Times of the same kernels are those of `python -m benchmarks kernels`.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import re
@@ -22,13 +23,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from benchmarks import arguments as args_of, rows
+from benchmarks import rows
 from benchmarks.rows import ROOT, Report
 
 KERNELS = (
@@ -42,8 +44,6 @@ KERNELS = (
 )
 CHUNK = 8192  # elements
 FEW, MANY = 4, 12  # chunks; the difference of two counts is free of what happens once
-SMALL_TENSORS = 1024  # of those kernels whose name says so, for a clock to have something to see
-CALLS, PERF_SAMPLES, PERF_EVENT = 200, 5, "cycles:u"
 # What distributions switch on by themselves, each with instructions of its own.
 _PLAIN = ("-fcf-protection=none", "-fno-stack-protector", "-U_FORTIFY_SOURCE")
 
@@ -64,9 +64,6 @@ class Driver(NamedTuple):
     compiler: str  # say gcc 12.2.0
     machine: str  # say x86_64
 
-    def command(self, level: str, kernel: str, chunks: int, calls: int) -> list[str]:
-        return [str(self.program), level, kernel, str(chunks), str(calls)]
-
 
 class Count(NamedTuple):
     kernel: str
@@ -83,31 +80,29 @@ class Bound(NamedTuple):
     per_element: float
     bound: float
 
-
-def in_a_chunk(kernel: str) -> int:
-    """Elements: those of a whole tensor where the kernel's name ends in `tensors-of-8`."""
-    small = re.search(r":tensors-of-(\d+)$", kernel)
-    return int(small[1]) if small else CHUNK
-
-
-def timed_chunks(kernel: str) -> int:
-    return FEW if in_a_chunk(kernel) == CHUNK else SMALL_TENSORS
+    def is_of(self, driver: Driver) -> bool:
+        """Of this machine, and of the same major version of the compiler."""
+        same_compiler = major(self.compiler) == major(driver.compiler)
+        return self.machine == driver.machine and same_compiler
 
 
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def compile_driver(folder: Path, compiler: str = "", root: Path = ROOT) -> Driver:
-    """With the sources in `root`, a checkout; by `CXX`, else `compiler`, else what there is."""
+def compile_driver(folder: Path, root: Path = ROOT) -> Driver:
+    """With the sources in `root`, a checkout; by `CXX`, else the compiler of the bounds, else what
+    there is."""
     setup = _setup(root)
     native, units = setup["build_native"], setup["MODULES"][0].units
-    env = {name: os.environ[name] for name in ("PATH", "CXX") if name in os.environ}
-    env.setdefault("CXX", compiler)
+    of_the_bounds = (f"g++-{major(bound.compiler).split()[1]}" for bound in read_bounds())
+    env = {"CXX": next(filter(shutil.which, of_the_bounds), "")}
+    env |= {name: os.environ[name] for name in ("PATH", "CXX") if name in os.environ}
     try:
         tool = native.with_openmp(native.find_cxx(env), env)
     except native.NotBuilt as problem:
         raise NotCounted(str(problem)) from None
     levels = [unit for unit in units if unit.simd and unit.machine in ("", tool.machine)]
+    levels = [unit for unit in levels if unit.simd != "avx512"]  # valgrind does not run it
     have = [f"-DFUSEDOPT_HAVE_{unit.simd.upper()}" for unit in levels]
     plain = _PLAIN if tool.machine == "x86_64" else _PLAIN[1:]
     jobs = {
@@ -123,7 +118,7 @@ def compile_driver(folder: Path, compiler: str = "", root: Path = ROOT) -> Drive
     program = folder / "instructions"
     link = [flag for flag in tool.link_flags if flag != "-shared"]
     run([*tool.command, *objects, *link, "-o", str(program)], root)
-    return Driver(program, _release(tool.version), tool.machine)
+    return Driver(program, release(tool.version), tool.machine)
 
 
 def _setup(root: Path) -> dict[str, Any]:
@@ -137,7 +132,7 @@ def _setup(root: Path) -> dict[str, Any]:
         raise NotCounted(f"the flags of the build, in setup.py, cannot be read: {error}") from None
 
 
-def _release(version: str) -> str:
+def release(version: str) -> str:
     """`gcc 12.2.0` from the first line of `c++ --version`."""
     found = re.findall(r"\d+\.\d+(?:\.\d+)?", version)
     return f"{'clang' if 'clang' in version else 'gcc'} {found[-1] if found else '0.0'}"
@@ -147,12 +142,12 @@ def major(compiler: str) -> str:
     return compiler.split(".")[0]
 
 
-def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
         text = "\n".join((done.stderr or done.stdout).splitlines()[-5:])
         raise NotCounted(f"{Path(command[0]).name} failed: {text}")
-    return done
+    return done.stdout
 
 
 # ---- counting -----------------------------------------------------------------------------------
@@ -161,86 +156,49 @@ def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str
 def count(
     driver: Driver, kernels: Sequence[str] = KERNELS, levels: Sequence[str] = ()
 ) -> list[Count]:
-    """Of each kernel and instruction set that valgrind runs; that excludes AVX-512."""
+    """Of each kernel and instruction set that valgrind runs."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise NotCounted("valgrind is not on PATH")
+    program = str(driver.program)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
-        levels = (
-            levels
-            or run([valgrind, "-q", "--tool=none", str(driver.program)], folder).stdout.split()
-        )
-        wanted = [(kernel, level) for level in levels for kernel in kernels]
-        return list(pool.map(lambda both: _count(valgrind, driver, *both, folder), wanted))
+        levels = levels or run([valgrind, "-q", "--tool=none", program], folder).split()
+
+        def callgrind(kernel: str, level: str, chunks: int) -> tuple[int, int]:
+            out = folder / f"{kernel}.{level}.{chunks}"
+            options = ["--toggle-collect=measured_call", "--compress-strings=no"]
+            options += ["--compress-pos=no", f"--callgrind-out-file={out}"]
+            command = [valgrind, "-q", "--tool=callgrind", *options, program]
+            run([*command, level, kernel, str(chunks)], folder)
+            counts = instructions_by_object(out.read_text())
+            return counts.pop(program, 0), counts.total()
+
+        def one(level: str, kernel: str) -> Count:
+            few, many = (callgrind(kernel, level, chunks) for chunks in (FEW, MANY))
+            small = re.search(r":tensors-of-(\d+)$", kernel)  # each of them a chunk of its own
+            elements = (MANY - FEW) * (int(small[1]) if small else CHUNK)
+            return Count(
+                kernel, level, *((m - f) / elements for f, m in zip(few, many, strict=True))
+            )
+
+        wanted = [(level, kernel) for level in levels for kernel in kernels]
+        return list(pool.map(lambda both: one(*both), wanted))
 
 
-def _count(valgrind: str, driver: Driver, kernel: str, level: str, folder: Path) -> Count:
-    own, libraries = [], []
-    for chunks in (FEW, MANY):
-        out = folder / f"{kernel}.{level}.{chunks}"
-        command = [valgrind, "-q", "--tool=callgrind", "--toggle-collect=measured_call"]
-        command += [f"--callgrind-out-file={out}", *driver.command(level, kernel, chunks, 1)]
-        run(command, folder)
-        counts = instructions_by_object(out.read_text())
-        own.append(counts.pop(str(driver.program), 0))
-        libraries.append(sum(counts.values()))
-    elements = (MANY - FEW) * in_a_chunk(kernel)
-    return Count(kernel, level, *((many - few) / elements for few, many in (own, libraries)))
-
-
-def instructions_by_object(profile: str) -> dict[str, int]:
+def instructions_by_object(profile: str) -> Counter[str]:
     """Executed instructions by the program or library they belong to, from callgrind's file."""
-    names: dict[str, str] = {}
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     current, is_call = "", False
     for line in profile.splitlines():
-        named = re.match(r"(c?ob)=(\(\d+\))(?: (.*))?$", line)
-        if named:
-            if named[3]:
-                names[named[2]] = named[3]
-            if named[1] == "ob":
-                current = names[named[2]]
+        if line.startswith("ob="):
+            current = line.removeprefix("ob=")
         elif line.startswith("calls="):
             is_call = True  # the next line repeats what the callee has counted
-        elif re.match(r"[+\-*\d]", line):
-            if not is_call:
-                counts[current] = counts.get(current, 0) + int(line.split()[1])
+        elif line[:1].isdigit():
+            counts[current] += 0 if is_call else int(line.split()[1])
             is_call = False
     return counts
-
-
-def cycles(driver: Driver, kernel: str, level: str) -> tuple[str, list[float], str]:
-    """Unit, samples, and a note on the clock."""
-    counted = _counted_cycles(driver, kernel, level)
-    if counted:
-        return "cycles", counted, "perf stat, user mode"
-    chunks = timed_chunks(kernel)
-    done = run(driver.command(level, kernel, chunks, CALLS), Path())
-    elements = chunks * in_a_chunk(kernel)
-    ticks = [int(line) / elements for line in done.stdout.split()][CALLS // 10 :]
-    if driver.machine != "x86_64":
-        return "ns", ticks, "no hardware counters here: a clock"
-    clock = "the time-stamp counter, at its own constant rate"
-    return "tsc ticks", ticks, f"no hardware counters here: {clock}"
-
-
-def _counted_cycles(driver: Driver, kernel: str, level: str) -> list[float]:
-    """By perf stat, per element, each the difference of two runs; empty where it counts nothing."""
-    perf, chunks = shutil.which("perf"), timed_chunks(kernel)
-    samples = []
-    for _ in range(PERF_SAMPLES if perf else 0):
-        counts = []
-        for calls in (CALLS, 2 * CALLS):
-            command = [str(perf), "stat", "-x,", "-e", PERF_EVENT]
-            command += driver.command(level, kernel, chunks, calls)
-            said = subprocess.run(command, capture_output=True, text=True).stderr
-            found = re.search(rf"^(\d+),[^,]*,{PERF_EVENT},", said, re.MULTILINE)
-            if found is None:
-                return []
-            counts.append(int(found[1]))
-        samples.append((counts[1] - counts[0]) / (CALLS * chunks * in_a_chunk(kernel)))
-    return samples
 
 
 # ---- bounds -------------------------------------------------------------------------------------
@@ -254,17 +212,11 @@ def read_bounds(path: Path = BOUNDS) -> list[Bound]:
     return [Bound(*words, float(count), float(bound)) for *words, count, bound in lines]
 
 
-def _compiler_of_the_bounds() -> str:
-    names = (f"g++-{major(bound.compiler).split()[1]}" for bound in read_bounds())
-    return next(filter(shutil.which, names), "")
-
-
 def write_bounds(counts: Sequence[Count], driver: Driver, path: Path = BOUNDS) -> None:
     """In the place of those of this machine and version of the compiler."""
-    same = (driver.machine, major(driver.compiler))
-    kept = [b for b in read_bounds(path) if (b.machine, major(b.compiler)) != same]
     here = driver.machine, driver.compiler
     new = [Bound(c.kernel, c.level, *here, c.per_element, MARGIN * c.per_element) for c in counts]
+    kept = [bound for bound in read_bounds(path) if not bound.is_of(driver)]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Bound._fields)
@@ -274,49 +226,25 @@ def write_bounds(counts: Sequence[Count], driver: Driver, path: Path = BOUNDS) -
 def verdict(measured: Count, driver: Driver, bounds: Sequence[Bound]) -> str:
     """`held`, `ABOVE ...`, `BELOW ...`, or why the count was not judged."""
     mine = [b for b in bounds if b[:3] == (measured.kernel, measured.level, driver.machine)]
-    same = [b for b in mine if major(b.compiler) == major(driver.compiler)]
+    same = [bound.bound for bound in mine if bound.is_of(driver)]
     if not same:
-        known = ", ".join(sorted({f"{major(b.compiler)}" for b in mine})) or "no compiler"
+        known = ", ".join(sorted({major(b.compiler) for b in mine})) or "no compiler"
         return f"not judged: the bound is for {known}"
     (bound,) = same
-    if measured.per_element > bound.bound:
-        return f"ABOVE its bound of {bound.bound:.4g}"
-    if measured.per_element < SLACK * bound.bound:
-        return f"BELOW its bound of {bound.bound:.4g} by over 10 %: lower it with --set-bounds"
+    if measured.per_element > bound:
+        return f"ABOVE its bound of {bound:.4g}"
+    if measured.per_element < SLACK * bound:
+        return f"BELOW its bound of {bound:.4g} by over 10 %: lower it with --set-bounds"
     return "held"
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 
-def add_figures(report: Report, counts: Sequence[Count], driver: Driver) -> None:
-    """The counts, and the cycles at every instruction set of this CPU."""
-    for c in counts:
-        note = f"{driver.compiler}; callgrind; and {c.in_libraries:.3f} in libm and libc"
-        report.add("instructions_per_element", "instructions", [c.per_element], note=note,
-                   case=f"simd-{c.level}", pipeline=f"fusedopt_cpu:{c.kernel}")  # fmt: skip
-    for level in run([str(driver.program)], Path()).stdout.split():
-        for kernel in KERNELS:
-            unit, samples, note = cycles(driver, kernel, level)
-            note = (
-                f"{driver.compiler}; {timed_chunks(kernel) * in_a_chunk(kernel)} elements; {note}"
-            )
-            report.add("cycles_per_element", unit, samples, note=note,
-                       case=f"simd-{level}", pipeline=f"fusedopt_cpu:{kernel}")  # fmt: skip
-
-
-def table(counts: Sequence[Count], verdicts: Sequence[str]) -> str:
-    header = ("kernel", "SIMD", "instructions / element", "in libraries", "")
-    pairs = zip(counts, verdicts, strict=True)
-    return rows.markdown(
-        header, ((*c[:2], f"{c[2]:.3f}", f"{c[3]:.3f}", said) for c, said in pairs)
-    )
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = args_of.parser("instructions", __doc__)
+def parse(arguments: Sequence[str] | None) -> Any:
+    parser = rows.parser("instructions", __doc__)
     parser.add_argument("--set-bounds", action="store_true", help=f"write {BOUNDS.name} anew")
-    rows.add_options(parser, "the counts alone")
+    rows.add_options(parser, "printed only")
     args = parser.parse_args(arguments)
     args.out = rows.destination(args)
     return args
@@ -328,20 +256,23 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     report = Report(rows.provenance() | {"threads": 1}, args.out)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            driver = compile_driver(Path(folder), _compiler_of_the_bounds(), root)
+            driver = compile_driver(Path(folder), root)
             counts = count(driver)
         except NotCounted as problem:
             print(f"instructions were not counted: {problem}")
             return int(required)
-        if args.set_bounds:
-            write_bounds(counts, driver)
-        bounds = read_bounds()
-        verdicts = [verdict(c, driver, bounds) for c in counts]
-        print(f"compiled by {driver.compiler} for {driver.machine}\n{table(counts, verdicts)}")
-        if args.out is not None:
-            add_figures(report, counts, driver)
-            clocked = [f for f in report.figures() if f["figure"] == "cycles_per_element"]
-            print("\n" + rows.table(clocked))
+    if args.set_bounds:
+        write_bounds(counts, driver)
+    bounds = read_bounds()
+    verdicts = [verdict(one, driver, bounds) for one in counts]
+    print(f"compiled by {driver.compiler} for {driver.machine}")
+    header = ("kernel", "SIMD", "instructions / element", "in libraries", "")
+    lines = ((c.kernel, c.level, f"{c.per_element:.3f}", f"{c.in_libraries:.3f}") for c in counts)
+    print(rows.markdown(header, ((*line, v) for line, v in zip(lines, verdicts, strict=True))))
+    for one in counts:
+        note = f"{driver.compiler}; callgrind; and {one.in_libraries:.3f} in libm and libc"
+        report.add("instructions_per_element", "instructions", [one.per_element], note=note,
+                   case=f"simd-{one.level}", pipeline=f"fusedopt_cpu:{one.kernel}")  # fmt: skip
     print(rows.told(args.out))
     failed = any(said.startswith(("ABOVE", "BELOW")) for said in verdicts)
     return int(failed or (required and any(said.startswith("not") for said in verdicts)))

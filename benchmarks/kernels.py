@@ -20,18 +20,18 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import arguments as args_of, rows, stream
-from benchmarks.arguments import positive, positive_float
+from benchmarks import rows, stream
 from benchmarks.clocks import HostClock
 from benchmarks.gpu import machine as gpu
 from benchmarks.gpu.kernels import time_kernels
 from benchmarks.gpu.streams import measure_streams
 from benchmarks.measure import add_trials, available_bytes, sandwich
-from benchmarks.param_sets import one_tensor
+from benchmarks.param_sets import Shape, one_tensor
 from benchmarks.pipelines import DifferentStep, Unavailable
 from benchmarks.verbs import DTYPES, RULES, VERBS, Verbs, Workload, check_same_step
 
@@ -70,11 +70,11 @@ class Calls:
 
 
 def measure_on_cpu(
-    report: rows.Report, case: str, workload: Workload, numel: int, backends: Sequence[str],
-    verbs: Sequence[str], rounds: int,
+    report: rows.Report, case: str, workload: Workload, shapes: list[Shape],
+    backends: Sequence[str], verbs: Sequence[str], rounds: int,
 ) -> None:  # fmt: skip
     """Each backend and verb against a stream, whose times are scaled to the bytes of the verb."""
-    shapes = one_tensor(numel)
+    ((numel,),) = shapes
     own = {backend: Verbs(workload, shapes, backend) for backend in backends}
     calls = {f"{b} {verb}": Calls(getattr(v, verb)) for b, v in own.items() for verb in verbs}
     threads = 1 if numel < SERIAL_ELEMENTS else None
@@ -105,7 +105,7 @@ def wanted_verbs(workloads: Sequence[Workload], verbs: Sequence[str]) -> list[li
 class Sweep:
     """All sizes of all workloads, on the CPU or, against the clock, on a GPU."""
 
-    def __init__(self, args: argparse.Namespace, machine: gpu.Machine | None) -> None:
+    def __init__(self, args: Any, machine: gpu.Machine | None) -> None:
         self.args, self.machine = args, machine
         self.notes: list[str] = []
         self.failed = False
@@ -145,28 +145,26 @@ class Sweep:
 
     def _measure(self, workload: Workload, verbs: Sequence[str], exponent: int) -> None:
         case, numel, machine = f"kernel-2^{exponent}", 1 << exponent, self.machine
-        small = exponent <= LARGEST_OF_REFERENCE
+        what, small = f"{case}, {workload}", exponent <= LARGEST_OF_REFERENCE
         backends = [b for b in self.backends if b != "reference" or small]
         besides = BESIDES_ON_GPU if machine else BESIDES_ON_CPU
         free = machine.free_bytes() if machine else available_bytes()
         missing = numel * (workload.memory_per_param() * len(backends) + besides) - free
         reserve = 0.0 if machine is None or machine.dry else RESERVE_S
         if self._end - time.monotonic() < reserve:
-            self.notes.append(f"{case}, {workload}: not measured, no time left")
+            self.notes.append(f"{what}: not measured, no time left")
         elif missing > 0:
-            gib = missing / 2**30
-            self.notes.append(f"{case}, {workload}: needs {gib:.1f} GiB more than are free")
+            self.notes.append(f"{what}: needs {missing / 2**30:.1f} GiB more than are free")
         elif backends:
+            given = (self.report, case, workload, one_tensor(numel))
             try:
                 if machine is None:
-                    given = (numel, backends, verbs, self.args.rounds)
-                    measure_on_cpu(self.report, case, workload, *given)
+                    measure_on_cpu(*given, backends, verbs, self.args.rounds)
                 else:
-                    on_gpu = (one_tensor(numel), machine, backends, verbs)
-                    time_kernels(self.report, case, workload, *on_gpu)
+                    time_kernels(*given, machine, backends, verbs)
             except RuntimeError as error:  # out of memory, a failed launch: on with the next
                 self.failed = True
-                self.notes.append(f"{case}, {workload}: {error}".splitlines()[0])
+                self.notes.append(f"{what}: {error}".splitlines()[0])
 
 
 def exponents(text: str) -> list[int]:
@@ -180,17 +178,17 @@ def exponents(text: str) -> list[int]:
     return [*range(first, last + 1, step)]
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = args_of.parser("kernels", __doc__)
+def parse(arguments: Sequence[str] | None) -> Any:
+    parser = rows.parser("kernels", __doc__)
     add = parser.add_argument
     add("--verbs", nargs="+", choices=VERBS, default=[*VERBS])
     add("--rules", nargs="+", choices=[*RULES, "all"], metavar="RULE", help=", ".join(RULES))
     add("--dtypes", nargs="+", choices=[*DTYPES, "all"], metavar="DTYPE", help=", ".join(DTYPES))
     add("--backends", nargs="+", choices=[*ON_CPU, *ON_GPU], default=[*ON_CPU])
     add("--sizes", type=exponents, help=f"powers of two, default {SIZES}, on a GPU {GPU_SIZES}")
-    add("--threads", type=positive, default=2, help="on the CPU, default 2")
-    add("--rounds", type=positive, help=f"samples on the CPU, default {ROUNDS}")
-    add("--budget", type=positive_float, default=60.0, help="seconds on a GPU, default 60")
+    add("--threads", type=rows.positive, default=2, help="on the CPU, default 2")
+    add("--rounds", type=rows.positive, help=f"samples on the CPU, default {ROUNDS}")
+    add("--budget", type=rows.positive_float, default=60.0, help="seconds on a GPU, default 60")
     add("--dry-run", action="store_true", help="a GPU's run, on the CPU; measures nothing")
     rows.add_options(parser, "a few sizes")
     args = parser.parse_args(arguments)

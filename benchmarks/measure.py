@@ -1,6 +1,6 @@
 """The measuring loop: a case's pipelines are built, held to compute the same step, timed in turns.
 
-A sample of a pipeline lies between two samples of another, the pivot, and its ratio is to their
+A sample of a pipeline lies between two samples of another, the reference, and its ratio is to their
 mean, so that a slow drift of the machine cancels. A sample during which other programs had more
 than a few percent of the time is disturbed and, while enough others remain, left out.
 """
@@ -10,14 +10,12 @@ from __future__ import annotations
 import gc
 import random
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks import pipelines
 from benchmarks.cases import Case, Comparison
@@ -27,8 +25,9 @@ from benchmarks.pipelines import DifferentStep, Kind, Pipeline, Unavailable
 from benchmarks.rows import Report
 from benchmarks.stream import STREAMS, Stream
 
-BYTES_PER_PARAM = 18  # a pipeline's own: params, gradients of the last step, states, tables
-BYTES_BESIDES = 32  # the gradients' source, the start, foreach's copies
+# At the peak, of two pipelines: params, gradients of the last step, states and tables of each; the
+# gradients' source, the start, foreach's copies.
+BYTES_PER_PARAM = 2 * 18 + 32
 # On a CPU pipelines are made anew so many times: where their tensors lie is part of the spread.
 BUILDS, BUILDS_OF_LARGE = 5, 2
 LARGE = 20_000_000  # elements: these take their time to make, and vary less
@@ -66,7 +65,6 @@ def sandwich(
     takes = {name: clock.sampler(candidate) for name, candidate in candidates.items()}
     trials: dict[str, list[Trial]] = {name: [] for name in candidates}
     rng = random.Random(0)
-    gc.collect()
     gc.disable()
     try:
         before = take_reference()
@@ -120,6 +118,12 @@ class Bench:
     announce: Callable[[str], object] = lambda text: None
     time_is_up: Callable[[], bool] = lambda: False
 
+    def shares(self, numel: int) -> list[int]:
+        """The rounds of each build."""
+        wanted = min(self.builds, BUILDS_OF_LARGE if numel > LARGE else BUILDS)
+        builds = max(1, min(wanted, self.rounds // MIN_ROUNDS_OF_A_BUILD))
+        return [len(range(build, self.rounds, builds)) for build in range(builds)]
+
 
 @dataclass
 class Result:
@@ -148,124 +152,59 @@ class Result:
 
 
 def run_case(case: Case, bench: Bench) -> list[Result]:
-    free = bench.free_bytes()
-    missing = case.numel * (2 * BYTES_PER_PARAM + BYTES_BESIDES) - free
+    missing = case.numel * BYTES_PER_PARAM - bench.free_bytes()
     if missing > 0:
         bench.progress(bench.rounds * len(case.comparisons))
         note = f"needs {missing / 2**30:.1f} GiB more memory than is free"
         return [Result(case, comparison, note=note) for comparison in case.comparisons]
-    run = CaseRun(case, bench)
-    for pivot, group in groups(case, free):
-        run.measure(pivot, group)
-    return [run.results[comparison] for comparison in case.comparisons]
+    grads = Gradients(case.shapes(), case.dtype, case.grads, bench.device)
+    agreed: set[str] = set()  # with another pipeline: then they may run against a stream
+    return [_compare(case, comparison, bench, grads, agreed) for comparison in case.comparisons]
 
 
-def groups(case: Case, free_bytes: int) -> Iterator[tuple[str, list[Comparison]]]:
-    """Comparisons that are measured together, and the pipeline that is in all of them: the pivot.
-
-    A sample of the pivot lies between any two of the others, whose order is random. As many are in
-    a group as there is memory for.
-    """
-    room = max(1, int((free_bytes / case.numel - BYTES_BESIDES) / BYTES_PER_PARAM) - 1)
-    left = list(case.comparisons)
-    while left:
-        names = [name for c in left for name in (c.pipeline, c.reference) if name not in STREAMS]
-        pivot = Counter(names).most_common(1)[0][0]
-        together = [c for c in left if pivot in (c.pipeline, c.reference)]
-        left = [c for c in left if c not in together]
-        for first in range(0, len(together), room):
-            yield pivot, together[first : first + room]
-
-
-def _shares(rounds: int, numel: int, most: int = BUILDS) -> list[int]:
-    """The rounds of each build."""
-    wanted = min(most, BUILDS_OF_LARGE if numel > LARGE else BUILDS)
-    builds = max(1, min(wanted, rounds // MIN_ROUNDS_OF_A_BUILD))
-    return [rounds // builds + (build < rounds % builds) for build in range(builds)]
-
-
-class CaseRun:
-    """Collects the results of one case."""
-
-    def __init__(self, case: Case, bench: Bench) -> None:
-        self.results: dict[Comparison, Result] = {}
-        self._case, self._bench = case, bench
-        self._grads = Gradients(case.shapes(), case.dtype, case.grads, bench.device)
-        self._agreed: set[str] = set()  # with another pipeline: then it may run against a stream
-
-    def measure(self, pivot: str, group: Sequence[Comparison]) -> None:
-        by_other = {c.reference if c.pipeline == pivot else c.pipeline: c for c in group}
-        trials: dict[str, list[Trial]] = {name: [] for name in by_other}
-        notes: dict[str, str] = {}
-        for rounds in _shares(self._bench.rounds, self._case.numel, self._bench.builds):
-            gc.collect()  # the last build's optimizers lie in cycles, and there may be room for one
-            self._measure_one_build(pivot, by_other, rounds, trials, notes)
-        for name in notes:
-            comparison, taken = by_other[name], trials[name]
-            if comparison.pipeline == pivot:
-                taken = [trial.swapped() for trial in taken]
-            self.results[comparison] = Result(self._case, comparison, taken, notes[name])
-
-    def _measure_one_build(
-        self, pivot: str, by_other: dict[str, Comparison], rounds: int,
-        trials: dict[str, list[Trial]], notes: dict[str, str],
-    ) -> None:  # fmt: skip
-        """Adds `rounds` trials of each pipeline that can be built, and what is told of it."""
-        bench = self._bench
-        center: Pipeline | None = None
-        others: dict[str, Pipeline | Stream] = {}
-        for name, comparison in by_other.items():
-            if comparison in self.results:  # it failed when it was first built
-                continue
-            bench.announce(f"{self._case.name}: {name} | {pivot}")
-            try:
-                center = center or self._stepped(pivot)
-                others[name], allowed = self._agreeing(name, pivot, center)
-                told = (center.describe(), others[name].describe(), allowed)
-                notes[name] = "; ".join(filter(None, told))
-            except Exception as error:  # a rival that fails must not take the others with it
-                notes.pop(name, None)
-                self._failed(comparison, name if center else pivot, error)
-        if center is None or not others:
-            return
+def _compare(
+    case: Case, comparison: Comparison, bench: Bench, grads: Gradients, agreed: set[str]
+) -> Result:
+    """Timed in turns with each other, several times with pipelines that are made anew."""
+    result = Result(case, comparison)
+    names = comparison.pipeline, comparison.reference
+    building = names[0]
+    for rounds in bench.shares(case.numel):
+        gc.collect()  # the last build's optimizers lie in cycles, and there may be room for one
+        bench.announce(f"{case.name}: {' | '.join(names)}")
+        try:
+            pair: list[Pipeline | Stream] = []
+            for building in names:
+                if building not in STREAMS:
+                    params = make_params(case.shapes(), case.dtype, bench.device)
+                    pair.append(bench.kinds[building].build(params, grads))
+                    pipelines.take_checked_steps(pair[-1], grads)
+                elif names[0] in agreed:
+                    pair.append(STREAMS[building](case.numel))
+                else:  # it takes no steps that could be compared
+                    raise Unavailable(f"{names[0]} agreed with no other pipeline")
+            told = [one.describe() for one in pair]
+            if names[1] not in STREAMS:
+                start = make_params(case.shapes(), case.dtype, bench.device)
+                allowed = max(bench.kinds[name].allowed for name in names)
+                excess = pipelines.compare_steps([p.detach() for p in start], *pair, allowed)
+                told += [f"steps differ by {excess:.0f} x the tolerance"] if allowed > 1.0 else []
+                agreed |= {*names}
+        except Exception as error:  # a rival that fails must not take the others with it
+            absent = isinstance(error, Unavailable)
+            text = str(error) if absent else f"{type(error).__name__}: {error}"
+            note = (text.splitlines() or ["no message"])[0][:200]
+            ours_failed = building.startswith("fusedopt") and not absent
+            bench.progress(bench.rounds)
+            wrong = isinstance(error, DifferentStep) or ours_failed
+            return Result(case, comparison, note=note, wrong=wrong)
+        result.note = "; ".join(filter(None, told))
         attempts = rounds * bench.attempts // bench.rounds
-        clock, advance = bench.clock(self._case), lambda: bench.progress(1)
-        taken = sandwich(center, others, clock, rounds, attempts, advance, bench.time_is_up)
-        for name in taken:
-            trials[name] += taken[name]
-
-    def _stepped(self, name: str) -> Pipeline:
-        pipeline = self._bench.kinds[name].build(self._params(), self._grads)
-        pipelines.take_checked_steps(pipeline, self._grads)
-        return pipeline
-
-    def _agreeing(self, name: str, pivot: str, center: Pipeline) -> tuple[Pipeline | Stream, str]:
-        """A new pipeline that has taken the checked steps as the pivot did, and what it allowed.
-
-        A stream takes none: there the pivot has to agree with another pipeline.
-        """
-        if name in STREAMS:
-            if pivot not in self._agreed:
-                raise Unavailable(f"{pivot} agreed with no other pipeline")
-            return STREAMS[name](self._case.numel), ""
-        pipeline = self._stepped(name)
-        allowed = max(self._bench.kinds[one].allowed for one in (name, pivot))
-        start = [param.detach() for param in self._params()]
-        excess = pipelines.compare_steps(start, center, pipeline, allowed)
-        self._agreed |= {name, pivot}
-        return pipeline, f"steps differ by {excess:.0f} x the tolerance" if allowed > 1.0 else ""
-
-    def _params(self) -> list[Tensor]:
-        return make_params(self._case.shapes(), self._case.dtype, self._bench.device)
-
-    def _failed(self, comparison: Comparison, pipeline: str, error: Exception) -> None:
-        absent = isinstance(error, Unavailable)
-        text = str(error) if absent else f"{type(error).__name__}: {error}"
-        note = (text.splitlines() or ["no message"])[0][:200]
-        ours_failed = pipeline.startswith("fusedopt") and not absent
-        wrong = isinstance(error, DifferentStep) or ours_failed
-        self.results[comparison] = Result(self._case, comparison, note=note, wrong=wrong)
-        self._bench.progress(self._bench.rounds)
+        clock, advance = bench.clock(case), lambda: bench.progress(1)
+        own, reference = pair
+        taken = sandwich(reference, {"": own}, clock, rounds, attempts, advance, bench.time_is_up)
+        result.trials += taken[""]
+    return result
 
 
 def available_bytes() -> int:

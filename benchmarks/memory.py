@@ -9,17 +9,14 @@ gradients are there and the optimizer is not. docs/training.md tells what the fi
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import json
 import math
 import os
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,40 +24,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import benchmarks
 import fusedopt
-from benchmarks import arguments as args_of, pipelines as pipelines_of
-from benchmarks.arguments import device, gpu_name, positive
+from benchmarks import pipelines as pipelines_of, rows
 from benchmarks.measure import available_bytes
 from benchmarks.param_sets import LISTS, Gradients, make_params
-from benchmarks.pipelines import (
-    ADAMW,
-    MAX_GRAD_NORM,
-    DifferentStep,
-    Ours,
-    Pipeline,
-    TorchOpsMasters,
-)
+from benchmarks.pipelines import ADAMW, MAX_GRAD_NORM, DifferentStep, Pipeline, TorchOpsMasters
 from benchmarks.rivals import torch_adamw
-from benchmarks.rows import Report, add_options, destination, provenance, told, wide
 
-# The packages are those that this process has, whatever lies on the path before them.
-CHILD = """
-import importlib.util, json, sys
-for name, file in json.loads(sys.argv[1]).items():
-    spec = importlib.util.spec_from_file_location(name, file)
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
-from benchmarks.memory import Job, measure
-print(json.dumps(measure(Job(*json.loads(sys.argv[2])))))
-"""
-PACKAGES = {"fusedopt": fusedopt.__file__, "benchmarks": benchmarks.__file__}
 CHECKED_WITH = "torch_fused"  # by all pipelines, also where nothing else of torch's is measured
 MIB = 2**20
 BYTES_PER_PARAM_AT_PEAK = 40  # fp32: param, gradient and its source, two states, foreach's copies
-STEPS = ("first", "second")
 COLUMNS = ["state_mib"] + [
-    f"{step}_{figure}_mib" for step in STEPS for figure in ("peak", "beyond_state", "added")
+    f"{step}_{figure}_mib"
+    for step in ("first", "second")
+    for figure in ("peak", "beyond_state", "added")
 ]
 INIT_STATE = "fusedopt_init_state"  # opt.init_state() before the first step
 PIPELINES = ("torch_foreach", "torch_fused", "fusedopt", INIT_STATE)
@@ -68,102 +45,82 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_UP_LIST = "gpt-1M"
 
 
+class NotMeasured(Exception):
+    """Why there is no figure."""
+
+
 # ---- in a process of its own ---------------------------------------------------------------------
 
 
 class Job(NamedTuple):
-    """One measurement, in values that JSON can carry."""
+    """One measurement."""
 
     params: str
     dtype: str
     pipeline: str
-    device: str
+    device: torch.device
     threads: int
+
+    def start(self) -> Pipeline:
+        """The pipeline, with gradients as backward() leaves them."""
+        return build(self.pipeline, *_start(self))
 
 
 class Meter(NamedTuple):
     name: str
-    exact: bool  # no: a lower bound
     now: Callable[[], int]
     reset_peak: Callable[[], object]
     peak: Callable[[], int]
 
 
-def _status(field: str) -> int:
+def _resident(field: str) -> int:
     """Of what Linux counts as resident."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) << 10
-
-
-def _reset_resident() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _largest_ever() -> int:
-    """The peak since the process began, which cannot be reset: misses what an older peak hides."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) << 10
 
 
 def meters(device: torch.device) -> list[Meter]:
     """On a GPU what torch's allocator has given to tensors, and what it holds of the GPU: what
     nvidia-smi shows, and runs out."""
     if device.type == "cuda":
-        cuda = torch.cuda
-        reset = cuda.reset_peak_memory_stats
+        cuda, reset = torch.cuda, torch.cuda.reset_peak_memory_stats
         return [
-            Meter("allocated", True, cuda.memory_allocated, reset, cuda.max_memory_allocated),
-            Meter("reserved", True, cuda.memory_reserved, reset, cuda.max_memory_reserved),
+            Meter("allocated", cuda.memory_allocated, reset, cuda.max_memory_allocated),
+            Meter("reserved", cuda.memory_reserved, reset, cuda.max_memory_reserved),
         ]
-    try:
-        _reset_resident()
-        _status("VmHWM")
-    except (OSError, StopIteration):
-        return [Meter("resident", False, _largest_ever, lambda: None, _largest_ever)]
-    now, peak = (lambda field=field: _status(field) for field in ("VmRSS", "VmHWM"))
-    return [Meter("resident", True, now, _reset_resident, peak)]
+    now, peak = (lambda field=field: _resident(field) for field in ("VmRSS", "VmHWM"))
+    return [Meter("resident", now, lambda: Path("/proc/self/clear_refs").write_text("5"), peak)]
 
 
-def build(job: Job, params: list[Tensor], grads: Gradients) -> Pipeline:
-    if job.pipeline.startswith("fusedopt"):
-        ours: Callable[[list[Tensor]], Any] = lambda p: fusedopt.FusedAdamW(  # noqa: E731
-            p, max_grad_norm=MAX_GRAD_NORM, **ADAMW
-        )
-        pipeline = Ours(params, grads, ours, fusedopt.GradScaler)
-        if job.pipeline == INIT_STATE:
-            pipeline.optimizer.init_state()
-        return pipeline
-    make = torch_adamw(**{job.pipeline.removeprefix("torch_"): True})
-    kind = Pipeline if params[0].dtype == torch.float32 else TorchOpsMasters
-    return kind(params, grads, make)
-
-
-def start(job: Job, name: str) -> tuple[list[Tensor], Gradients]:
-    """Parameters of the list ``name``, with gradients as backward() leaves them."""
-    shapes, dtype = LISTS[name](), DTYPES[job.dtype]
+def _start(job: Job) -> tuple[list[Tensor], Gradients]:
+    shapes, dtype = LISTS[job.params](), DTYPES[job.dtype]
     params = make_params(shapes, dtype, job.device)
     grads = Gradients(shapes, dtype, device=job.device)
     grads.backward(params)
     return params, grads
 
 
+def build(name: str, params: list[Tensor], grads: Gradients) -> Pipeline:
+    if name.startswith("fusedopt"):
+        ours = lambda p: fusedopt.FusedAdamW(p, max_grad_norm=MAX_GRAD_NORM, **ADAMW)  # noqa: E731
+        pipeline = pipelines_of.Ours(params, grads, ours, fusedopt.GradScaler)
+        if name == INIT_STATE:
+            pipeline.optimizer.init_state()
+        return pipeline
+    make = torch_adamw(**{name.removeprefix("torch_"): True})
+    kind = Pipeline if params[0].dtype == torch.float32 else TorchOpsMasters
+    return kind(params, grads, make)
+
+
 def check_same_step(dtype: str, pipelines: Sequence[str], device: torch.device) -> None:
     """Hold the pipelines to one step of a small list; raises DifferentStep."""
-    jobs = [Job(WARM_UP_LIST, dtype, name, str(device), 1) for name in pipelines]
-    built = [build(job, *start(job, WARM_UP_LIST)) for job in jobs]
-    for pipeline in built:
+    jobs = [Job(WARM_UP_LIST, dtype, name, device, 1) for name in pipelines]
+    first, *others = [job.start() for job in jobs]
+    params = [param.detach() for param in _start(jobs[0])[0]]
+    for pipeline in (first, *others):
         pipelines_of.take_checked_steps(pipeline, pipeline._grads)
-    params = [param.detach() for param in start(jobs[0], WARM_UP_LIST)[0]]
-    for other in built[1:]:
-        pipelines_of.compare_steps(params, built[0], other)
-
-
-def warm_up(job: Job) -> None:
-    """Two steps on a small list, so that code, threads and lazy imports are in memory already."""
-    pipeline = build(job, *start(job, WARM_UP_LIST))
-    pipeline.step()
-    pipeline.prepare()
-    pipeline.step()
+    for other in others:
+        pipelines_of.compare_steps(params, first, other)
 
 
 def release_unused(device: torch.device) -> None:
@@ -176,39 +133,39 @@ def release_unused(device: torch.device) -> None:
         trim(0)
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """Bytes of parameters, gradients and state; and by meter the peaks: above what there was before
-    the optimizer, and `added` above what there was just before the step."""
+def measure(job: Job) -> tuple[dict[str, float], str]:
+    """The figures in MiB, and a note. Peaks are above what there was before the optimizer, `added`
+    above what there was just before the step."""
     torch.set_num_threads(job.threads)
-    device = torch.device(job.device)
-    own = meters(device)
-    warm_up(job)
-    params, grads = start(job, job.params)
-    release_unused(device)
+    own = meters(job.device)
+    warm = job._replace(params=WARM_UP_LIST).start()  # code, threads and lazy imports are there now
+    warm.step()
+    warm.prepare()
+    warm.step()
+    del warm
+    params, grads = _start(job)
+    release_unused(job.device)
     before = [meter.now() for meter in own]
     own[0].reset_peak()
-    pipeline = build(job, params, grads)
+    pipeline = build(job.pipeline, params, grads)
     built = [meter.peak() for meter in own]
     first_start, first = _step(pipeline, own)
-    states = state_bytes(pipeline)
+    state = state_bytes(pipeline)
     pipeline.prepare()
-    release_unused(device)
+    release_unused(job.device)
     second_start, second = _step(pipeline, own)
-    return {
-        "param_bytes": sum(param.nbytes for param in params),
-        "state_bytes": states,
-        "backend": pipeline.backend() if isinstance(pipeline, Ours) else "",
-        "exact": all(meter.exact for meter in own),
-        "peaks": {
-            meter.name: {
-                "first_peak": max(built[i], first[i]) - before[i],
-                "first_added": first[i] - first_start[i],
-                "second_peak": second[i] - before[i],
-                "second_added": second[i] - second_start[i],
-            }
-            for i, meter in enumerate(own)
-        },
-    }
+    found = {"state_mib": state}
+    for i, meter in enumerate(own):
+        prefix = f"{meter.name}_" if i else ""
+        for step, start, peak, highest in (
+            ("first", first_start[i], first[i], max(built[i], first[i])),
+            ("second", second_start[i], second[i], second[i]),
+        ):
+            found[f"{prefix}{step}_peak_mib"] = highest - before[i]
+            found[f"{prefix}{step}_beyond_state_mib"] = highest - before[i] - state
+            found[f"{prefix}{step}_added_mib"] = peak - start
+    note = f"params {sum(param.nbytes for param in params) / MIB:.1f} MiB; {pipeline.describe()}"
+    return {name: n_bytes / MIB for name, n_bytes in found.items()}, note.removesuffix("; ")
 
 
 def _step(pipeline: Pipeline, own: Sequence[Meter]) -> tuple[list[int], list[int]]:
@@ -230,19 +187,18 @@ def state_bytes(pipeline: Pipeline) -> int:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-class NotMeasured(Exception):
-    """Why there is no figure."""
-
-
-def run_child(job: Job) -> dict[str, Any]:
-    command = [sys.executable, "-c", CHILD, json.dumps(PACKAGES), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return measured
-    if done.returncode < 0:
-        raise NotMeasured(f"the process was ended by signal {-done.returncode}: out of memory?")
-    raise NotMeasured((done.stderr.strip().splitlines() or ["no message"])[-1])
+def in_a_process(job: Job) -> tuple[dict[str, float], str]:
+    """With this process's path, so that it imports the same packages."""
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as one:
+            found, note = one.submit(measure, job).result()
+    except BrokenProcessPool as error:
+        raise NotMeasured("the process was ended: out of memory?") from error
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise NotMeasured(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    if note.endswith("backend reference"):
+        raise NotMeasured("fusedopt has only its reference backend here: python -m fusedopt")
+    return found, note
 
 
 def processes_at_a_time(params: str, device: torch.device) -> int:
@@ -256,92 +212,56 @@ def processes_at_a_time(params: str, device: torch.device) -> int:
     return min(fit, os.cpu_count() or 1)
 
 
-def measure_case(params: str, dtype: str, args: argparse.Namespace, bar: tqdm[Any]) -> Any:
-    """By pipeline what its processes have measured."""
-
-    def take(pipeline: str) -> dict[str, Any]:
-        job = Job(params, dtype, pipeline, str(args.device), args.threads)
-        measured = run_child(job)
-        if measured["backend"] == "reference":
-            raise NotMeasured("fusedopt has only its reference backend here: python -m fusedopt")
-        bar.update()
-        return measured
-
+def measure_case(report: rows.Report, params: str, dtype: str, args: Any, bar: tqdm[Any]) -> None:
     check_same_step(dtype, [*dict.fromkeys([CHECKED_WITH, *args.pipelines])], args.device)
-    jobs = [pipeline for _ in range(args.runs) for pipeline in args.pipelines]
+    jobs = [Job(params, dtype, name, args.device, args.threads) for name in args.pipelines]
+    results = []
     with ThreadPoolExecutor(processes_at_a_time(params, args.device)) as executor:
-        results = list(executor.map(take, jobs))
-    return {
-        name: [result for job, result in zip(jobs, results, strict=True) if job == name]
-        for name in args.pipelines
-    }
+        for result in executor.map(in_a_process, jobs * args.runs):
+            results.append(result)
+            bar.update()
+    for index, name in enumerate(args.pipelines):
+        runs = results[index :: len(jobs)]
+        for figure in runs[0][0]:
+            values = [found[figure] for found, _ in runs]
+            report.add(figure, "MiB", values, case=f"{params}-{dtype}", pipeline=name,
+                       note=runs[0][1])  # fmt: skip
 
 
-def add_figures(
-    report: Report, case: str, pipeline: str, measured: Sequence[dict[str, Any]]
-) -> None:
-    note = f"params {measured[0]['param_bytes'] / MIB:.1f} MiB"
-    if measured[0]["backend"]:
-        note += f"; backend {measured[0]['backend']}"
-    if not measured[0]["exact"]:
-        note += "; lower bounds, since the peak cannot be reset here"
-
-    def add(figure: str, values: Sequence[float], note: str) -> None:
-        report.add(figure, "MiB", values, case=case, pipeline=pipeline, note=note)
-
-    state = [one["state_bytes"] / MIB for one in measured]
-    add("state_mib", state, note)
-    for index, meter in enumerate(measured[0]["peaks"]):
-        for step in STEPS:
-            name = step if index == 0 else f"{meter}_{step}"
-            peak = [one["peaks"][meter][f"{step}_peak"] / MIB for one in measured]
-            added = [one["peaks"][meter][f"{step}_added"] / MIB for one in measured]
-            beyond = [whole - part for whole, part in zip(peak, state, strict=True)]
-            add(f"{name}_peak_mib", peak, f"{note}; {meter}")
-            add(f"{name}_beyond_state_mib", beyond, f"{note}; {meter}")
-            add(f"{name}_added_mib", added, f"{note}; {meter}")
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = args_of.parser("memory", __doc__)
-    add = parser.add_argument
-    add("--device", type=device, default=torch.device("cpu"))
+def parse(arguments: Sequence[str] | None) -> Any:
+    options = rows.parser("memory", __doc__)
+    add = options.add_argument
+    add("--device", type=rows.device, default=torch.device("cpu"))
     add("--params", nargs="+", choices=LISTS, metavar="LIST", help=", ".join(LISTS))
     add("--dtypes", nargs="+", choices=DTYPES, help="half with fp32 masters")
     add("--pipelines", nargs="+", choices=PIPELINES, default=PIPELINES)
-    add("--runs", type=positive, help="processes for each figure (default: 3)")
-    add("--threads", type=positive, default=1, help="of each process (default: 1)")
-    add_options(parser, "default to a small list, once")
-    args = parser.parse_args(arguments)
+    add("--runs", type=rows.positive, help="processes for each figure (default: 3)")
+    add("--threads", type=rows.positive, default=1, help="of each process (default: 1)")
+    rows.add_options(options, "default to a small list, once")
+    args = options.parse_args(arguments)
     args.params = args.params or ["gpt-10M" if args.quick else "gpt2-124M"]
     args.dtypes = args.dtypes or (["fp32"] if args.quick else ["fp32", "bf16"])
     args.runs = args.runs or (1 if args.quick else 3)
-    args.out = destination(args, gpu_name(args.device))
+    args.out = rows.destination(args, rows.gpu_name(args.device))
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    report = Report(provenance(gpu_name(args.device)), args.out)
+    report = rows.Report(rows.provenance(rows.gpu_name(args.device)), args.out)
     cases = [(params, dtype) for params in args.params for dtype in args.dtypes]
     problems = {}
     with tqdm(total=len(cases) * args.runs * len(args.pipelines), unit="process") as bar:
         for params, dtype in cases:
-            case = f"{params}-{dtype}"
-            bar.set_description(case)
             try:
-                by_pipeline = measure_case(params, dtype, args, bar)
+                measure_case(report, params, dtype, args, bar)
             except (NotMeasured, DifferentStep) as error:
-                problems[case] = error
-                continue
-            for pipeline, measured in by_pipeline.items():
-                add_figures(report, case, pipeline, measured)
-    print(wide(report.figures(), COLUMNS))
+                problems[f"{params}-{dtype}"] = error
+    print(rows.wide(report.figures(), COLUMNS))
     if args.device.type == "cuda":
-        print()
-        print(wide(report.figures(), [f"reserved_{name}" for name in COLUMNS[1:]]))
+        print("\n" + rows.wide(report.figures(), [f"reserved_{name}" for name in COLUMNS[1:]]))
     for case, error in problems.items():
         print(f"{case} not measured: {error}")
-    print(f"\n{told(args.out)}")
+    print(f"\n{rows.told(args.out)}")
     return int(bool(problems))

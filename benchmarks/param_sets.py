@@ -17,10 +17,6 @@ PARAM_STD = 0.1
 Shape = tuple[int, ...]
 
 
-def one_tensor(numel: int) -> list[Shape]:
-    return [(numel,)]
-
-
 def gpt(numel: int, layers: int = 12) -> list[Shape]:
     """A decoder's 148 tensors: 12 layers of 12, two embeddings and the last norm."""
     width = max(8, int(math.sqrt(0.85 * numel / (12 * layers))) // 8 * 8)
@@ -37,6 +33,9 @@ def gpt(numel: int, layers: int = 12) -> list[Shape]:
 
 def equal(count: int, numel: int) -> list[Shape]:
     return [(numel,)] * count
+
+
+one_tensor = partial(equal, 1)
 
 
 def resnet50() -> list[Shape]:
@@ -103,12 +102,8 @@ def make_params(
 ) -> list[Tensor]:
     """The same values at every call: pipelines that are compared start from the same params."""
     rng = torch.Generator(device).manual_seed(0)
-    return [
-        torch.nn.Parameter(
-            torch.randn(shape, generator=rng, device=device).mul_(PARAM_STD).to(dtype)
-        )
-        for shape in shapes
-    ]
+    values = (torch.randn(shape, generator=rng, device=device) for shape in shapes)
+    return [torch.nn.Parameter(value.mul_(PARAM_STD).to(dtype)) for value in values]
 
 
 class Gradients:
@@ -121,12 +116,9 @@ class Gradients:
     """
 
     def __init__(
-        self,
-        shapes: Sequence[Shape],
-        dtype: torch.dtype,
-        kind: str = "new",
+        self, shapes: Sequence[Shape], dtype: torch.dtype, kind: str = "new",
         device: torch.device | str = "cpu",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.kind = kind
         numels = [math.prod(shape) for shape in shapes]
         offsets = [8 * i % 4096 for i in range(len(shapes))]  # equal shapes get different values
@@ -140,13 +132,11 @@ class Gradients:
         ]
 
     def backward(self, params: Sequence[Tensor]) -> None:
-        kept = [param.grad for param in params if param.grad is not None]
-        if self.kind == "bucket" and not kept:
-            kept = self._bucket_views(params)
-        if self.kind != "new" and kept:
-            torch._foreach_copy_(kept, self._sources)
+        if self.kind == "bucket" and params[0].grad is None:
+            self._give_bucket_views(params)
+        if self.kind != "new" and params[0].grad is not None:
+            torch._foreach_copy_([param.grad for param in params], self._sources)
             return
-        del kept
         for param in params:
             param.grad = None
         torch.autograd.backward(params, self._sources)
@@ -155,14 +145,12 @@ class Gradients:
         """Hand out these gradients instead, the same on every device."""
         self._sources = list(sources)
 
-    def _bucket_views(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Sets the params' gradients to views into one new buffer, the first at its element 1."""
+    def _give_bucket_views(self, params: Sequence[Tensor]) -> None:
+        """Into one new buffer, the first at its element 1."""
         numels = [param.numel() for param in params]
         bucket = torch.empty(1 + sum(numels), dtype=self._pool.dtype, device=self._pool.device)
-        views = bucket[1:].split(numels)
-        for param, view in zip(params, views, strict=True):
+        for param, view in zip(params, bucket[1:].split(numels), strict=True):
             param.grad = view.view(param.shape)
-        return [param.grad for param in params if param.grad is not None]
 
     def multiply(self, power_of_two: float) -> None:
         self._pool.mul_(power_of_two)

@@ -19,9 +19,19 @@ from typing import Any
 import matplotlib
 import matplotlib.figure
 
-from benchmarks import arguments as args_of
 from benchmarks.registry import base_kinds, gpu_kinds
-from benchmarks.rows import LOCAL, RESULTS, ROOT, Figure, Row, figures, find, predicted_ms, read
+from benchmarks.rows import (
+    LOCAL,
+    RESULTS,
+    ROOT,
+    Figure,
+    Row,
+    figures,
+    find,
+    parser,
+    predicted_ms,
+    read,
+)
 
 PICTURES = ROOT / "docs" / "pictures"
 CHECKSUM = "fusedopt-figures"  # a text chunk of the PNG
@@ -174,14 +184,14 @@ def draw(name: str, known: Sequence[Figure], path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = args_of.parser("plot", __doc__)
-    parser.add_argument("rows", metavar="CSV", type=Path)
-    parser.add_argument("--commit", default="", help="at least seven digits")
-    where = parser.add_mutually_exclusive_group()
+    args = parser("plot", __doc__)
+    args.add_argument("rows", metavar="CSV", type=Path)
+    args.add_argument("--commit", default="", help="at least seven digits")
+    where = args.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, metavar="FOLDER", default=RESULTS / LOCAL)
     where.add_argument("--record", action="store_const", dest="out", const=PICTURES,
                        help="draw those of the documents, in docs/pictures")  # fmt: skip
-    options = parser.parse_args(arguments)
+    options = args.parse_args(arguments)
     known = read_figures(options.rows, options.commit)
     for name in PICTURE_OF:
         path = options.out / f"{options.rows.stem}-{name}.png"

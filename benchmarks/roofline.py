@@ -12,9 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from benchmarks import arguments as args_of, traffic as counted
-from benchmarks.arguments import positive_float
-from benchmarks.rows import markdown
+from benchmarks import rows, traffic as counted
+from benchmarks.rows import markdown, positive_float
 from benchmarks.traffic import PIPELINES, Array, Options, Traffic, memory_per_param, traffic
 
 # Of the all-reduce of the norm, per doubling of the ranks: a hop up and one down a tree, at the
@@ -26,13 +25,9 @@ def predict_seconds(
     bytes_per_param: float, numel: int, bandwidth: float, *, fixed_s: float = 0.0, ranks: int = 1,
     alpha_s: float = ALPHA_S,
 ) -> float:  # fmt: skip
-    """One step, sharded evenly over ``ranks``.
+    """One step, sharded evenly over ``ranks``, each with a bandwidth in bytes/s.
 
-    Args:
-        bandwidth: bytes/s, read and written together, of each rank.
-        fixed_s: what a step costs whatever its size: launches, latency.
-        alpha_s: per doubling of ``ranks``: the norm's all-reduce is 12 bytes, so all of it is
-            latency.
+    ``alpha_s`` is for each doubling of ``ranks``: the norm's all-reduce is 12 bytes, all latency.
     """
     moved_s = bytes_per_param * math.ceil(numel / ranks) / bandwidth
     return moved_s + fixed_s + alpha_s * math.log2(ranks)
@@ -57,10 +52,7 @@ NUMELS = {"10M": 10**7, "100M": 10**8, "1B": 10**9, "10B": 10**10, "100B": 10**1
 SHARE_OF_PEAK = 0.85
 SHARE_OF_MEMORY = 0.8  # for params, gradients, masters and states; the rest is for activations
 LAUNCHES_S = 5e-6  # both kernels' start and drain
-PREDICTED = {
-    "AdamW, fp32": Options(clip=True, scaler="ours"),
-    "AdamW, bf16 with fp32 masters": Options(params="bf16", clip=True, scaler="ours"),
-}
+PREDICTED = Options(clip=True, scaler="ours")  # with bf16 params the same bytes
 
 
 def ranks_needed(numel: int, n_bytes: int, memory: float) -> int:
@@ -68,31 +60,29 @@ def ranks_needed(numel: int, n_bytes: int, memory: float) -> int:
     return 1 << max(0, math.ceil(math.log2(numel * n_bytes / (SHARE_OF_MEMORY * memory))))
 
 
-def _cell(gpu: Gpu, numel: int, moved: int, kept: int) -> str:
-    ranks = ranks_needed(numel, kept, gpu.memory_gb * 1e9)
+def _cell(gpu: Gpu, numel: int) -> str:
+    ranks = ranks_needed(numel, memory_per_param(PREDICTED), gpu.memory_gb * 1e9)
     bandwidth = SHARE_OF_PEAK * gpu.peak_gb_s * 1e9
+    moved = traffic(PREDICTED).total
     seconds = predict_seconds(moved, numel, bandwidth, fixed_s=LAUNCHES_S, ranks=ranks)
     return f"{1e3 * seconds:.3g} ms ({ranks})"
 
 
 def predictions() -> str:
-    """Markdown. Options that move and keep the same bytes share a table."""
     share = f"{SHARE_OF_PEAK:.0%} of it".replace("%", " %")
     gpus = (
         (g.name, f"{g.peak_gb_s:g}", f"{SHARE_OF_PEAK * g.peak_gb_s:.0f}", f"{g.memory_gb:g}",
          g.source)
         for g in GPUS
     )  # fmt: skip
-    parts = [markdown(("GPU", "peak GB/s", share, "memory, GB", "source of both"), gpus)]
-    alike: dict[tuple[int, int], list[str]] = {}
-    for name, options in PREDICTED.items():
-        alike.setdefault((traffic(options).total, memory_per_param(options)), []).append(name)
-    for both, names in alike.items():
-        parts.append(f"**PREDICTED, not measured: {'; '.join(names)}. Clip and our scaler: "
-                     f"{both[0]} bytes moved, {both[1]} kept per parameter**")  # fmt: skip
-        lines = ((n, *(_cell(gpu, numel, *both) for gpu in GPUS)) for n, numel in NUMELS.items())
-        parts.append(markdown(("params", *(gpu.name for gpu in GPUS)), lines))
-    return "\n\n".join(parts)
+    said = f"{traffic(PREDICTED).total} bytes moved, {memory_per_param(PREDICTED)} kept"
+    lines = ((name, *(_cell(gpu, numel) for gpu in GPUS)) for name, numel in NUMELS.items())
+    return "\n\n".join([
+        markdown(("GPU", "peak GB/s", share, "memory, GB", "source of both"), gpus),
+        "**PREDICTED, not measured: AdamW, fp32; AdamW, bf16 with fp32 masters. Clip and our "
+        f"scaler: {said} per parameter**",
+        markdown(("params", *(gpu.name for gpu in GPUS)), lines),
+    ])  # fmt: skip
 
 
 CASES = {
@@ -161,7 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = args_of.parser("roofline", __doc__)
+    parser = rows.parser("roofline", __doc__)
     add, sizes = parser.add_argument, counted.ITEMSIZE
     add("--optimizer", choices=counted.STATES, default="adamw")
     add("--params", choices=sizes, default="fp32", help="default: fp32")

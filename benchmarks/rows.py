@@ -15,6 +15,7 @@ import argparse
 import csv
 import datetime
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -22,9 +23,12 @@ import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:  # it takes its time to import, and some commands only count
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,6 +48,7 @@ COLUMNS = (
 KEY = ("machine", "torch", "threads", *(name for name in WHAT if name not in ("tensors", "unit")))
 _SWAPPED = {"pipeline": "reference", "values": "reference_values"}
 _SWAPPED |= {"bytes_per_param": "reference_bytes"}
+_SWAPPED |= {new: old for old, new in _SWAPPED.items()}
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -57,10 +62,10 @@ def provenance(machine: str | None = None, versions: str = "") -> dict[str, obje
     import torch
 
     now = datetime.datetime.now(datetime.timezone.utc)
-    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {
         "timestamp": now.isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--verify", "HEAD") or os.environ.get("GIT_COMMIT", "none"),
+        "commit": git("rev-parse", "--verify", "HEAD") or os.environ.get("GIT_COMMIT", "none"),
         "dirty": int(changes != ""),
         "machine": machine or cpu_model(),
         "cpus": os.cpu_count(),
@@ -71,7 +76,7 @@ def provenance(machine: str | None = None, versions: str = "") -> dict[str, obje
     }
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     except OSError:
@@ -116,10 +121,9 @@ class Report:
 def append(path: Path, new_rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     check_header(path)
-    is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerows(new_rows)
 
@@ -129,7 +133,44 @@ def check_header(path: Path) -> None:
         raise SystemExit(f"{path} has other columns than this version writes; use another --out")
 
 
-# ---- where they go -------------------------------------------------------------------------------
+# ---- the options of the commands, and where rows go ----------------------------------------------
+
+
+def parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    prog = f"python -m benchmarks {command}"
+    return argparse.ArgumentParser(prog, description=description, formatter_class=form)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    if not 0.0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number above 0")
+    return float(text)
+
+
+def device(text: str) -> torch.device:
+    import torch
+
+    try:
+        found = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text}: torch.cuda.is_available() is False")
+    return found
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """The machine that figures are about, where that is a GPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def add_options(parser: argparse.ArgumentParser, quick: str) -> None:
@@ -149,8 +190,7 @@ def destination(args: argparse.Namespace, machine: str | None = None) -> Path | 
     Its name is that of the processor, or of ``machine``: a GPU.
     """
     if args.out is not None or (args.quick and not args.record):
-        out: Path | None = args.out
-        return out
+        return args.out
     slug = re.sub(r"[^a-z0-9]+", "-", (machine or cpu_model()).lower()).strip("-")
     return (RESULTS if args.record else RESULTS / LOCAL) / f"{slug}.csv"
 
@@ -211,17 +251,19 @@ class Figure:
 
     def swapped(self) -> Figure:
         """The reference against the pipeline."""
-        pairs = _SWAPPED | {new: old for old, new in _SWAPPED.items()}
-        return Figure([{c: row[pairs.get(c, c)] for c in row} for row in self.rows])
+        return Figure([{c: row[_SWAPPED.get(c, c)] for c in row} for row in self.rows])
+
+    def ways(self) -> list[Figure]:
+        """From either side, where there are two."""
+        return [self, self.swapped()] if self["reference"] else [self]
 
     def samples(
-        self, column: str = "values", over: Callable[[Row], float] | None = None
+        self, column: str = "values", over: Callable[[Row], float] = lambda row: 1.0
     ) -> Samples:
         """Of all runs, each over what belongs to its run."""
-        parts = [np.array(row[column].split(), float) for row in self.rows]
-        if over is not None:
-            parts = [part / over(row) for part, row in zip(parts, self.rows, strict=True)]
-        return np.concatenate(parts)
+        return np.concatenate(
+            [np.array(row[column].split(), float) / over(row) for row in self.rows]
+        )
 
     def median(self) -> float:
         return float(np.median(self.samples()))
@@ -264,32 +306,24 @@ def every_file(results: Path) -> list[Path]:
 
 def figures(rows: Iterable[Row]) -> dict[Key, Figure]:
     """By `KEY` the runs of the last measured sources, without disturbed ones if others remain."""
+
+    def sources(row: Row) -> tuple[str, ...]:
+        # Two runs of a changed tree may be of different changes: only the last one counts.
+        return row["commit"], row["timestamp"] if row["dirty"] != "0" else ""
+
     found: dict[Key, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["timestamp"]):
         found.setdefault(tuple(row[column] for column in KEY), []).append(row)
-    return {key: Figure(_undisturbed(_of_the_last_sources(own))) for key, own in found.items()}
-
-
-def _of_the_last_sources(runs: Sequence[Row]) -> list[Row]:
-    """Two runs of a changed tree may be of different changes: only the last one counts."""
-
-    def sources(row: Row) -> tuple[str, ...]:
-        return row["commit"], row["timestamp"] if row["dirty"] != "0" else ""
-
-    return [row for row in runs if sources(row) == sources(runs[-1])]
-
-
-def _undisturbed(runs: list[Row]) -> list[Row]:
-    return [row for row in runs if row["quiet"] == "1"] or runs
+    for key, own in found.items():
+        last = [row for row in own if sources(row) == sources(own[-1])]
+        found[key] = [row for row in last if row["quiet"] == "1"] or last
+    return {key: Figure(own) for key, own in found.items()}
 
 
 def find(known: Iterable[Figure], **columns: str) -> Figure | None:
     """The first figure that says so, be it of the pipeline or of its reference."""
-    for figure in known:
-        for way in (figure, figure.swapped()) if figure["reference"] else (figure,):
-            if all(way[column] == value for column, value in columns.items()):
-                return way
-    return None
+    ways = (way for figure in known for way in figure.ways())
+    return next((way for way in ways if columns.items() <= way.rows[-1].items()), None)
 
 
 # ---- showing -------------------------------------------------------------------------------------
@@ -334,7 +368,7 @@ def wide(
     cells: dict[tuple[str, str, str], str] = {}
     for figure in known:
         case, name = figure["case"], figure["figure"]
-        for way in (figure, figure.swapped()) if figure["reference"] else (figure,):
+        for way in figure.ways():
             cells[case, way["pipeline"], name] = shown(way.value(), way["unit"])
         if figure["reference"]:
             cells[case, figure["reference"], f"{name}_ratio"] = shown(figure.ratio(), "x")

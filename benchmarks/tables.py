@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from benchmarks import arguments as args_of, roofline
+from benchmarks import roofline
 from benchmarks.plot import PICTURES
 from benchmarks.rows import (
     RESULTS,
@@ -21,6 +21,7 @@ from benchmarks.rows import (
     find,
     markdown,
     need_intervals,
+    parser,
     read,
     shown,
     wide,
@@ -191,9 +192,9 @@ def block(text: str, name: str) -> re.Match[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = args_of.parser("tables", __doc__)
-    parser.add_argument("--record", action="store_true", help="write them into the documents")
-    record = parser.parse_args(arguments).record
+    options = parser("tables", __doc__)
+    options.add_argument("--record", action="store_true", help="write them into the documents")
+    record = options.parse_args(arguments).record
     need_intervals()
     stale = 0
     for document, blocks in BLOCKS.items():

@@ -55,8 +55,7 @@ class Options:
         return tuple(Array(name, itemsize) for name in STATES[self.optimizer])
 
 
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """One pass over all parameters, and the arrays that it reads and writes.
 
     ``looks`` are read only to follow what others wrote: the step needs no value from there.
@@ -76,8 +75,7 @@ class Sweep:
         return self.floor + sum(array.itemsize for array in self.looks)
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Bytes per parameter and step: what is moved, and the floor, which leaves looking out."""
 
     sweeps: tuple[Sweep, ...]

@@ -32,16 +32,12 @@ def add_first_steps(machine: Machine, report: Report) -> None:
     """Raises RuntimeError if a process fails."""
     with tempfile.TemporaryDirectory() as cache:
         for state, samples in SAMPLES.items():
-            found = [
-                _in_a_process(cache, machine.dry) for _ in range(1 if machine.dry else samples)
-            ]
+            times = 1 if machine.dry else samples
+            found = [_in_a_process(cache, machine.dry) for _ in range(times)]
             last = found[-1]
-            note = (
-                f"predicted {FIRST_STEP_MS[state]:g} ms; {last['compiled']} kernels compiled, "
-                f"{last['cached']} from the cache; "
-                f"{last['import_ms']:.0f} ms of it import Triton; second step "
-                f"{last['second_ms']:.3g} ms"
-            )
+            note = f"predicted {FIRST_STEP_MS[state]:g} ms; {last['compiled']} kernels compiled, "
+            note += f"{last['cached']} from the cache; {last['import_ms']:.0f} ms of it import "
+            note += f"Triton; second step {last['second_ms']:.3g} ms"
             report.add("wall", "ms", [one["first_ms"] for one in found], case=FIRST_STEP,
                        pipeline=f"fusedopt_adamw_triton:{state}", params=last["numel"],
                        tensors=last["tensors"], dtype="float32", grads="new", ceiling_gb_s="",
@@ -63,8 +59,7 @@ def _in_a_process(cache: str, dry: bool) -> dict[str, Any]:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RuntimeError(f"the first step failed: {lines[-1][:200]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

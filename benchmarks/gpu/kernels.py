@@ -9,6 +9,7 @@ import csv
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,8 @@ from benchmarks.verbs import DTYPES, VERBS, Verbs, Workload
 
 COUNTED_NUMEL = 400_000_000  # dirty lines that stay in the L2 cache are then under 1 % of the bytes
 COUNTERS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
+NCU = ("--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw",
+       "--print-units", "base", "--metrics", ",".join(COUNTERS))  # fmt: skip
 
 
 def time_kernels(
@@ -43,9 +46,7 @@ def count_dram_bytes(
     tool = shutil.which("ncu")
     if tool is None:
         return {}, "ncu is not on PATH"
-    command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--csv"]
-    command += ["--page", "raw", "--print-units", "base", "--metrics", ",".join(COUNTERS)]
-    command += [sys.executable, "-m", "benchmarks.gpu.kernels"]
+    command = [tool, *NCU, sys.executable, "-m", "benchmarks.gpu.kernels"]
     command += [workload.rule, str(workload.dtypes), backend]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
@@ -60,13 +61,11 @@ def count_dram_bytes(
 
 def parse_counters(output: str, numel: int) -> dict[str, float]:
     """From ncu's CSV with a column a metric and a second line of units."""
-    lines = [line for line in output.splitlines() if line.startswith('"')]
-    measured: dict[str, float] = {}
-    for row in csv.DictReader(lines):
+    measured: Counter[str] = Counter()
+    for row in csv.DictReader(line for line in output.splitlines() if line.startswith('"')):
         if row.get("ID"):  # the line of units has none
             n_bytes = sum(float(row[name].replace(",", "")) for name in COUNTERS)
-            kernel = row["Kernel Name"]
-            measured[kernel] = measured.get(kernel, 0.0) + n_bytes / numel
+            measured[row["Kernel Name"]] += n_bytes / numel
     return measured
 
 
@@ -94,13 +93,12 @@ def main() -> None:
     verbs = Verbs(workload, shapes, machine.backends[backend], machine.device)
     verbs.both()
     machine.synchronize()
-    if machine.dry:
-        verbs.both()
-        return
-    torch.cuda.profiler.start()
+    if not machine.dry:
+        torch.cuda.profiler.start()
     verbs.both()
     machine.synchronize()
-    torch.cuda.profiler.stop()
+    if not machine.dry:
+        torch.cuda.profiler.stop()
 
 
 if __name__ == "__main__":

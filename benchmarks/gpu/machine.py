@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import shutil
@@ -93,20 +92,45 @@ def launched(events: Iterable[Any], where: DeviceType) -> list[str]:
 
 class DryRun(Machine):
     """Goes through the same calls on the CPU, with a host clock in the place of events: its figures
-    mean nothing and are marked as such wherever they appear."""
+    mean nothing and are marked as such wherever they appear.
+
+    CUDA's kernels run through the shim of the tests, Triton's in its interpreter; the CPU backend
+    stands in for either where that does not load.
+    """
 
     dry = True
     name = DRY_RUN
     device = torch.device("cpu")
+    backends = {"cuda": "cpu", "triton": "cpu"}  # noqa: RUF012
+    _shim: Any = None
+    _interpreter: Any = None
 
     def __init__(self) -> None:
-        self._shim, shim_how = _stand_in(_shim)
-        self._interpreter, interpreter_how = _stand_in(_interpreter)
-        self.how = f"CUDA: {shim_how}; Triton: {interpreter_how}"
-        self.backends = {
-            "cuda": "cpu" if self._shim is None else "cuda",
-            "triton": "cpu" if self._interpreter is None else "triton",
-        }
+        if str(ROOT / "tests") not in sys.path:  # where the helpers of the tests are
+            sys.path.append(str(ROOT / "tests"))
+        self.backends = dict(self.backends)
+        for backend, load in (("cuda", self._load_shim), ("triton", self._load_interpreter)):
+            try:
+                load()
+                self.backends[backend] = backend
+            except Exception as error:  # no compiler, or one that fails; no Triton
+                print(f"{backend}: backend cpu stands in ({type(error).__name__}: {error})")
+
+    def _load_shim(self) -> None:
+        import cuda_shim
+
+        from fusedopt.backends import cuda
+
+        shim = cuda_shim.load()
+        cuda.driver.made, self._shim = shim.driver(), shim
+
+    def _load_interpreter(self) -> None:
+        import triton_interpreter
+
+        from fusedopt.backends import triton
+
+        triton_interpreter.kernels()
+        triton.driver.made = self._interpreter = triton_interpreter.Interpreter()
 
     def synchronize(self) -> None:
         pass
@@ -142,9 +166,7 @@ class DryRun(Machine):
 def find_machine(dry: bool) -> Machine:
     """The current GPU, or what stands in for one."""
     if dry:
-        machine = DryRun()
-        print(f"{machine.name}: {machine.how}")
-        return machine
+        return DryRun()
     if not torch.cuda.is_available():
         raise SystemExit("torch.cuda.is_available() is False: no NVIDIA GPU; --dry-run needs none")
     return Machine()
@@ -154,8 +176,7 @@ def no_triton(machine: Machine) -> str | None:
     """Why there is nothing of the Triton backend to measure."""
     if machine.backends["triton"] != "triton":
         return "the CPU backend stands in for it"
-    module = importlib.import_module("fusedopt.backends.triton")
-    reason: str | None = module.unavailable_reason()
+    reason: str | None = importlib.import_module("fusedopt.backends.triton").unavailable_reason()
     return reason
 
 
@@ -178,71 +199,29 @@ class DeviceReport(Report):
         super().add(figure, unit, *samples, **columns)
 
 
-def output(args: argparse.Namespace, machine: Machine) -> Path | None:
+def output(args: Any, machine: Machine) -> Path | None:
     """Where the rows go."""
     if machine.dry:
         return args.out or Path(tempfile.mkdtemp(prefix="fusedopt-")) / "dry-run.csv"
     return destination(args, machine.name)
 
 
-def refuse_results(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if not args.dry_run:
-        return
-    if args.record:
+def refuse_results(parser: Any, args: Any) -> None:
+    if args.dry_run and args.record:
         parser.error("--dry-run measures nothing: there is nothing to --record")
-    if args.out is not None and args.out.resolve().is_relative_to(RESULTS):
+    if args.dry_run and args.out is not None and args.out.resolve().is_relative_to(RESULTS):
         parser.error(f"--dry-run measures nothing: --out {args.out} is where results are")
 
 
-# ---- what stands in for a GPU --------------------------------------------------------------------
-
-
-def _stand_in(load: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
-    """What `load` gives, with the helpers of the tests on the path, or why it gives nothing."""
-    folder = str(ROOT / "tests")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    try:
-        return load()
-    except Exception as error:  # no compiler, or one that fails; no Triton
-        return None, f"backend cpu stands in ({type(error).__name__}: {error})"
-
-
-def _shim() -> tuple[Any, str]:
-    import cuda_shim  # type: ignore[import-not-found, unused-ignore]
-
-    from fusedopt.backends import cuda  # type: ignore[attr-defined, unused-ignore]
-
-    shim = cuda_shim.load()
-    cuda.driver.made = shim.driver()
-    return shim, "the kernels compiled for the CPU"
-
-
-def _interpreter() -> tuple[Any, str]:
-    import triton_interpreter  # type: ignore[import-not-found, unused-ignore]
-
-    from fusedopt.backends import triton  # type: ignore[attr-defined, unused-ignore]
-
-    triton_interpreter.kernels()
-    triton.driver.made = triton_interpreter.Interpreter()
-    return triton.driver.made, "the kernels in Triton's interpreter"
-
-
-# ---- versions -----------------------------------------------------------------------------------
-
-
-def _driver() -> str:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return "none"
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    return (done.stdout.splitlines() or ["unknown"])[0].strip()
-
-
 def versions() -> str:
+    driver = "none"
     try:
         from triton import __version__ as triton
     except ImportError:
         triton = "none"
-    return f"driver {_driver()}, CUDA {torch.version.cuda or 'none'}, Triton {triton}"
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        driver = (done.stdout.splitlines() or ["unknown"])[0].strip()
+    return f"driver {driver}, CUDA {torch.version.cuda or 'none'}, Triton {triton}"

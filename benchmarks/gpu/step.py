@@ -7,28 +7,21 @@ python -m benchmarks gpu --dry-run    without a GPU: everything but the measurin
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from benchmarks import arguments as args_of, goals, rows
-from benchmarks.cases import COMPILED, QUICK_GPU_CASES, Case, gpu_cases, tiny
+from benchmarks import goals, rows
+from benchmarks.cases import COMPILED, QUICK_GPU_CASES, Case, gpu_cases
 from benchmarks.clocks import EventClock
-from benchmarks.gpu import machine as gpu
+from benchmarks.gpu import kernels, machine as gpu
 from benchmarks.gpu.first_step import add_first_steps
-from benchmarks.gpu.kernels import (
-    COUNTED_NUMEL,
-    add_counters,
-    count_dram_bytes,
-    short,
-    time_kernels,
-)
 from benchmarks.gpu.streams import measure_streams
 from benchmarks.measure import Bench, run_case
 from benchmarks.param_sets import Gradients, make_params
@@ -47,7 +40,7 @@ RESERVE_S = {"first step": 60.0, "counters": 45.0, "compiled": 60.0, "case": 12.
 class Run:
     """A run against the clock; rows are on disk as soon as they are known."""
 
-    def __init__(self, args: argparse.Namespace, machine: gpu.Machine) -> None:
+    def __init__(self, args: Any, machine: gpu.Machine) -> None:
         self.args, self.machine = args, machine
         self.report = gpu.DeviceReport(machine, args.out)
         self.bench = Bench(
@@ -112,7 +105,8 @@ class Run:
                 self.wrong |= result.wrong
             if agreed and case.name in KERNELS:
                 workload, shapes = KERNELS[case.name], case.shapes()
-                time_kernels(self.report, case.name, workload, shapes, self.machine, self._backends)
+                given = (workload, shapes, self.machine, self._backends)
+                kernels.time_kernels(self.report, case.name, *given)
         except RuntimeError as error:  # out of memory, a failed launch: on with the next case
             self._failed(case.name, error)
         self.machine.release_memory()
@@ -137,7 +131,7 @@ class Run:
             except RuntimeError as error:
                 self._failed(case.name, error)
                 continue
-            names = Counter(map(short, found)).most_common()
+            names = Counter(map(kernels.short, found)).most_common()
             note = ", ".join(f"{count} {kernel}" for kernel, count in names)[:200]
             self.report.add("launches", "count", [len(found)], case=case.name, pipeline=name,
                             params=case.numel, tensors=len(shapes), note=note)  # fmt: skip
@@ -160,18 +154,20 @@ class Run:
 
     def _counters(self) -> None:
         for backend in self._backends:
-            measured, reason = {"reduce_kernel": 4.0, "update_kernel": 0.0}, ""
-            numel = sum(torch.Size(shape).numel() for shape in tiny())
-            if not self.machine.dry:
-                if self._no_time(f"DRAM counters, {backend}", "counters"):
-                    continue
-                self.machine.release_memory()
-                numel, limit_s = COUNTED_NUMEL, min(60.0, self._left())
-                measured, reason = count_dram_bytes(ADAMW, backend, limit_s)
-            if reason:
-                self.notes.append(f"DRAM counters, {backend}: not read, {reason}")
+            what, reason = f"DRAM counters, {backend}", ""
+            if self.machine.dry:
+                measured = {"reduce_kernel": 4.0, "update_kernel": 0.0}
+            elif self._no_time(what, "counters"):
+                continue
             else:
-                add_counters(self.report, ADAMW, backend, numel, measured)
+                self.machine.release_memory()
+                limit_s = min(60.0, self._left())
+                measured, reason = kernels.count_dram_bytes(ADAMW, backend, limit_s)
+            if reason:
+                self.notes.append(f"{what}: not read, {reason}")
+            else:
+                numel = kernels.COUNTED_NUMEL
+                kernels.add_counters(self.report, ADAMW, backend, numel, measured)
 
     def _show(self) -> None:
         """What has come since the last time."""
@@ -179,13 +175,13 @@ class Run:
         print(rows.table(rows.figures(new).values()), flush=True)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = args_of.parser("gpu", __doc__)
+def parse(arguments: Sequence[str] | None) -> Any:
+    parser = rows.parser("gpu", __doc__)
     names = list(gpu_cases())
     add = parser.add_argument
     add("--cases", nargs="+", choices=names, metavar="CASE", help=", ".join(names))
-    add("--rounds", type=args_of.positive, help="samples of each pipeline (default: 30)")
-    add("--budget", type=args_of.positive_float, default=240.0, help="seconds (default: 240)")
+    add("--rounds", type=rows.positive, help="samples of each pipeline (default: 30)")
+    add("--budget", type=rows.positive_float, default=240.0, help="seconds (default: 240)")
     add("--dry-run", action="store_true", help="on the CPU; measures nothing")
     add("--goals", action="store_true", help="show what the project works towards on an H200")
     rows.add_options(parser, "default to a few small cases")

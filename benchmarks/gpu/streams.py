@@ -9,43 +9,44 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.machine import DeviceReport, Machine
 
 NUMEL = 1 << 30  # 4 GiB a stream, many times any cache
 
-Stream = tuple[int, Callable[[], object]]  # bytes moved for each element, and what moves them
-
 
 def measure_streams(machine: Machine, report: DeviceReport) -> None:
+    _measure(machine, report)
+    machine.release_memory()  # 16 GiB
+
+
+def _measure(machine: Machine, report: DeviceReport) -> None:
     numel = 1 << 14 if machine.dry else NUMEL
-    arrays = [torch.randn(numel, device=machine.device) for _ in range(4)]
-    streams, note = _streams(arrays, machine.dry)
+    grad, param, exp_avg, exp_avg_sq = (torch.randn(numel, device=machine.device) for _ in range(4))
+    streams = {"copy": (8, lambda: param.copy_(grad)), "read": (4, lambda: torch.sum(grad))}
+    note = ""
+    try:
+        step = _in_torch_operations if machine.dry else _in_triton()
+        step(grad, param, exp_avg, exp_avg_sq)
+        streams["step"] = (28, lambda: step(grad, param, exp_avg, exp_avg_sq))
+    except Exception as error:  # no Triton, or no compiler for its launcher
+        note = f"no `step` stream: {type(error).__name__}: {error}".splitlines()[0]
     for name, (n_bytes, call) in streams.items():
         report.add("gpu", "ms", machine.bench(call), case="bandwidth", pipeline=name, params=numel,
                    bytes_per_param=n_bytes, note=note)  # fmt: skip
         if name == "copy":
             report.ceiling_gb_s = f"{report.figures()[-1].gb_s():.5g}"
-    del arrays, streams, call
-    machine.release_memory()
 
 
-def _streams(arrays: list[torch.Tensor], dry: bool) -> tuple[dict[str, Stream], str]:
-    first, second, third, fourth = arrays
-    streams: dict[str, Stream] = {
-        "copy": (8, lambda: second.copy_(first)),
-        "read": (4, lambda: torch.sum(first)),
-    }
-    if dry:
-        sweeps = lambda: [second.add_(first), third.neg_(), fourth.neg_()]  # noqa: E731
-        return {**streams, "step": (28, sweeps)}, "sums and sweeps in torch operations"
-    try:
-        from benchmarks.gpu import triton_streams as kernels
+def _in_torch_operations(grad: Tensor, param: Tensor, *states: Tensor) -> None:
+    """For a dry run."""
+    param.add_(grad)
+    for state in states:
+        state.neg_()
 
-        kernels.step(first, second, third, fourth)
-        kernels.read(first)
-    except Exception as error:  # no Triton, or no compiler for its launcher
-        return streams, f"no `step` stream: {type(error).__name__}: {error}".splitlines()[0]
-    streams["step"] = (28, lambda: kernels.step(first, second, third, fourth))
-    streams["read_triton"] = (4, lambda: kernels.read(first))
-    return streams, ""
+
+def _in_triton() -> Callable[..., None]:
+    from benchmarks.gpu import triton_streams
+
+    return triton_streams.step

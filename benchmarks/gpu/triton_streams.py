@@ -1,14 +1,12 @@
-"""The streams that no single torch operation is; imported only where Triton is."""
+"""The stream that no single torch operation is; imported only where Triton is."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-WARPS = 8
 
 
 @triton.jit
@@ -24,20 +22,6 @@ def _step_kernel(grad_ptr, param_ptr, exp_avg_ptr, exp_avg_sq_ptr, numel, BLOCK:
     tl.store(exp_avg_sq_ptr + at, 0.5 * exp_avg_sq + grad, inside)
 
 
-@triton.jit
-def _read_kernel(source_ptr, sums_ptr, numel, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(source_ptr + at, at < numel, other=0.0)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(values * values, 0))
-
-
 def step(grad: Tensor, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    grid = (triton.cdiv(grad.numel(), BLOCK),)
-    _step_kernel[grid](grad, param, exp_avg, exp_avg_sq, grad.numel(), BLOCK=BLOCK, num_warps=WARPS)
-
-
-def read(source: Tensor) -> Tensor:
-    blocks = triton.cdiv(source.numel(), BLOCK)
-    sums = torch.empty(blocks, device=source.device)
-    _read_kernel[(blocks,)](source, sums, source.numel(), BLOCK=BLOCK, num_warps=WARPS)
-    return sums
+    arrays, numel = (grad, param, exp_avg, exp_avg_sq), grad.numel()
+    _step_kernel[(triton.cdiv(numel, BLOCK),)](*arrays, numel, BLOCK=BLOCK, num_warps=8)

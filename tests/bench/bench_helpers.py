@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import fusedopt  # the installed one, before the checkout is on the path  # noqa: F401
 
@@ -21,15 +19,6 @@ from benchmarks import rows  # noqa: E402
 
 COMMIT, OLDER = "a" * 40, "b" * 40
 SHAPES = [(40, 5), (7,), (1,), (300,)]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Commands set the number of threads of this process; small models gain nothing by a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def read(path: Path) -> list[rows.Row]:
@@ -47,8 +36,7 @@ def read(path: Path) -> list[rows.Row]:
 def medians(found: list[rows.Row], figure: str) -> dict[tuple[str, str], float]:
     """By case and pipeline, be it that of a row or its reference."""
     known = [f for f in rows.figures(found).values() if f["figure"] == figure]
-    ways = [way for f in known for way in ([f, f.swapped()] if f["reference"] else [f])]
-    return {(way["case"], way["pipeline"]): way.median() for way in ways}
+    return {(w["case"], w["pipeline"]): w.median() for one in known for w in one.ways()}
 
 
 def row(values: object = "1 2 3", theirs: object = "2 4 6", **changes: object) -> rows.Row:

@@ -6,28 +6,24 @@ No test asserts a time.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import bench_helpers
 import pytest
 import torch
 from bench_helpers import medians, read
 from torch.autograd import DeviceType
-from torch.profiler import record_function
 
 import fusedopt
 from benchmarks import clocks, measure, pipelines, profile_training, rows as row_files
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 EXAMPLES = ("common", "train_digits", "train_char_transformer")
-one_thread = bench_helpers.one_thread
 
 
 @pytest.fixture
-def fresh_examples(one_thread: None) -> Iterator[None]:
+def fresh_examples(restore_threads: None) -> Iterator[None]:
     """The examples' modules and folder are gone again afterwards."""
     path = list(sys.path)
     for name in EXAMPLES:
@@ -51,17 +47,17 @@ def test_quick_profile(
     every = {(case, pipeline) for case in cases for pipeline in profile_training.PIPELINES}
     shares, operators = medians(rows, "optimizer_share"), medians(rows, "optimizer_operators")
     steps, iterations = medians(rows, "optimizer"), medians(rows, "iteration")
-    for figure in (shares, operators, steps, iterations, medians(rows, "optimizer_share_profiled")):
+    profiled = medians(rows, "optimizer_share_profiled")
+    for figure in (shares, operators, steps, iterations, profiled):
         assert set(figure) == every
-    assert all(0 < share < 100 for share in shares.values())
+    for share in (shares, profiled):
+        assert all(0 < percent < 100 for percent in share.values())
     assert all(0 < steps[key] < iterations[key] for key in every)
     for case in cases:
         ours = operators[case, "fusedopt"]
         assert 0 < 10 * ours < operators[case, "torch_fused"] < operators[case, "torch_foreach"]
     pairs = {(r["case"], r["reference"]) for r in rows if r["figure"] == "iteration"}
     assert pairs == {key for key in every if "torch" in key[1]}
-    notes = [row["note"] for row in rows if row["figure"] == "optimizer_operators"]
-    assert any("aten::_fused_adamw_ 2x" in note for note in notes)  # two param groups
     assert len(list(kept.glob("*.json"))) == len(every)
     assert "| train_digits-bf16 | fusedopt |" in capsys.readouterr().out
 
@@ -73,11 +69,9 @@ def test_both_pipelines_are_what_they_are_called(example: str, fresh_examples: N
     case = next(c for c in profile_training.all_cases(CPU).values() if c.example == example)
     runs = profile_training.start(case, 5, CPU, quick=True)
     assert list(runs) == list(profile_training.PIPELINES)
-    groups = {name: run.optimizer.param_groups[0] for name, run in runs.items()}
-    assert [(g.get("fused"), g.get("foreach")) for g in groups.values()][:2] == [
-        (True, None),
-        (None, True),
-    ]
+    fused, foreach = (runs[f"torch_{n}"].optimizer.param_groups[0] for n in ("fused", "foreach"))
+    assert (fused["fused"], fused["foreach"]) == (True, None)
+    assert (foreach["fused"], foreach["foreach"]) == (None, True)
     assert type(runs["fusedopt"].optimizer) is fusedopt.FusedAdamW
     assert type(runs["fusedopt"].scaler) is fusedopt.GradScaler
     start = [[p.detach().clone() for p in run.model.parameters()] for run in runs.values()]
@@ -95,15 +89,24 @@ def test_different_training_is_refused() -> None:
         profile_training.check_same_training(runs, "bf16")
 
 
-def test_different_training_fails_the_command(
-    one_thread: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("missing", "status", "said"), [
+    (False, 1, "not measured: losses"),
+    (True, 0, "fusedopt[examples]"),
+])  # fmt: skip
+def test_what_is_not_measured_is_reported(
+    missing: bool, status: int, said: str, fresh_examples: None,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def differs(*args: object) -> None:
         raise pipelines.DifferentStep("losses")
 
     monkeypatch.setattr(profile_training, "check_same_training", differs)
-    assert profile_training.main(["--quick", "--cases", "train_digits-bf16"]) == 1
-    assert "train_digits-bf16 not measured: losses" in capsys.readouterr().out
+    if missing:
+        monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    options = ["--quick", "--threads", "1", "--cases", "train_digits-bf16"]
+    assert profile_training.main(options) == status
+    printed = capsys.readouterr().out
+    assert "train_digits-bf16 not measured: " in printed and said in printed
 
 
 class Scaled:
@@ -122,20 +125,6 @@ def test_skipped_steps_are_over_before_the_clock_starts(skipped: int, steps: int
     runs = {"a": Scaled(skipped), "b": Scaled(0)}
     profile_training.warm_up(runs)
     assert [run.steps for run in runs.values()] == [steps, steps]
-
-
-def test_a_missing_package_is_reported(
-    fresh_examples: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert profile_training.main(["--quick", "--cases", "train_digits-bf16"]) == 0
-    printed = capsys.readouterr().out
-    assert "train_digits-bf16 not measured: " in printed
-    assert "fusedopt[examples]" in printed
-
-
-def new_report() -> row_files.Report:
-    return row_files.Report({"timestamp": "", "commit": "", "dirty": 0}, None)
 
 
 class Timed:
@@ -167,7 +156,7 @@ def test_ratios_are_of_the_same_round_and_disturbed_rounds_are_left_out() -> Non
         measure.Trial((1.0, 5.0), (99.0, 2.0), True),
         measure.Trial((2.0, 20.0), (1.0, 10.0)),
     ]
-    report = new_report()
+    report = row_files.Report({"timestamp": "", "commit": "", "dirty": 0}, None)
     profile_training.add_times(report, {"torch_fused": trials}, case="x")
     found = {(f["pipeline"], f["figure"]): f for f in report.figures()}
     assert found["fusedopt", "optimizer"]["reference"] == "torch_fused"
@@ -179,67 +168,57 @@ def test_ratios_are_of_the_same_round_and_disturbed_rounds_are_left_out() -> Non
 
 
 def event(
-    name: str, start: float, length: float, where: DeviceType = DeviceType.CPU, thread: int = 1,
-    self_us: float = 0.0, mark: bool = False,
+    name: str, start: float, length: float, where: DeviceType = DeviceType.CPU,
+    *children: SimpleNamespace, mark: bool = False,
 ) -> SimpleNamespace:  # fmt: skip
-    span = SimpleNamespace(start=start, end=start + length, elapsed_us=lambda: length)
-    return SimpleNamespace(name=name, time_range=span, device_type=where, thread=thread,
-                           self_cpu_time_total=self_us, is_user_annotation=mark)  # fmt: skip
+    span = SimpleNamespace(start=start, end=start + length)
+    return SimpleNamespace(name=name, time_range=span, device_type=where, cpu_children=children,
+                           is_user_annotation=mark, cpu_time_total=length)  # fmt: skip
 
 
-def test_what_lies_within_a_range() -> None:
-    """As a GPU's events are laid out: only what lies within the range counts, each time once."""
-    gpu = DeviceType.CUDA
+def test_what_lies_within_a_range(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a GPU's events are laid out; of the second iteration, since the first is left out."""
+    gpu, cpu = DeviceType.CUDA, DeviceType.CPU
+    nested = event("aten::empty", 1020, 30)
+    annotation = event("Optimizer.step", 1200, 20, cpu, event("aten::mul", 1205, 10), mark=True)
+    step = event("optimizer", 1000, 500, cpu, event("aten::mul", 1010, 100, cpu, nested),
+                 annotation, mark=True)  # fmt: skip
     events = [
-        event("optimizer", 1000, 500, self_us=390.0, mark=True),
-        event("optimizer", 1100, 300, gpu, thread=7, mark=True),
-        event("aten::add", 900, 50, self_us=50.0),
-        event("aten::mul", 1010, 100, self_us=50.0),
-        event("aten::empty", 1020, 30, self_us=30.0),
-        event("aten::empty", 1060, 20, self_us=20.0),
-        event("aten::mul", 1200, 10, self_us=10.0),
-        event("aten::mul", 1250, 10, thread=2, self_us=10.0),
-        event("backward_kernel", 990, 5, gpu, thread=7),
-        event("update", 1120, 200, gpu, thread=7),
-        event("Memset (Device)", 1115, 2, gpu, thread=7),
-        event("forward_kernel", 1500, 100, gpu, thread=7),
+        event("iteration", 0, 10, mark=True),
+        event("optimizer", 5, 1, mark=True),
+        event("iteration", 500, 2000, mark=True),
+        step,
+        event("optimizer", 1100, 300, gpu, mark=True),
+        event("backward_kernel", 990, 5, gpu),
+        event("update", 1120, 200, gpu),
+        event("Memset (Device)", 1115, 2, gpu),
+        event("forward_kernel", 1500, 100, gpu),
     ]
-    (found,) = profile_training.read_ranges(events, "optimizer")
-    assert found.ms == 0.5
-    assert found.operators == {"aten::mul": 2, "aten::empty": 2}
-    own = {"aten::mul": 0.060, "aten::empty": 0.050, profile_training.OUTSIDE: 0.390}
-    assert found.self_ms == pytest.approx(own)
-    assert found.launches == {"update": 1, "Memset (Device)": 1}
-    assert found.device_ms["update"] == pytest.approx(0.2)
 
+    class Profiler:
+        """In the place of torch's, with these events."""
 
-def test_launches_become_a_figure() -> None:
-    step = profile_training.Range(1.0, Counter(a=3), Counter(a=0.5), Counter(k=2), Counter(k=0.7))
-    whole = profile_training.Range(4.0, Counter(), Counter(), Counter(), Counter())
-    report = new_report()
-    profile_training.add_profile(report, "x", "fusedopt", [step, step], [whole, whole])
-    found = {row["figure"]: (row["values"], row["note"]) for row in report.rows}
-    assert found["optimizer_operators"] == ("3 3", "a 3x 0.500 ms")
-    assert found["optimizer_launches"] == ("2 2", "k 2x 0.700 ms")
-    assert found["optimizer_share_profiled"][0] == "25 25"
+        def __init__(self, activities: list[object]) -> None:
+            assert len(activities) == 2  # the GPU's, too
 
+        def __enter__(self) -> Profiler:
+            return self
 
-class OneOperator:
-    """Stands for a training on a GPU: its step is one operator."""
+        def __exit__(self, *_: object) -> None: ...
+        def export_chrome_trace(self, path: str) -> None:
+            Path(path).touch()
 
-    device = CUDA
+        def events(self) -> list[SimpleNamespace]:
+            return events
 
-    def step(self) -> None:
-        with record_function("iteration"), record_function("optimizer"):
-            torch.ones(8)
-
-
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_profiling_for_a_gpu_leaves_out_the_first_iteration(tmp_path: Path) -> None:
-    steps, iterations = profile_training.profile_steps(OneOperator(), 3, tmp_path / "trace.json")
-    assert len(steps) == len(iterations) == 3
-    assert all(step.operators["aten::ones"] == 1 for step in steps)
-    assert all(whole.ms >= step.ms for step, whole in zip(steps, iterations, strict=True))
+    monkeypatch.setattr(profile_training, "profile", Profiler)
+    report = row_files.Report({}, None)
+    run, trace = SimpleNamespace(device=CUDA, step=lambda: None), tmp_path / "trace.json"
+    profile_training.add_profile(report, run, 1, trace, case="x", pipeline="p")
+    assert {row["figure"]: row["values"] for row in report.rows} == {
+        "optimizer_operators": "3", "optimizer_launches": "2", "optimizer_share_profiled": "25",
+    }  # fmt: skip
+    assert trace.exists()
 
 
 def test_a_gpu_trains_in_fp16_too() -> None:

@@ -2,60 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import bench_helpers
 import pytest
 import torch
 from bench_helpers import medians, read
 
 from benchmarks import memory, rows as row_files
 
+pytestmark = pytest.mark.usefixtures("restore_threads")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-READINGS = {  # of a scripted meter, in bytes
+READINGS = {  # of a scripted meter, in MiB
     "now": [100, 110, 120],  # with parameters and gradients, before the first and the second step
     "peak": [115, 150, 160],  # while the optimizer was made, of the first and the second step
 }
-one_thread = bench_helpers.one_thread
-
-
 QUICK_PIPELINES = ("torch_foreach", "fusedopt", "fusedopt_init_state")
 
 
-def test_quick_memory(
-    cpu_backend: str, one_thread: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quick_memory(cpu_backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    # What is measured is what this process has imported, whatever else is on the path by now.
+    # What is measured is what this process imports, whatever else a new one would find.
     (tmp_path / "fusedopt.py").write_text("raise ImportError('another fusedopt')")
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    rows = quick_rows(tmp_path / "memory.csv")
+    out = tmp_path / "memory.csv"
+    if memory.main(["--quick", "--out", str(out), "--pipelines", *QUICK_PIPELINES]) == 1:
+        pytest.skip("/proc/self/clear_refs is not writable here")
+    rows = read(out)
     assert all("backend cpu" in row["note"] for row in rows if "fusedopt" in row["pipeline"])
     assert {row["figure"] for row in rows} == set(memory.COLUMNS)
-    hold_promises({name: by_pipeline(rows, name) for name in memory.COLUMNS})
-
-
-def quick_rows(out: Path) -> list[dict[str, str]]:
-    options = ["--quick", "--out", str(out), "--pipelines", *QUICK_PIPELINES]
-    assert memory.main(options) == 0
-    rows = read(out)
-    if any("lower bounds" in row["note"] for row in rows):
-        pytest.skip("/proc/self/clear_refs is not writable here")
-    return rows
-
-
-def by_pipeline(rows: list[dict[str, str]], name: str) -> dict[str, float]:
-    return {pipeline: value for (_, pipeline), value in medians(rows, name).items()}
-
-
-def hold_promises(figures: dict[str, dict[str, float]]) -> None:
+    figures = {name: {p: v for (_, p), v in medians(rows, name).items()} for name in memory.COLUMNS}
     params = 4 * 10_000_000 / memory.MIB
     assert set(figures["state_mib"]) == set(QUICK_PIPELINES)
     for state in figures["state_mib"].values():
@@ -72,43 +52,42 @@ def hold_promises(figures: dict[str, dict[str, float]]) -> None:
     assert added_second["torch_foreach"] > 0.9 * params
 
 
-def scripted(name: str, resets: list[str]) -> memory.Meter:
-    """A meter that reads what it was given, as a GPU's allocator would."""
-    now, peak = (iter(READINGS[reading]) for reading in ("now", "peak"))
-    reset = lambda: resets.append(name)  # noqa: E731
-    return memory.Meter(name, True, lambda: next(now), reset, lambda: next(peak))
-
-
-@pytest.mark.parametrize("pipeline", memory.PIPELINES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("pipeline", "dtype", "built"),
+    [
+        ("torch_foreach", "fp32", 115),
+        ("torch_fused", "bf16", 115),
+        ("fusedopt", "bf16", 115),
+        ("fusedopt_init_state", "fp32", 170),  # the peak lies before the step
+    ],
+)
 def test_measuring_with_the_meters_of_a_gpu(
-    pipeline: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    pipeline: str, dtype: str, built: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resets: list[str] = []
+
+    def scripted(name: str) -> memory.Meter:
+        now = iter(READINGS["now"])
+        peak = iter([built, *READINGS["peak"][1:]])
+        mib = lambda readings: lambda: next(readings) << 20  # noqa: E731
+        return memory.Meter(name, mib(now), lambda: resets.append(name), mib(peak))
+
     monkeypatch.setattr(
-        memory, "meters", lambda _: [scripted(n, resets) for n in ("allocated", "reserved")]
+        memory, "meters", lambda _: [scripted(n) for n in ("allocated", "reserved")]
     )
     monkeypatch.setitem(memory.LISTS, "small", lambda: [(40, 5), (7,)])
     monkeypatch.setattr(memory, "WARM_UP_LIST", "small")
-    job = memory.Job("small", dtype, pipeline, "cpu", torch.get_num_threads())
-    measured = json.loads(json.dumps(memory.measure(job)))
-    expected = {"first_peak": 50, "first_added": 40, "second_peak": 60, "second_added": 40}
-    assert measured["peaks"] == {"allocated": expected, "reserved": expected}
+    found, note = memory.measure(memory.Job("small", dtype, pipeline, CPU, 1))
+    bf16 = dtype == "bf16"
+    state = (2 * 4 * 207 + (4 * 207 if bf16 else 0) + 2 * 4) / memory.MIB  # with step counts
+    first = max(built - 100, 50)
+    expected = {"first_peak": first, "first_added": 40, "second_peak": 60, "second_added": 40,
+                "first_beyond_state": first - state, "second_beyond_state": 60 - state}  # fmt: skip
+    expected |= {f"reserved_{name}": value for name, value in expected.items()}
+    wanted = {f"{name}_mib": value for name, value in expected.items()}
+    assert found == pytest.approx({"state_mib": state} | wanted)
     assert resets == ["allocated"] * 3
-    states = 2 * 4 * 207 + (4 * 207 if dtype == "bf16" else 0)
-    assert measured["state_bytes"] == states + 2 * 4  # step counts
-    assert measured["param_bytes"] == 207 * (2 if dtype == "bf16" else 4)
-    assert bool(measured["backend"]) == pipeline.startswith("fusedopt")
-
-
-def test_the_peak_while_state_is_made_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With init_state() the peak may lie before the step."""
-    monkeypatch.setitem(READINGS, "peak", [170, 150, 160])
-    monkeypatch.setattr(memory, "meters", lambda _: [scripted("allocated", [])])
-    monkeypatch.setitem(memory.LISTS, "small", lambda: [(7,)])
-    monkeypatch.setattr(memory, "WARM_UP_LIST", "small")
-    job = memory.Job("small", "fp32", "fusedopt", "cpu", torch.get_num_threads())
-    assert memory.measure(job)["peaks"]["allocated"]["first_peak"] == 70
+    assert note.startswith("params 0.0 MiB") and ("backend" in note) == ("fusedopt" in pipeline)
 
 
 def test_meters_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,36 +103,19 @@ def test_meters_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [*names, "reset"]
 
 
-def test_without_proc_the_figures_are_lower_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied() -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(memory, "_reset_resident", denied)
-    (meter,) = memory.meters(CPU)
-    assert not meter.exact
-    assert meter.peak() >= meter.now() > 10 << 20
-
-
 def test_memory_on_a_gpu(
-    one_thread: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command for a GPU, with the processes that would measure replaced."""
-    jobs = []
+    jobs, checked = [], []
+    names = [*memory.COLUMNS, *(f"reserved_{name}" for name in memory.COLUMNS[1:])]
 
-    def run_child(job: memory.Job) -> dict[str, Any]:
+    def in_a_process(job: memory.Job) -> tuple[dict[str, float], str]:
         jobs.append(job)
-        peaks = dict.fromkeys(("first_peak", "first_added", "second_peak", "second_added"), 3 << 20)
-        return {
-            **{"param_bytes": 1 << 20, "state_bytes": 2 << 20, "backend": "cuda", "exact": True},
-            "peaks": {"allocated": peaks, "reserved": peaks},
-        }
+        return dict.fromkeys(names, 3.0 + memory.PIPELINES.index(job.pipeline)), "backend cuda"
 
-    checked = []
     monkeypatch.setattr(memory, "check_same_step", lambda *arguments: checked.append(arguments))
-    monkeypatch.setattr(memory, "run_child", run_child)
+    monkeypatch.setattr(memory, "in_a_process", in_a_process)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
     monkeypatch.setattr(row_files, "RESULTS", tmp_path)
@@ -161,59 +123,61 @@ def test_memory_on_a_gpu(
     assert [(dtype, sorted(names), device) for dtype, names, device in checked] == [
         (dtype, sorted(memory.PIPELINES), CUDA) for dtype in ("fp32", "bf16")
     ]
-    assert {job.device for job in jobs} == {"cuda"}
+    assert {job.device for job in jobs} == {CUDA}
     assert len(jobs) == 2 * 4 * 3  # dtypes, pipelines, runs
     assert memory.processes_at_a_time("llama-3.2-1B", CUDA) == 1
     rows = read(tmp_path / "local" / "nvidia-h100-80gb.csv")
     assert {row["machine"] for row in rows} == {"NVIDIA H100 80GB"}
-    wanted = set(memory.COLUMNS) | {f"reserved_{name}" for name in memory.COLUMNS[1:]}
-    assert {row["figure"] for row in rows} == wanted
-    assert {row["values"] for row in rows if "beyond" in row["figure"]} == {"1 1 1"}
+    assert {row["figure"] for row in rows} == set(names)
+    values = {pipeline: f"{3 + i} {3 + i} {3 + i}" for i, pipeline in enumerate(memory.PIPELINES)}
+    assert all(row["values"] == values[row["pipeline"]] for row in rows)
     assert "reserved first peak" in capsys.readouterr().out
 
 
-def test_too_little_memory_is_reported(
-    one_thread: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_little_memory_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-    assert memory.main(["--quick"]) == 1
+    assert memory.main(["--quick", "--pipelines", "fusedopt"]) == 1
     assert "gpt-10M-fp32 not measured: needs 0.4 GiB of free memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_pipelines_that_take_other_steps_are_not_compared(
-    dtype: str,
-    one_thread: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory.check_same_step(dtype, memory.PIPELINES, CPU)
     monkeypatch.setattr(memory, "MAX_GRAD_NORM", 0.5)  # of ours alone
-    for names in (memory.PIPELINES, ["fusedopt"], ["fusedopt", "fusedopt_init_state"]):
+    for names in (memory.PIPELINES, ["fusedopt", "fusedopt_init_state"]):
         assert memory.main(["--quick", "--dtypes", dtype, "--pipelines", *names]) == 1
         assert "not measured: the two pipelines take different steps" in capsys.readouterr().out
 
 
-def test_the_reference_backend_is_not_taken_for_ours(
-    one_thread: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(memory, "run_child", lambda job: {"backend": "reference"})
-    assert memory.main(["--quick", "--pipelines", "fusedopt"]) == 1
-    assert "only its reference backend" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    ("status", "stderr", "reason"),
+    ("result", "reason"),
     [
-        (1, "Traceback\nMemoryError: no room\n", "MemoryError: no room"),
-        (1, "", "no message"),
-        (-9, "", "by signal 9"),
+        (MemoryError("no room\nadvice"), "MemoryError: no room$"),
+        (BrokenProcessPool("killed"), "the process was ended: out of memory"),
+        (({}, "params 1 MiB; backend reference"), "only its reference backend"),
     ],
 )
-def test_a_process_that_fails_is_reported(
-    status: int, stderr: str, reason: str, monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_measures_nothing_is_reported(
+    result: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = SimpleNamespace(returncode=status, stdout="", stderr=stderr)
-    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **options: done)
+    class Process:
+        """In the place of a pool of one."""
+
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> Process:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, *_: object) -> Process:
+            return self
+
+        def result(self) -> Any:
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+    monkeypatch.setattr(memory, "ProcessPoolExecutor", Process)
     with pytest.raises(memory.NotMeasured, match=reason):
-        memory.run_child(memory.Job("gpt-1M", "fp32", "fusedopt", "cpu", 1))
+        memory.in_a_process(memory.Job("gpt-1M", "fp32", "fusedopt", CPU, 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from bench_helpers import SHAPES
@@ -19,10 +21,7 @@ EXACT = {
 
 
 def check_same_step(
-    first: pipelines.Pipeline,
-    second: pipelines.Pipeline,
-    grads: param_sets.Gradients,
-    allowed: float = 1.0,
+    first: pipelines.Pipeline, second: pipelines.Pipeline, grads: Any, allowed: float = 1.0
 ) -> float:
     """One step per factor with two new pipelines: their largest difference, in tolerances."""
     start = [param.detach().clone() for param in first.params]
@@ -124,21 +123,6 @@ def test_a_stale_half_param_is_noticed() -> None:
         check_same_step(right, wrong, grads)
 
 
-@pytest.mark.parametrize("kind", [NoUnscale, NoClip])
-def test_a_pipeline_that_may_differ_is_held_to_the_mean_move(
-    kind: type[pipelines.Pipeline], grads: param_sets.Gradients, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def check() -> float:
-        pair = build(pipelines.Pipeline, grads), build(kind, grads)
-        return check_same_step(*pair, grads, allowed=1e9)
-
-    monkeypatch.setattr(pipelines, "MEAN_TOLERANCE", 0.01)
-    with pytest.raises(pipelines.DifferentStep, match="% of the move"):
-        check()
-    monkeypatch.setattr(pipelines, "MEAN_TOLERANCE", 1.0)
-    assert check() > 10.0
-
-
 def test_params_rounded_to_bf16_pass_and_no_clipping_does_not() -> None:
     """That is where MEAN_TOLERANCE has to lie; a longer list, so that the mean is one."""
     shapes, dtype = [(512, 512), (4097,)], torch.bfloat16
@@ -152,7 +136,7 @@ def test_params_rounded_to_bf16_pass_and_no_clipping_does_not() -> None:
         return check_same_step(exact, rounded, grads, registry.BY_BF16_PARAMS)
 
     assert 1.0 < excess(pipelines.Pipeline) < registry.BY_BF16_PARAMS
-    with pytest.raises(pipelines.DifferentStep):
+    with pytest.raises(pipelines.DifferentStep, match="% of the move"):
         excess(NoClip)
 
 
@@ -204,21 +188,15 @@ def test_the_name_tells_whose_scaler_it_is(name: str, dtype: torch.dtype, cpu_ba
     assert all(torch.equal(p.grad, g) for p, g in zip(pipeline.params, scaled, strict=True))
 
 
-def test_a_backend_that_cannot_serve_is_named() -> None:
-    grads = param_sets.Gradients(SHAPES, torch.float32)
-    params = param_sets.make_params(SHAPES, torch.float32)
-    with pytest.raises(pipelines.Unavailable, match=r"CUDA|cuda"):
-        registry.KINDS["fusedopt_adamw_cuda"].build(params, grads)
-
-
-def test_the_reference_backend_is_not_timed_unless_asked_for(
+def test_a_backend_that_cannot_serve_is_named_and_the_reference_is_not_taken_for_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FUSEDOPT_BACKEND", "reference")
     grads = param_sets.Gradients(SHAPES, torch.float32)
     params = param_sets.make_params(SHAPES, torch.float32)
-    with pytest.raises(pipelines.Unavailable, match="python -m fusedopt"):
-        registry.KINDS["fusedopt_adamw"].build(params, grads)
+    for name, said in (("_cuda", r"CUDA|cuda"), ("", "python -m fusedopt")):
+        with pytest.raises(pipelines.Unavailable, match=said):
+            registry.KINDS[f"fusedopt_adamw{name}"].build(params, grads)
 
 
 def test_only_ours_has_a_backend_to_choose() -> None:
@@ -240,11 +218,31 @@ def test_one_table_for_both_devices() -> None:
     assert set(registry.COMPILE_FIRST) <= set(registry.KINDS)
 
 
-def test_bytes_per_param_are_those_of_the_documentation() -> None:
-    names = ("fusedopt_adamw", "fusedopt_adamw_amp_scaling", "fusedopt_sgd", "adamw_fused",
-             "adamw_foreach", "sgd_fused", "adamw_bf16_torch_ops")  # fmt: skip
-    found = [registry.KINDS[name].bytes_per_param for name in names]
-    assert found == [32, 40, 24, 48, 100, 40, 60]
+# Counted by hand, pipeline by pipeline; benchmarks/registry.py derives most of them.
+BYTES = {
+    "adamw_fused": 48,
+    "adamw_foreach": 100,
+    "adamw_deepspeed": 48,
+    "sgd_fused": 40,
+    "sgd_foreach": 64,
+    "adamw_bf16_torch_ops": 60,
+    "megatron_fp16": 60,
+    "fusedopt_adamw": 32,
+    "fusedopt_adamw_amp_scaling": 40,
+    "fusedopt_adamw_fp16": 32,
+    "fusedopt_adamw_fp16_amp_scaling": 36,
+    "fusedopt_adamw_bf16": 32,
+    "fusedopt_sgd": 24,
+}
+
+
+def test_rows_carry_these_bytes() -> None:
+    on_gpu = registry.gpu_kinds({"cuda": "cpu", "triton": "cpu"})
+    for kinds in (registry.KINDS, on_gpu):
+        known = BYTES.keys() & kinds.keys()
+        assert {name: kinds[name].bytes_per_param for name in known} == {
+            name: BYTES[name] for name in known
+        }
 
 
 def test_a_library_that_does_not_import_says_so() -> None:

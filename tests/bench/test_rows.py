@@ -56,17 +56,17 @@ def test_rows_go_to_a_file_that_git_ignores(command: str) -> None:
 def test_other_places_are_asked_for(command: str, tmp_path: Path, capsys: Any) -> None:
     local, out = rows_of(command), tmp_path / "rows.csv"
     assert local is not None
-    assert rows_of(command, "--record") == rows.RESULTS / local.name
-    assert rows_of(command, "--quick", "--record") == rows.RESULTS / local.name
-    assert rows_of(command, "--quick") is None
-    assert rows_of(command, "--out", str(out)) == out
-    assert rows_of(command, "--quick", "--out", str(out)) == out
+    for options, wanted in (
+        (["--record"], rows.RESULTS / local.name),
+        (["--quick", "--record"], rows.RESULTS / local.name),
+        (["--quick"], None),
+        (["--out", str(out)], out),
+        (["--quick", "--out", str(out)], out),
+    ):
+        assert rows_of(command, *options) == wanted
     with pytest.raises(SystemExit):
         module(command).parse(["--out", "rows.csv", "--record"])
     assert "not allowed with" in capsys.readouterr().err
-
-
-def test_every_command_is_known_to_this_test() -> None:
     others = {"list", "roofline", "compare", "plot", "tables"}  # these measure nothing
     assert {*WRITERS} == {*COMMANDS} - others
 
@@ -80,12 +80,9 @@ def test_a_dry_run_is_not_recorded(command: str, place: list[str], capsys: Any) 
     assert "measures nothing" in capsys.readouterr().err
 
 
-def test_readme_of_results_names_every_column() -> None:
+def test_columns_are_explained_and_tracked_rows_have_them() -> None:
     text = (rows.RESULTS / "README.md").read_text()
     assert [column for column in rows.COLUMNS if f"`{column}`" not in text] == []
-
-
-def test_tracked_rows_have_the_columns() -> None:
     for path in rows.RESULTS.glob("*.csv"):
         rows.check_header(path)
         assert all(None not in one and None not in one.values() for one in rows.read(path))
@@ -150,8 +147,7 @@ def test_without_scipy_a_run_is_told_and_nothing_is_judged(monkeypatch: Any) -> 
             module(command).main(["a", "b"] if command == "compare" else [])
 
 
-@pytest.mark.parametrize("n", [7, 30])
-def test_the_interval_holds_the_median_as_often_as_it_says(n: int) -> None:
+def test_the_interval_holds_the_median_as_often_as_it_says(n: int = 7) -> None:
     rng = np.random.default_rng(2)
     found = [rows.estimate(np.exp(rng.normal(0.0, 0.2, n))) for _ in range(100)]
     assert 80 <= sum(low <= 1.0 <= high for low, _, high in found) <= 100

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from bench_helpers import rows  # noqa: F401
-from dispatched_bytes import Bytes
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fusedopt
-from benchmarks import param_sets, pipelines, registry, roofline
-from benchmarks.traffic import MASTER, SCALERS, STATES, Options, memory_per_param, traffic
+from benchmarks import param_sets, pipelines, registry, roofline, verbs
+from benchmarks.traffic import MASTER, SCALERS, STATES, Options, traffic
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NUMEL = 8192 + 300  # a chunk and a part of one
@@ -24,74 +25,45 @@ WANTED = list(itertools.product([False, True], SCALERS))
 # ---- ours: what the kernels touch ---------------------------------------------------------------
 
 OURS = [
-    Options(optimizer, params, grads, masters, clip=True)
-    for optimizer in STATES
-    for params, grads, masters in [
-        ("fp32", "", True),
-        ("fp32", "bf16", True),
-        ("bf16", "", True),
-        ("bf16", "", False),
-        ("fp16", "fp32", True),
-        ("fp16", "", False),
-    ]
-]
+    verbs.Workload(rule, verbs.DTYPES[dtypes])
+    for rule in STATES
+    for dtypes in ("float32", "float32-bfloat16", "bfloat16", "bfloat16-no_masters",
+                   "float16-float32", "float16-no_masters")
+]  # fmt: skip
 
 
-class Verbs:
-    """An optimizer past its first steps, and its verbs over arrays that can be set."""
+class Watched:
+    """An optimizer past its first step, and its verbs over arrays that can be set."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        param = torch.nn.Parameter(values(1, DTYPES[options.params]))
-        common: dict[str, Any] = {
-            "master_weights": options.masters,
-            "max_grad_norm": float("inf") if options.clip else None,
-            "backend": "cpu",
-        }
-        if options.optimizer.startswith("adamw"):
-            amsgrad = options.optimizer.endswith("amsgrad")
-            self._optimizer: Any = fusedopt.FusedAdamW(
-                [param], lr=0.1, weight_decay=0.1, amsgrad=amsgrad, **common
-            )
-        else:
-            momentum = 0.9 if options.optimizer == "sgd-momentum" else 0.0
-            self._optimizer = fusedopt.FusedSGD([param], lr=0.1, momentum=momentum, **common)
-        if options.grads:
-            if not hasattr(param, "grad_dtype"):
-                pytest.skip("this torch has no grad_dtype")
-            param.grad_dtype = None
-        for step in range(2):
-            param.grad = values(step + 2, DTYPES[options.grads or options.params])
-            self._optimizer.step()
-        self._inputs = self._optimizer._step_inputs()
-        self._plan = self._optimizer._current_plan(self._inputs)
-        self._plan.begin(self._inputs)
-        (row,) = self._plan.rows
-        names = STATES[options.optimizer]
-        self.arrays: dict[str, Tensor] = {"grad": param.grad, "param": row.dense.detach()}
-        self.arrays |= dict(zip(names, row.states, strict=True))
+    def __init__(self, workload: verbs.Workload) -> None:
+        if "-" in str(workload.dtypes) and not hasattr(torch.Tensor, "grad_dtype"):
+            pytest.skip("this torch has no grad_dtype")
+        self.verbs = verbs.Verbs(workload, [(NUMEL,)], "cpu")
+        (row,) = self.verbs._plan.rows
+        self.arrays = {"grad": self.verbs.params[0].grad, "param": row.dense.detach()}
+        self.arrays |= dict(zip(STATES[workload.rule], row.states, strict=True))
         if row.master is not None:
             self.arrays[MASTER.name] = row.master
-        if "max_exp_avg_sq" in self.arrays:  # so that either of the two is the larger in places
-            self.arrays["max_exp_avg_sq"].copy_(self.arrays["exp_avg_sq"].flip(0))
-        self._start = {name: array.clone() for name, array in self.arrays.items()}
+        for seed, array in enumerate(self.arrays.values()):
+            array.copy_(values(seed, array.dtype))
+        self.arrays["grad"].mul_(2.0**14)  # of a scale of 2^16: so that it counts
+        if row.master is not None:
+            self.arrays["param"].copy_(row.master)  # else others wrote to it
+        self.start = {name: array.clone() for name, array in self.arrays.items()}
 
-    def reduce(self) -> None:
-        self._plan.reduce()
+    def reduced(self) -> Tensor:
+        """What the norm has found, as it is kept."""
+        self.verbs._plan.begin(self.verbs._inputs)
+        self.verbs._plan.reduce()
+        return self.verbs._plan._tables["words"].clone()
 
-    def update(self) -> None:
-        self._plan.update()
-
-    def finalize(self) -> None:
-        self._plan.reduce()
-        self._plan.finalize()
-
-    def reset(self) -> None:
+    def updated(self) -> dict[str, Tensor]:
+        """The arrays after an update, copied; they are as they were at the start again."""
+        self.verbs.update()
+        after = {name: array.clone() for name, array in self.arrays.items()}
         for name, array in self.arrays.items():
-            array.copy_(self._start[name])
-
-    def words(self) -> Tensor:
-        return self._plan._tables["words"].clone()
+            array.copy_(self.start[name])
+        return after
 
 
 def values(seed: int, dtype: torch.dtype) -> Tensor:
@@ -100,60 +72,104 @@ def values(seed: int, dtype: torch.dtype) -> Tensor:
     return (torch.rand(NUMEL, generator=generator) + 0.5).to(dtype)
 
 
-def changed(before: Tensor, after: Tensor) -> float:
-    """Share of the elements that are not the same bits."""
-    return float((before != after).float().mean())
+def changed(before: Tensor, after: Tensor) -> bool:
+    """A good part of the elements has other bits."""
+    return float((before != after).float().mean()) > 0.2
 
 
-def written_by(verbs: Verbs) -> dict[str, Tensor]:
-    """The arrays after an update from the start, copied."""
-    verbs.update()
-    after = {name: array.clone() for name, array in verbs.arrays.items()}
-    verbs.reset()
-    return after
-
-
-@pytest.mark.parametrize("options", OURS, ids=str)
-def test_the_update_reads_and_writes_what_is_counted(cpu_backend: str, options: Options) -> None:
+@pytest.mark.parametrize("workload", OURS, ids=str)
+def test_the_verbs_read_and_write_what_is_counted(
+    cpu_backend: str, workload: verbs.Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An array is written if its bits change, and read if the bits written depend on it."""
-    verbs = Verbs(options)
-    verbs.finalize()
-    start = {name: array.clone() for name, array in verbs.arrays.items()}
-    after = written_by(verbs)
-    written = {name for name in start if changed(start[name], after[name]) > 0.2}
-    read = set()
-    for name, array in verbs.arrays.items():
+    make, options = verbs.RULES[workload.rule]
+    monkeypatch.setitem(verbs.RULES, workload.rule, (make, {**options, "lr": 1.0}))
+    watched = Watched(workload)
+    arrays, start = watched.arrays, watched.start
+    norm = watched.reduced()
+    assert all(torch.equal(array, start[name]) for name, array in arrays.items())
+    watched.verbs.reduce()
+    after = watched.updated()
+    written = {name for name in start if changed(start[name], after[name])}
+    read, in_norm = set(), set()
+    for name, array in arrays.items():
         array.mul_(1.5)
-        other = written_by(verbs)
-        if any(changed(after[to], other[to]) > 0.2 for to in written):
+        other = watched.updated()
+        if any(changed(after[to], other[to]) for to in written):
             read.add(name)
-    (update,) = (sweep for sweep in traffic(options).sweeps if sweep.name == "update")
+    for name, array in arrays.items():
+        array.mul_(1.5)
+        if not torch.equal(watched.reduced(), norm):
+            in_norm.add(name)
+        array.copy_(start[name])
+    reduce, update = workload.traffic().sweeps
+    assert (reduce.name, update.name) == ("reduce", "update")
     assert written == {array.name for array in update.writes}
     assert read == {array.name for array in (*update.reads, *update.looks)}
-    sizes = {name: array.element_size() for name, array in verbs.arrays.items()}
+    assert in_norm == {array.name for array in reduce.reads} == {"grad"} and not reduce.writes
+    sizes = {name: array.element_size() for name, array in arrays.items()}
+    assert reduce.total == sizes["grad"]
     assert update.total == sum(sizes[name] for name in (*read, *written))
-    assert memory_per_param(options) == sum(sizes.values())
+    assert workload.memory_per_param() == sum(sizes.values())
 
 
-@pytest.mark.parametrize("options", OURS, ids=str)
-def test_the_norm_reads_the_gradients_alone(cpu_backend: str, options: Options) -> None:
-    verbs = Verbs(options)
-    verbs.reduce()
-    before, arrays = verbs.words(), {n: a.clone() for n, a in verbs.arrays.items()}
-    read = set()
-    for name, array in verbs.arrays.items():
-        array.mul_(1.5)
-        verbs.reduce()
-        if not torch.equal(verbs.words(), before):
-            read.add(name)
-        verbs.reset()
-    (norm,) = (sweep for sweep in traffic(options).sweeps if sweep.name == "reduce")
-    assert read == {array.name for array in norm.reads} == {"grad"}
-    assert norm.writes == () and norm.total == verbs.arrays["grad"].element_size()
-    assert all(torch.equal(arrays[name], array) for name, array in verbs.arrays.items())
+# ---- torch: what its operations read and write, by their schemas ---------------------------------
+
+WRITE_ONLY = ("aten::copy_", "aten::_foreach_copy_")
 
 
-# ---- torch: what its operations touch -----------------------------------------------------------
+class Bytes(TorchDispatchMode):
+    """Adds up what operations read and write of tensors of at least ``least`` elements.
+
+    What an operation is given it reads, but for the target of a copy, and once where it is given
+    it twice; it writes its results and what its schema says. The schema of the fused optimizers
+    does not say whether gradients are written: there it counts whether bits have changed.
+    """
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.total, self._least = 0, least
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = self._arguments(func, args, kwargs or {})
+        before = [[tensor.clone() for tensor in tensors] for _, tensors in given]
+        result = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return result
+        name, known = func._schema.name, set()
+        for (argument, tensors), old in zip(given, before, strict=True):
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if not (is_written and name in WRITE_ONLY):
+                self.total += sum(size(t) for t in tensors if t.data_ptr() not in known)
+            if is_written and name.startswith("aten::_fused"):
+                is_written = not all(map(torch.equal, tensors, old))
+            if is_written:
+                self.total += sum(map(size, tensors))
+            known |= {tensor.data_ptr() for tensor in tensors}
+        if "empty" not in name:
+            new = [tensor for tensor in self._large(result) if tensor.data_ptr() not in known]
+            self.total += sum(map(size, new))
+        return result
+
+    def _arguments(self, func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+        """The arguments of the schema that are tensors or lists of them."""
+        schema = func._schema.arguments
+        values = [
+            kwargs.get(a.name, args[i] if i < len(args) else None) for i, a in enumerate(schema)
+        ]
+        return [(a, list(self._large(v))) for a, v in zip(schema, values, strict=True)]
+
+    def _large(self, tree: Any) -> Iterator[Tensor]:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor) and leaf.numel() >= self._least:
+                yield leaf
+
+
+def size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
 
 SHAPES = [(40, 50), (3000,)]
 
