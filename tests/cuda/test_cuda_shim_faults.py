@@ -144,6 +144,25 @@ def test_a_table_in_pieces(shim: CudaShim) -> None:
         twins.check()
 
 
+def test_a_launch_that_ran_but_reports_an_earlier_error(shim: CudaShim) -> None:
+    """CUDA may do so. The table on the device is then the new one, though the step has failed."""
+    twins = Twins.of_lengths(adamw("default"), [300, 5])
+    twins.step(grads_like(twins.params, 0))
+    twins.check()
+    first = [param.grad for param in twins.params]
+    twins.give(grads_like(twins.params, 1))
+    second = [param.grad for param in twins.params]
+    shim.set(late_errors=1)
+    shim.fail("cudaLaunchKernelEx", 2)
+    with pytest.raises(RuntimeError, match="write"):
+        twins.opt.step()
+    assert all(a is not b for a, b in zip(first, second, strict=True))
+    for param, twin, grad in zip(twins.params, twins.twin_params, first, strict=True):
+        param.grad = twin.grad = grad  # where they were when the table was last known
+    twins.step()
+    twins.check()
+
+
 @parametrize("case", FULL_CASES)
 def test_under_a_scaler(case: OptimizerCase, shim: CudaShim) -> None:
     """The step may be tried again; then the scale goes on as if nothing had happened, and a skipped
