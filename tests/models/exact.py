@@ -40,19 +40,6 @@ def fma(a: Any, b: Any, c: Any) -> Floats:
     return total.astype(np.float32)
 
 
-def fma_by_fractions(a: np.float32, b: np.float32, c: np.float32) -> float:
-    """The same, slowly: the exact sum and the nearest float32, ties to even."""
-    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
-    near = f32(float(exact))
-    candidates = [np.nextafter(near, f32(-np.inf)), near, np.nextafter(near, f32(np.inf))]
-    return float(
-        min(
-            candidates,
-            key=lambda v: (abs(Fraction(float(v)) - exact), int(f32(v).view(np.int32)) & 1),
-        )
-    )
-
-
 def pair_tree(lanes: NDArray[Any]) -> Any:
     """Adjacent pairs, then pairs of the sums, down to one."""
     while lanes.size > 1:
