@@ -15,6 +15,7 @@ KINDS = {
     "amsgrad": (fusedopt.FusedAdamW, {"lr": 0.1, "amsgrad": True}),
     "sgd": SGD,
     "plain-sgd": (fusedopt.FusedSGD, {"lr": 0.1}),
+    "lion": (fusedopt.FusedLion, {"lr": 0.01}),
 }
 
 # a count of 20, as checkpoints and users have it

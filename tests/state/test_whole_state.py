@@ -100,6 +100,18 @@ def refused_step(params, opt, match):
     assert opt.state[params[0]].get("step", 2) > 1
 
 
+@pytest.mark.parametrize("name", ["exp_avg_sq", "exp_inf"])
+def test_a_state_with_all_that_lion_has_is_anothers(name):
+    """Adam's and Adamax's, which have an exp_avg as well."""
+    params, opt, saved = trained("lion")
+    saved["state"][1][name] = torch.ones(37)
+    match = f"param 1 of group 0: its state has '{name}', which another optimizer keeps"
+    load_after_remedy(opt, params, saved, KeyError, match)
+    run(params, opt, [2])
+    opt.state[params[1]][name] = torch.ones(37)
+    refused_step(params, opt, match)
+
+
 # Values that are no state
 
 
