@@ -9,27 +9,26 @@ from __future__ import annotations
 import gc
 import weakref
 
-import cuda_shim
 import pytest
 import torch
-from cuda_twins import ShimTwins
-from gpu_twins import grads_like
+from gpu_helpers import runners
+from gpu_twins import Twins, grads_like
 from harness import randn
 
 import fusedopt
 from fusedopt.backends.device import DevicePlan
 from fusedopt.optimizer import FusedOptimizer
 
-shim = pytest.fixture(autouse=True)(cuda_shim.fixture)
+shim = runners("shim")
 DEVICES = (torch.device("cpu"), torch.device("cpu", 0))
 PARAMS = ((300, torch.float32), (8200, torch.bfloat16), (35, torch.float32), (0, torch.float32),
           (9000, torch.float16))  # fmt: skip
 
 
-def twins_of(rule: str, **common: object) -> ShimTwins:
+def twins_of(rule: str, **common: object) -> Twins:
     values = [randn(n, k, dtype) for k, (n, dtype) in enumerate(PARAMS)]
     groups = [{"params": values[:2]}, {"params": values[2:], "weight_decay": 0.5}]
-    return ShimTwins(rule, groups, **{"lr": 0.01, "max_grad_norm": 1.0, **common})
+    return Twins(rule, groups, **{"lr": 0.01, "max_grad_norm": 1.0, **common})
 
 
 @pytest.mark.parametrize("bad_row", [None, 0, 1, 4])
