@@ -171,11 +171,27 @@ def test_fuse_refuses_what_is_no_scaler(thing):
 # A flag that nobody wrote, and one that was
 
 
-def test_a_step_that_is_not_carried_out_repeats_no_answer():
-    (params, opt), scaler = make_ours(), make_scaler("ours")
-    assert iterate(scaler, (params, opt), 0, INF) == 4.0
-    opt.step = lambda: None  # a client that now and then leaves a step out
-    assert iterate(scaler, (params, opt), 1) == 4.0
+def leave_out(scaler, opt, params):
+    opt.step = lambda: None  # as a client does now and then
+    scaler.step(opt)
+
+
+def step_without_gradients(scaler, opt, params):
+    opt.zero_grad()
+    scaler.step(opt)
+
+
+def fail(scaler, opt, params):
+    params[0].grad = params[0].grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        scaler.step(opt)
+
+
+@pytest.mark.parametrize("call", [leave_out, step_without_gradients, fail])
+def test_a_step_that_is_not_carried_out_repeats_no_answer(call):
+    ours, scaler = make_ours(), make_scaler("ours")
+    assert iterate(scaler, ours, 0, INF) == 4.0
+    assert iterate(scaler, ours, 1, call=call) == 4.0
 
 
 def test_a_step_that_fails_repeats_no_answer():
