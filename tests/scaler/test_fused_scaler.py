@@ -194,18 +194,6 @@ def test_a_step_that_is_not_carried_out_repeats_no_answer(call):
     assert iterate(scaler, ours, 1, call=call) == 4.0
 
 
-def test_a_step_that_fails_repeats_no_answer():
-    """The flag still holds the last step's inf when the next one is refused before it looks."""
-    (params, opt), scaler = make_ours(), make_scaler("ours")
-    assert iterate(scaler, (params, opt), 0, INF) == 4.0
-    give_grads(params, 1, scaler.get_scale())
-    params[0].grad = params[0].grad.to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):
-        scaler.step(opt)
-    scaler.update()
-    assert scaler.get_scale() == 4.0
-
-
 def fails(*_):
     raise KeyError("hook")
 

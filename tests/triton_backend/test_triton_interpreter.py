@@ -36,9 +36,10 @@ def from_the_middle(n: int) -> Sequence[int]:
 
 
 GRIDS = [(1, backwards), (2, range), (7, from_the_middle)]
+ORDERS = ["backwards", "forwards", "from_the_middle"]
 
 
-@pytest.mark.parametrize(("case", "grid"), list(zip(FULL_CASES, GRIDS, strict=True)), ids=str)
+@pytest.mark.parametrize(("case", "grid"), list(zip(FULL_CASES, GRIDS, strict=True)), ids=ORDERS)
 def test_grid_and_order_leave_no_trace(
     interpreter: Interpreter, case: OptimizerCase, grid: tuple[int, Callable[[int], Sequence[int]]]
 ) -> None:
