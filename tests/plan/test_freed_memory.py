@@ -1,4 +1,4 @@
-"""Memory that the user takes away between two steps."""
+"""Memory that the user takes away between two steps: freed at once, refused where it is missed."""
 
 import collections
 import functools
@@ -6,14 +6,13 @@ import weakref
 
 import pytest
 import torch
+from protocol_helpers import fallback_is_expected, give_grads, make_ours, on_every_backend, step_all
 from torch.profiler import ProfilerActivity, profile
 
 import fusedopt
 
-OPTIMIZERS = {
-    "adamw": (fusedopt.FusedAdamW, {"weight_decay": 0.1}),
-    "sgd": (fusedopt.FusedSGD, {"momentum": 0.9}),
-}
+pytestmark = fallback_is_expected
+_every_backend = pytest.fixture(autouse=True)(on_every_backend)
 
 
 def held(call):
@@ -37,39 +36,34 @@ def replace(opt, param):
     opt.state = collections.defaultdict(dict)
 
 
-def offload(opt, param):
-    for name in opt.state[param]:
-        opt.state[param][name] = torch.empty(0)  # as if on another device
-
-
 def shard(opt, param):
     param.data = param.data.new_empty(0)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("drop", [clear, replace, offload, shard])
-@pytest.mark.filterwarnings("ignore::fusedopt.FusedOptFallbackWarning")
-def test_what_is_dropped_between_steps_is_freed(kind, dtype, drop, backend, monkeypatch):
+def test_what_is_dropped_between_steps_is_freed(kind, dtype):
     """At once, as with torch: a plan keeps neither parameters nor states of any size."""
-    monkeypatch.setenv("FUSEDOPT_BACKEND", "auto" if backend == "cpu" else backend)
-    cls, kwargs = OPTIMIZERS[kind]
+    cls = {"adamw": fusedopt.FusedAdamW, "sgd": functools.partial(fusedopt.FusedSGD, momentum=0.9)}
     sizes = {}
 
-    def train(what=drop):
+    def train(drop):
         param = torch.nn.Parameter(torch.ones(100_000, dtype=dtype))
         param.grad = torch.ones_like(param)
-        opt = cls([param], **kwargs)
+        opt = cls[kind]([param])
         opt.step()
-        sizes["param"] = param.nbytes
-        sizes["state"] = sum(t.nbytes for t in opt.state[param].values() if t.dim() > 0)
-        what(opt, param)
+        sizes[keep] = 0
+        sizes[shard] = param.nbytes
+        sizes[clear] = sizes[replace] = sum(
+            t.nbytes for t in opt.state[param].values() if t.dim() > 0
+        )
+        drop(opt, param)
         return param, opt
 
-    train(keep)
-    freed = sizes["param" if drop is shard else "state"]
-    assert freed >= 100_000 * dtype.itemsize
-    assert held(train) <= held(functools.partial(train, keep)) - freed
+    kept = held(functools.partial(train, keep))
+    assert min(sizes[clear], sizes[shard]) >= 100_000 * dtype.itemsize
+    for drop in (clear, replace, shard):
+        assert held(functools.partial(train, drop)) <= kept - sizes[drop], drop
 
 
 @pytest.mark.parametrize("numel, left", [(1025, 0), (1024, 8 << 20)])
@@ -89,3 +83,63 @@ def test_small_states_are_freed_at_once(numel, left, backend):
     kept = sum(t.nbytes for ref in alive if (t := ref()) is not None)
     assert n_bytes > 11 << 20
     assert kept <= left
+
+
+# Memory that is gone
+
+
+def _free(tensor):
+    tensor.untyped_storage().resize_(0)
+
+
+def _zero(tensor):
+    tensor.data = torch._efficientzerotensor(tensor.shape)
+
+
+@pytest.mark.parametrize("gone", [_free, _zero])
+@pytest.mark.parametrize("what", ["param", "exp_avg", "step", "grad"])
+def test_memory_that_is_gone_is_refused(what, gone):
+    """Where torch's own kernels end the process, or write into nothing. Nothing has moved."""
+    params, opt = make_ours("adamw")
+    step_all([(params, opt)], 0)
+    give_grads(params, 1)
+    first = params[0].detach().clone()
+    target = {"param": params[1], "grad": params[1].grad}.get(what)
+    if target is None:
+        target = opt.state[params[1]][what]
+    saved = target.detach().clone()
+    gone(target)
+    if (what, gone) == ("grad", _zero):  # zeros can be read
+        opt.step()
+        return
+    with pytest.raises(RuntimeError, match=r"has no memory|storage was resized to nothing"):
+        opt.step()
+    assert torch.equal(params[0], first) and opt.state[params[0]]["step"] == 1
+    target.data = saved
+    opt.step()
+    assert not torch.equal(params[0], first) and opt.state[params[0]]["step"] == 2
+
+
+# State that is no plain dict
+
+
+class Detaching(dict):
+    def __getitem__(self, name):
+        return super().__getitem__(name).detach()
+
+
+@pytest.mark.parametrize("mapping", [collections.UserDict, Detaching])
+def test_state_that_is_no_dict_is_refused(mapping):
+    """The plan compares what is in a dict; it would go on writing to memory that is not there."""
+    params, opt = make_ours("adamw")
+    step_all([(params, opt)], 0)
+    own = opt.state[params[0]]
+    opt.state[params[0]] = mapping(own)
+    before = [p.detach().clone() for p in params]
+    give_grads(params, 1)
+    with pytest.raises(RuntimeError, match="not a dict with a dict's own access"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    opt.state[params[0]] = collections.OrderedDict(own)
+    opt.step()
+    assert opt.state[params[0]]["step"] == 2
