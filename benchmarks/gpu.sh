@@ -188,7 +188,7 @@ elif [ "$built" -eq 0 ]; then
   # the kernels through the shim, the machine code, the build: what needs no GPU
   may_stop=1
   run_pytest other-tests 60 215 -m 'not gpu and not clients' "${workers[@]}" \
-    "$root"/tests/{cuda,gpu,triton_backend} "$root"/tests/installation/test_build_cuda.py
+    "$root"/tests/{cuda,triton_backend} "$root"/tests/installation/test_build_cuda.py
   may_stop=0
 fi
 

@@ -58,9 +58,6 @@ if CHOSEN not in ("", *(one.name for one in RUNNERS)):
     raise ValueError(f"{VARIABLE}={CHOSEN!r}; use one of {names}, or unset it")
 STAND_IN = any(one.name == CHOSEN and one.device == CPU for one in RUNNERS)
 
-real_gpu = pytest.mark.skipif(
-    STAND_IN or not torch.cuda.is_available(), reason="there is nothing to see without a GPU"
-)
 _at_work = Runner("none", "cpu", CPU)
 
 
@@ -76,6 +73,12 @@ def device() -> torch.device:
 def real() -> bool:
     """Whether a GPU is at work, and nothing stands in for it."""
     return _at_work.device.type == "cuda"
+
+
+def only_on_a_gpu() -> None:
+    """The first line of a test that says nothing where a stand-in is at work."""
+    if not real():
+        pytest.skip("there is nothing to see without a GPU")
 
 
 def by_speed(gpu: T, shim: T, interpreter: T) -> T:

@@ -20,9 +20,12 @@ TARGETS = {**NVIDIA, **AMD}
 VARIANTS = {variant.name: variant for variant in all_variants()}
 
 # Every variant for one GPU of each vendor. For the others the reduce of one rule, which for all is
-# the same but for the end, and the updates that need the most registers.
+# the same but for the end; what finalizes, where divisions and roots are; and the updates that need
+# the most registers.
 IN_FULL = ("sm_90", "gfx942")
-LARGEST = ["reduce-adamw", *(name for name in VARIANTS if name.startswith("update-adamw-3"))]
+LARGEST = [
+    name for name in VARIANTS if name.startswith(("reduce-adamw", "finalize", "update-adamw-3"))
+]
 KERNELS = [(n, target) for target in TARGETS for n in (VARIANTS if target in IN_FULL else LARGEST)]
 
 FOLDER = Path(tempfile.gettempdir(), f"fusedopt-triton-{os.getuid()}")  # of all workers
