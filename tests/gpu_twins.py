@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -148,13 +149,12 @@ class Twins:
         reduce add to is ready for the next step."""
         assert_pairs_agree(self.pairs())
         plan = self.opt._shared.plan  # none before the first step that torch's scaler lets through
-        if plan is None or len(plan.parts) != 1:
-            return
-        tensors = plan.parts[0].tensors
-        ours = tensors["words"].view(torch.int64).tolist()
-        assert ours == self.twin._shared.plan._tables["words"].tolist()
-        for table in ("sums", "ticket"):
-            assert not tensors[table].any(), f"{table}: not ready for the next step"
+        parts = [] if plan is None else plan.parts
+        for part, table in itertools.product(parts, ("sums", "ticket")):
+            assert not part.tensors[table].any(), f"{table}: not ready for the next step"
+        if len(parts) == 1:
+            ours = parts[0].tensors["words"].view(torch.int64).tolist()
+            assert ours == self.twin._shared.plan._tables["words"].tolist()
 
 
 def on_device(value: Any) -> Any:

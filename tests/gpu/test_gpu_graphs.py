@@ -161,8 +161,7 @@ def test_autocast_model() -> None:
 def test_the_example_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[2] / "docs" / "cuda.md").read_text()
     example = compile(text.split("```python\n")[1].split("```")[0], "docs/cuda.md", "exec")
-    if not real():
-        return
+    only_on_a_gpu()
     monkeypatch.setenv("FUSEDOPT_BACKEND", backend())
     model = torch.nn.Linear(24, 8).to(device())
     batch = randn((16, 24), 1).to(device()), randn((16, 8), 2).to(device())
