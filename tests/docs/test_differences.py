@@ -1,8 +1,7 @@
-"""docs/differences.md and docs/migrating.md leave nothing out that can be listed by a program."""
+"""docs/differences.md, migrating.md and troubleshooting.md name all that a program can list."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -39,21 +38,16 @@ def read(name: str) -> str:
 
 
 @pytest.mark.parametrize("ours, theirs", TWINS, ids=lambda cls: cls.__name__)
-def test_arguments_that_torch_has_not_are_named(ours: type, theirs: type) -> None:
-    own = arguments(ours).keys() - arguments(theirs).keys()
-    assert own == {*OPTION_NAMES, "decoupled_weight_decay"}
-    assert own <= names_in(read("differences.md"))
-
-
-@pytest.mark.parametrize("ours, theirs", TWINS, ids=lambda cls: cls.__name__)
-def test_the_others_are_torchs(ours: type, theirs: type) -> None:
-    """Names, order and defaults, which is what the page says of them."""
+def test_arguments_are_torchs_and_those_that_are_named(ours: type, theirs: type) -> None:
+    """Of torch's we have names, order and defaults, which is what the page says of them."""
     mine, torchs = arguments(ours), arguments(theirs)
+    assert mine.keys() - torchs.keys() == {*OPTION_NAMES, "decoupled_weight_decay"}
     assert [*mine][: len(torchs)] == [*torchs]
     assert {name: mine[name] for name in torchs} == torchs
     # those that choose an implementation, of which there is one
     implementations = {"foreach", "fused", "capturable", "differentiable"} & torchs.keys()
-    assert implementations <= names_in(read("differences.md"))
+    own = mine.keys() - torchs.keys()
+    assert own | implementations <= names_in(read("differences.md"))
 
 
 def test_public_names_that_torch_has_not_are_named() -> None:
@@ -151,12 +145,29 @@ def test_arguments_of_other_packages_are_named(package: str, cls: str) -> None:
     assert [a for a in OTHERS[package, cls] if a not in same | names_in(text)] == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no DeepSpeed")
-def test_the_arguments_are_deepspeeds() -> None:
-    text = Path(importlib.util.find_spec("deepspeed").origin).parent  # type: ignore[union-attr,arg-type]
-    for name, file in (("FusedAdam", "fused_adam.py"), ("DeepSpeedCPUAdam", "cpu_adam.py")):
-        source = (text / "ops" / "adam" / file).read_text()
-        signature = re.search(r"def __init__\(self,(.*?)\):", source, re.DOTALL)
-        assert signature is not None
-        given = re.findall(r"(\w+)=", signature[1])
-        assert set(given) == set(OTHERS["DeepSpeed", name])
+# ---- troubleshooting.md --------------------------------------------------------------------------
+
+# Raised, and not looked for by anybody.
+OF_NO_USER = {
+    "… row kinds than params": "called by our own plan alone",
+    "… is neither True nor False": "the same",
+    "… is not a number": "the same",
+    "…": "repeats the message of check_param",
+}
+
+
+def listed() -> list[str]:
+    """The messages in the first column; of torch's own, what torch says is torch's business."""
+    cells = re.findall(r"^\| (`.*?) \|", read("troubleshooting.md"), re.MULTILINE)
+    ours = [cell for cell in cells if not cell.endswith("(torch's)")]
+    return [message for cell in ours for message in re.findall(r"`([^`]+)`", cell)]
+
+
+def test_messages_listed_are_those_that_are_raised() -> None:
+    entries, texts = listed(), set(raised())
+    assert len(entries) > 30 and len(entries) == len(set(entries))
+    missing = [one for one in entries if not any(one in text for text in texts)]
+    native = sorted((DOCS.parent / "csrc").rglob("*.cpp"))  # a user meets one sentence of these
+    said = "".join(path.read_text() for path in native)
+    assert [one for one in missing if one not in said][0 if native else 1 :] == []
+    assert {t for t in texts if not any(one in t for one in entries)} == OF_NO_USER.keys()

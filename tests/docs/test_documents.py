@@ -1,7 +1,7 @@
 """What README and docs claim: their code runs, their commands, files and links exist.
 
-Beside it: measured tables, test_tables.py; messages, test_troubleshooting.py; the worked example
-of an optimizer, test_worked_example.py.
+Beside it: measured tables, test_tables.py; lists of messages and arguments, test_differences.py;
+the worked example of an optimizer, test_worked_example.py.
 """
 
 from __future__ import annotations
@@ -141,14 +141,6 @@ def test_commands_exist(path: Path, benchmarks: Any, capsys: pytest.CaptureFixtu
 
 
 @every_document
-def test_scripts_exist(path: Path) -> None:
-    """What a ``bash`` block runs by its path."""
-    for block in COMMANDS.findall(path.read_text()):
-        for script in re.findall(r"(?:python|bash) ([\w./]+\.(?:py|sh))", block):
-            assert (ROOT / script).is_file(), script
-
-
-@every_document
 def test_extras_exist(path: Path) -> None:
     """``pip install '.[test]'``"""
     project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
@@ -201,13 +193,3 @@ def test_tests_exist(path: Path) -> None:
     named = list(functions_named(path.read_text()))
     sources = {file: (ROOT / file).read_text() for file, _ in named}
     assert [pair for pair in named if f"def {pair[1]}(" not in sources[pair[0]]] == []
-
-
-@pytest.mark.parametrize("name", ["numerics.md", "cuda.md", "adding_an_optimizer.md"])
-def test_promises_name_their_tests(name: str) -> None:
-    """Each line of a table of promises names a test, or a tool that is run."""
-    text = (ROOT / "docs" / name).read_text()
-    table = text[text.index("| promise |") :].partition("\n\n")[0]
-    lines = table.splitlines()[2:]
-    assert len(lines) >= 7
-    assert [line for line in lines if "`" not in line.partition("|")[2].partition("|")[2]] == []

@@ -4,11 +4,10 @@ difference, and which nowhere, and why. A line that is in none of these tables f
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from test_documents import COMMANDS, DOCUMENTS, ROOT
@@ -105,15 +104,16 @@ def test_what_runs_them_exists() -> None:
 
 
 @pytest.mark.parametrize("command", HERE)
-def test_it_runs(command: str, tmp_path: Path) -> None:
+def test_it_runs(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     python, option, module, *words = shlex.split(command)
     assert (python, option) == ("python", "-m")
     # The installed package, before the checkout, in which the native module may be missing.
-    program = "import fusedopt, runpy, sys; sys.path.append(sys.argv.pop(1)); "
-    program += f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(ROOT), *words],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert not ended.value.code
+    assert capsys.readouterr().out.strip()
