@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import FULL_CASES, OptimizerCase, adamw, parametrize
 from cuda_shim import CudaShim
-from gpu_helpers import runners
+from gpu_helpers import runners, two_devices
 from gpu_twins import Twins, grads_like
 from tolerances import assert_same_bits
 from torch import Tensor
@@ -142,6 +142,36 @@ def test_a_table_in_pieces(shim: CudaShim) -> None:
         twins.opt.step()
         twins.twin.step()
         twins.check()
+
+
+def test_a_page_that_could_not_be_written_is_unknown(shim: CudaShim) -> None:
+    """It is written again, also with what it held before."""
+    twins = Twins.of_lengths(adamw("default"), [300])
+    twins.run(steps=1)
+    rate = twins.opt.param_groups[0]["lr"]
+    twins.opt.param_groups[0]["lr"] = 0.5
+    shim.fail("cudaLaunchKernelEx", 2, 1)
+    with pytest.raises(RuntimeError, match="write"):
+        twins.opt.step()
+    twins.opt.param_groups[0]["lr"] = rate
+    before = len(shim.launches())
+    twins.step()
+    twins.check()
+    assert shim.launches()[before].kernel.startswith("write")
+
+
+def test_an_update_that_fails_on_one_device(
+    shim: CudaShim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other has moved, so this one follows before the error is raised."""
+    two_devices(monkeypatch)
+    twins = Twins.of_lengths(FULL_CASES[0], [300, 5])
+    twins.run(steps=2)
+    shim.fail("cudaLaunchKernelEx", 2, 6)  # after two of each verb but one
+    with pytest.raises(RuntimeError, match="update"):
+        twins.opt.step()
+    twins.twin.step()
+    twins.check()
 
 
 @parametrize("case", FULL_CASES)
