@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import FULL_CASES, OptimizerCase, adamw, parametrize
 from cuda_shim import CudaShim
-from gpu_helpers import runners
+from gpu_helpers import runners, two_devices
 from gpu_twins import Twins, grads_like
 from tolerances import assert_same_bits
 from torch import Tensor
@@ -160,6 +160,20 @@ def test_a_launch_that_ran_but_reports_an_earlier_error(shim: CudaShim) -> None:
     for param, twin, grad in zip(twins.params, twins.twin_params, first, strict=True):
         param.grad = twin.grad = grad  # where they were when the table was last known
     twins.step()
+    twins.check()
+
+
+def test_an_update_that_fails_on_one_device(
+    shim: CudaShim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other has moved, so this one follows before the error is raised."""
+    two_devices(monkeypatch)
+    twins = Twins.of_lengths(FULL_CASES[0], [300, 5])
+    twins.run(steps=2)
+    shim.fail("cudaLaunchKernelEx", 2, 6)  # after two of each verb but one
+    with pytest.raises(RuntimeError, match="update"):
+        twins.opt.step()
+    twins.twin.step()
     twins.check()
 
 

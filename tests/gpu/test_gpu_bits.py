@@ -211,10 +211,16 @@ def test_groups_have_their_own_options(
 
 @pytest.mark.parametrize("amsgrad", [(False, True, False), (True, False, True)])
 def test_amsgrad_in_some_groups(amsgrad: tuple[bool, ...]) -> None:
+    """An absent maximum is less than any second moment, also than one that a user has negated."""
     for dtype in FLOATS:
         values = values_of([100, 700, 9], dtype)
         groups = [{"params": [v], "amsgrad": a} for v, a in zip(values, amsgrad, strict=True)]
-        Twins("adamw", groups, max_grad_norm=1.0).run(steps=2)
+        twins = Twins("adamw", groups, max_grad_norm=1.0)
+        twins.run(steps=1)
+        for optimizer, params in twins.both:
+            for param in params:
+                optimizer.state[param]["exp_avg_sq"][::3] *= -1.0
+        twins.run(steps=1, first=1)
 
 
 def test_hundreds_of_groups() -> None:
@@ -319,7 +325,8 @@ def test_options_in_tensors(rule: str) -> None:
 
 
 def test_extreme_step_counts() -> None:
-    """A count is fp32, as torch's: at 2^24 it stays, whatever the kernel counts in."""
+    """A count is fp32, as torch's: at 2^24 it stays, whatever the kernel counts in. It is read anew
+    in every step, and a skipped one leaves it."""
     counts = (1.0, 999.0, 1e6, 2.0**24 - 2)
     for case in FULL_CASES:
         twins = Twins.of_lengths(case, [5, 30, 7, 33])
@@ -327,6 +334,10 @@ def test_extreme_step_counts() -> None:
         for optimizer, params in twins.both:
             for param, count in zip(params, counts, strict=True):
                 optimizer.state[param]["step"].fill_(count)
+        bad = grads_like(twins.params, 1)
+        bad[2][3] = math.nan
+        twins.step(bad)
+        twins.check()
         twins.run(steps=3)
         found = [twins.opt.state[p]["step"].item() for p in twins.params]
         assert found == [4.0, 1002.0, 1e6 + 3, 2.0**24]
