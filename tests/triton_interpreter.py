@@ -244,6 +244,15 @@ def in_order(order: Sequence[int]) -> Iterator[None]:
 # ---- the driver ---------------------------------------------------------------------------------
 
 
+def _int64(value: int) -> Any:
+    """As kernels are compiled. Triton itself takes a number that fits for one of 32 bits, and where
+    Python is no position-independent program (Debian's) an address on its heap does fit."""
+    from triton.language import int64, tensor
+    from triton.runtime.interpreter import TensorHandle
+
+    return tensor(TensorHandle(np.array([value], np.int64), int64), int64)
+
+
 class _Done:
     def query(self) -> bool:
         return True
@@ -265,7 +274,7 @@ class Interpreter(backend.TritonDriver):
     def launcher(
         self, device: torch.device, variant: backend.Key, values: dict[str, int]
     ) -> backend.Launch:
-        variant = kernels().Variant(*variant)
+        variant, counts = kernels().Variant(*variant), kernels().COUNTS
         names = variant.kernel.arg_names
         constants = variant.constants
         arguments = {name: values[name] for name in names if name not in constants}
@@ -274,7 +283,8 @@ class Interpreter(backend.TritonDriver):
             self.launched.append((variant.name, programs))
             watched = contextlib.nullcontext() if self.memory is None else self.memory.watched()
             with interpreting(), in_order(self.order(programs)), watched:
-                variant.kernel[(programs,)](**arguments, **constants)
+                wide = {n: v if n in counts else _int64(v) for n, v in arguments.items()}
+                variant.kernel[(programs,)](**wide, **constants)
 
         return launch
 
