@@ -3,7 +3,8 @@
 // A 16-bit codec is declared here, and nowhere else in C++. It is a struct that holds one element
 // as stored in memory, with
 //   kCodec      its number in rows and gradients
-//   kName       the name of that number in Python kTypeCode   DLPack's code of such a dtype
+//   kName       the name of that number in Python
+//   kTypeCode   DLPack's code of such a dtype
 //   kInPlace    whether read-only CPU loops convert elements straight from memory: compilers
 //               vectorise the shift of bf16, but find no instruction for the conversion of fp16
 //   widened()   exact
