@@ -30,9 +30,10 @@ struct Row {
   int32_t group;                  // line in the options table
   uint32_t codecs;                // kCodecBits a stream, the param's lowest; zero: all are fp32
   const float* scales[kStreams];  // for codecs that have them
-  int64_t reserved[3];
+  int64_t uncounted;  // 1: another rank counts this tensor's gradient in the norm
+  int64_t reserved[2];
 
-  FUSEDOPT_FIELDS(data, step, numel, group, codecs, scales, reserved)
+  FUSEDOPT_FIELDS(data, step, numel, group, codecs, scales, uncounted, reserved)
 
   FUSEDOPT_MEMBER float* as_float(int stream) const { return static_cast<float*>(data[stream]); }
   FUSEDOPT_MEMBER Codec codec(int stream) const {
@@ -78,10 +79,10 @@ struct StepScalars {
   float found_inf;      // 1: some gradient element is inf or NaN
   float skip;           // 1: this step updates nothing
   float skipped_steps;  // running count
-  float reserved;
+  float refused;        // a Refusal (scalars.h); stays until Python clears it
 
   FUSEDOPT_FIELDS(grad_norm, clip_coef, grad_mult, inv_scale, found_inf, skip, skipped_steps,
-                  reserved)
+                  refused)
 };
 
 // Everything else that a step needs from the host; packed by the verb `begin`.
@@ -94,16 +95,20 @@ struct StepRecord {
   StepScalars* scalars;
   int64_t n_device_numbers;
   uint64_t flags;
+  uint64_t n_ranks;      // that share the norm; 0: this process is alone
+  uint64_t fingerprint;  // of the options; the ranks compare theirs
 
   FUSEDOPT_FIELDS(max_grad_norm, max_grad_value, grad_scale, found_inf, inf_flag, scalars,
-                  n_device_numbers, flags)
+                  n_device_numbers, flags, n_ranks, fingerprint)
 
   enum Flag : uint64_t {
     kNormIsTwo = 1,      // the 2-norm; otherwise the largest magnitude
     kMeasured = 2,       // reduce runs, so the words are those of this step
     kSkipNonfinite = 4,  // a scaler decides about the step, or the user asked for it
+    kUncounted = 8,      // some row is not counted
   };
   FUSEDOPT_MEMBER bool has(Flag flag) const { return (flags & flag) != 0; }
+  FUSEDOPT_MEMBER bool counts(const Row& row) const { return !has(kUncounted) || !row.uncounted; }
 };
 
 // The tables of a plan.

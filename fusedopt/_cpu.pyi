@@ -14,7 +14,11 @@ class Plan:
 
 class Watch:
     def __init__(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any], kinds: Sequence[int]
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        kinds: Sequence[int],
+        dtensor: type | None = None,
     ) -> None: ...
     def refresh(
         self, groups: list[dict[str, Any]], state: dict[Any, Any], grads: int

@@ -47,6 +47,9 @@ class FusedAdamW(FusedOptimizer):
         amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first).
         backend: "cuda", "triton", "cpu", "reference" or "auto"; default: ``FUSEDOPT_BACKEND``, else
             "auto".
+        norm_group: ProcessGroup or DeviceMesh of the ranks that share the norm and the decision to
+            skip, for pipeline stages, FSDP1 and ZeroRedundancyOptimizer. None: the ranks of the
+            parameters' meshes (FSDP2, tensor parallel), else this process alone (DDP).
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the remedy.
@@ -79,5 +82,6 @@ class FusedAdamW(FusedOptimizer):
         skip_nonfinite: bool = False,
         amp_scaling: bool | None = None,
         backend: str | None = None,
+        norm_group: Any = None,
     ) -> None:
         super().__init__(params, locals())

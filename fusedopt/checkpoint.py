@@ -19,6 +19,7 @@ from .modes import durable
 from .options import OPTION_NAMES, literal
 from .plan.checks import check_param, is_served
 from .plan.groups import check_group, refuse_differentiable
+from .plan.local import local_of, part_for, wrapped
 from .plan.memory import unfilled_state
 from .plan.plan import copy_all
 from .plan.rows import label_of
@@ -38,7 +39,7 @@ from .shared import SharingOptimizer
 
 Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # by a checkpoint's key: parameter, state names
 Write = tuple[Tensor, Tensor]  # a tensor of the optimizer, and the tensor that is copied to it
-Fill = tuple[ParamState, str, Tensor]  # a state, its name, a tensor with the wanted layout
+Fill = tuple[ParamState, str, Tensor, Tensor]  # a state, its name, param, the wanted layout
 
 
 def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
@@ -164,10 +165,10 @@ def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wa
             state[wanted[key][0]] = _receive(optimizer, *wanted[key], value, writes, fills)
         else:
             state[key] = copy.deepcopy(value)
-    with unfilled_state([like for _, _, like in fills]) as new:
-        copy_all(new, [own[name] for own, name, _ in fills])
-    for (own, name, _), tensor in zip(fills, new, strict=True):
-        own[name] = tensor
+    with unfilled_state([like for *_, like in fills]) as new:
+        copy_all(new, [own[name] for own, name, *_ in fills])
+    for (own, name, param, _), tensor in zip(fills, new, strict=True):
+        own[name] = wrapped(tensor, param)
     names = _names_given(optimizer)
     # torch would cast state to the parameter's dtype, so torch loads the groups only.
     _load_without_hooks(optimizer, {**state_dict, "state": {}})
@@ -208,10 +209,10 @@ def _receive(
             state[name] = value.detach().clone().to(param.device)
         elif _is_reusable(optimizer, param, name, like):
             state[name] = optimizer.state[param][name]
-            writes.append((state[name], value))
+            writes.append((local_of(state[name]), part_for(param, value)))
         else:
-            state[name] = value
-            fills.append((state, name, like))
+            state[name] = part_for(param, value)
+            fills.append((state, name, param, like))
     return state
 
 
@@ -228,29 +229,34 @@ def _is_reusable(optimizer: SharingOptimizer, param: Tensor, name: str, like: Te
     """Whether the optimizer has such a tensor, in memory that torch allocated for it alone."""
     own = optimizer.state.get(param)
     tensor = own.get(name) if type(own) is dict else None
-    if type(tensor) is not Tensor or not fits(tensor, like):
+    if tensor is None or not fits(tensor, param, like) or type(local_of(tensor)) is not Tensor:
         return False
-    storage = tensor.untyped_storage()
-    shared = storage.is_shared() and tensor.is_cpu  # on a GPU, all memory is "shared"
-    whole = storage.resizable() and not shared and storage.nbytes() == tensor.nbytes
-    if not whole or tensor.is_inference() or tensor.requires_grad:
+    local = local_of(tensor)
+    storage = local.untyped_storage()
+    shared = storage.is_shared() and local.is_cpu  # on a GPU, all memory is "shared"
+    whole = storage.resizable() and not shared and storage.nbytes() == local.nbytes
+    if not whole or local.is_inference() or tensor.requires_grad:
         return False
-    del own, tensor, storage  # these references would count as owners
-    nobody_else = SimpleNamespace(state={param: {name: torch.empty(1)}})
+    del own, tensor, local, storage  # these references would count as owners
+    nobody_else = SimpleNamespace(state={param: {name: wrapped(torch.empty(1), param)}})
     return _owners(optimizer, param, name) == _owners(nobody_else, param, name)
 
 
 def _owners(holder: Any, param: Tensor, name: str) -> tuple[int, ...]:
-    """Reference counts of all state, the state of ``param``, its tensor ``name``, that storage."""
+    """Reference counts of all state, of the state of ``param``, of its tensor ``name``, of the
+    local part and of its storage."""
     own = holder.state[param]
     tensor = own[name]
-    storage = tensor.untyped_storage()
+    local: Any = local_of(tensor)
+    storage = local.untyped_storage()
     return (
         sys.getrefcount(holder.state),
         sys.getrefcount(own),
         sys.getrefcount(tensor),
+        sys.getrefcount(local),
         sys.getrefcount(storage),
         tensor._use_count(),
+        local._use_count(),
         torch._C._storage_Use_Count(storage._cdata),
     )
 

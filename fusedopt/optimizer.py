@@ -19,6 +19,7 @@ from .backends.registry import choose, prepare
 from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options
 from .plan.checks import check_param, is_served, served_params
+from .plan.exchange import Ranks, ranks_of, uncounted
 from .plan.groups import (
     check_containers,
     check_group,
@@ -79,7 +80,8 @@ class FusedOptimizer(AmpAttributes):
             What ``closure`` returned, else None.
 
         Raises:
-            RuntimeError: a gradient or a state cannot be used; nothing has been changed.
+            RuntimeError: a gradient or a state cannot be used, or another rank refuses the step;
+                nothing has been changed, on any rank that shares the norm.
         """
         loss = None
         if closure is not None:
@@ -87,15 +89,64 @@ class FusedOptimizer(AmpAttributes):
                 loss = closure()
         with self._shared.turn:
             grad_mode = torch.is_grad_enabled()
-            inputs = self._step_inputs()
+            self._begin_message()
+            inputs = None
             try:
-                self._take(self._current_plan(inputs), inputs)
+                inputs = self._step_inputs()
+                plan = self._current_plan(inputs)
+                self._join(inputs)
+                self._take(plan, inputs)
             except BaseException:
                 torch.set_grad_enabled(grad_mode)  # a signal may interrupt torch.no_grad's exit
+                self._abort_message()
                 raise
             finally:
-                inputs.held = None  # frees gradients and states that others have dropped
+                if inputs is not None:
+                    inputs.held = None  # frees gradients and states that others have dropped
         return loss
+
+    # ---- the message of the ranks ----------------------------------------------------------------
+
+    def _begin_message(self) -> None:
+        ranks = self._waiting_ranks()
+        if ranks is not None:
+            ranks.joined = False
+
+    def _waiting_ranks(self) -> Ranks | None:
+        """The ranks that wait for this step's message; None where nobody asks for an agreement.
+
+        Raises:
+            RuntimeError: they cannot share a norm. All ranks raise, and none waits.
+        """
+        ranks = self._ranks()
+        if ranks is None or not self._asks():
+            return None
+        if isinstance(ranks, str):
+            raise RuntimeError(ranks)
+        return ranks
+
+    def _asks(self) -> bool:
+        """Whether the step computes a norm or decides about a skip."""
+        options, amp = self._shared.options, self._shared.amp
+        clips_or_skips = options.max_grad_norm is not None or options.skip_nonfinite
+        return clips_or_skips or amp.due is not None or "found_inf" in amp.values
+
+    def _join(self, inputs: StepInputs) -> None:
+        """Let the step take part in the ranks' message, which the verb ``exchange`` sends."""
+        ranks = self._waiting_ranks()
+        if ranks is None:
+            return
+        ranks.raise_late(inputs.scalars)
+        inputs.ranks, inputs.measured = ranks, True
+        inputs.fingerprint = ranks.fingerprint(self.rule.name, inputs.options, inputs.table)
+
+    def _abort_message(self) -> None:
+        """The step has failed: the ranks that still wait for its message have to raise, too."""
+        ranks = self._shared.ranks
+        if isinstance(ranks, Ranks) and self._asks() and not ranks.joined:
+            ranks.abort(self._shared.scalars.device, self._shared.options.norm_type)
+
+    # ---- the verbs -------------------------------------------------------------------------------
 
     def _take(self, plan: Plan, inputs: StepInputs) -> None:
         """All or nothing: a signal's handler may raise anywhere except inside a native call."""
@@ -105,6 +156,8 @@ class FusedOptimizer(AmpAttributes):
             plan.reduce()
             plan.exchange()
         plan.finalize()
+        if inputs.ranks is not None:
+            inputs.ranks.check(inputs.scalars)
         self._shared.amp.due = None  # the flag holds this step's answer
         try:
             plan.update()
@@ -130,9 +183,8 @@ class FusedOptimizer(AmpAttributes):
             if clips and self._is_fsdp1_sharded():
                 raise RuntimeError(
                     f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: "
-                    "each rank sees only its part of the norm; set "
-                    "`optimizer.max_grad_norm = None`, and call "
-                    "`model.clip_grad_norm_(max_norm)` before the step"
+                    "each rank sees only its part of the norm; say which ranks share it: "
+                    "`optimizer.norm_group = model.process_group`"
                 )
             device = self._flag_device(shared.scalars.device)
             if shared.scalars.device != device:
@@ -209,6 +261,9 @@ class FusedOptimizer(AmpAttributes):
         shared, options = self._shared, self._shared.options
         layout = list(map(shared.line.state_names, groups))
         rows = checked_rows(groups, state, layout, shared.names)
+        ranks = ranks_of(groups, options, shared.names)
+        for index in uncounted(ranks):
+            rows[index].counted = False
         with durable(), torch.no_grad():
             plan = shared.plan
             shared.set_aside(self.state)
@@ -221,6 +276,7 @@ class FusedOptimizer(AmpAttributes):
             if plan is None or (plan.backend, plan.layout) != wanted or not plan.rebind(rows):
                 plan = backend.plan(self.rule, rows, layout)
                 plan.backend = backend.name
+            plan.ranks = ranks
         try:
             plan.look_at(self.param_groups, self.state)
         except (RuntimeError, TypeError):  # another thread changes them

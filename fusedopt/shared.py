@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .modes import untraced
-from .options import Options
+from .options import NOT_PICKLED, Options
 from .plan.checks import served_params
+from .plan.exchange import Ranks, ranks_of
+from .plan.local import local_of
 from .plan.options_table import Line
 from .plan.plan import CLIP_COEF, GRAD_NORM, SKIPPED_STEPS, Plan
 from .rules.declaration import Group, Rule
@@ -36,6 +38,8 @@ class Shared:
     turn: Any = field(default_factory=threading.RLock)  # held by the thread that steps
     measured: bool = False  # the last step computed the norm
     plan: Plan | None = None
+    # That share a norm with this process; a text says why they cannot.
+    ranks: Ranks | str | None = None
     # Names of parameters in messages, once a checkpoint has replaced the names in the groups.
     names: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     captured_plans: list[Plan] = field(default_factory=list)  # a CUDA graph may still replay them
@@ -59,7 +63,7 @@ class Shared:
         self.aside = kept[:PLANS_ASIDE]
 
     def take_up(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.ranks = plan, plan.ranks
         self.aside = [each for each in self.aside if each is not plan]
 
 
@@ -70,7 +74,7 @@ def _option(name: str) -> property:
     @untraced  # a trace would lose the new value
     def write(self: SharingOptimizer, value: Any) -> None:
         options = self._shared.options.changed(**{name: value})
-        if options.master_weights != self._shared.options.master_weights:
+        if name in ("master_weights", "norm_group"):
             self._shared.drop_plans()
         self._shared.options = options
 
@@ -110,6 +114,16 @@ class SharingOptimizer(Optimizer):
         """Steps skipped because of non-finite gradients: 0-dim int64, a copy. Not checkpointed."""
         return self._shared.scalars[SKIPPED_STEPS].to(torch.int64)
 
+    def _ranks(self) -> Ranks | str | None:
+        """The ranks that share a norm with this process, or why they cannot."""
+        shared = self._shared
+        if shared.plan is None:
+            try:
+                shared.ranks = ranks_of(self.param_groups, shared.options, shared.names)
+            except (AttributeError, KeyError, TypeError):  # no param groups: the step says so
+                shared.ranks = None
+        return shared.ranks
+
     @property
     def backend(self) -> dict[str, str]:
         """Name of the backend that serves each device; empty before the first step."""
@@ -124,7 +138,8 @@ class SharingOptimizer(Optimizer):
         """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``.
 
         Counts the tensors that are there now: before the first step, or ``init_state()``, there is
-        no state yet. An entry of ``state`` that belongs to no parameter is listed under its key.
+        no state yet. Of a DTensor it counts this rank's part. An entry of ``state``
+        that belongs to no parameter is listed under its key.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         sizes = {"param": sum(map(_nbytes, params)), "grad": sum(_nbytes(p.grad) for p in params)}
@@ -144,15 +159,19 @@ class SharingOptimizer(Optimizer):
     master_weights = _option("master_weights")
     skip_nonfinite = _option("skip_nonfinite")
     amp_scaling = _option("amp_scaling")
+    norm_group = _option("norm_group")
 
     # ---- pickles and copies ----------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         shared, names = self._shared, self._shared.names
+        options = shared.options
+        if options.norm_group is not None:  # a group of processes is of this process
+            options = options.changed(norm_group=NOT_PICKLED)
         params = [p for group in self.param_groups for p in group["params"]]
         return {
             **super().__getstate__(),
-            "_options": shared.options,
+            "_options": options,
             "_scalars": shared.scalars,
             "_measured": shared.measured,
             "_names": [(p, names[p]) for p in params if p in names],
@@ -176,4 +195,7 @@ class SharingOptimizer(Optimizer):
 
 
 def _nbytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or is_lazy(tensor) else tensor.numel() * tensor.element_size()
+    if tensor is None or is_lazy(tensor):
+        return 0
+    local = local_of(tensor)
+    return local.numel() * local.element_size()

@@ -72,7 +72,7 @@ void reduce(const PlanView& plan, const StepRecord& step, uint64_t* words, int n
   const auto reduce_range = step.has(StepRecord::kNormIsTwo) ? reduce_squares : reduce_largest;
   for_chunk_ranges(plan, num_threads, [&](int64_t first, int64_t last) {
     uint64_t own[kWords] = {};
-    reduce_range(plan, first, last, inv_scale, own);
+    reduce_range(plan, step, first, last, inv_scale, own);
 #pragma omp critical(fusedopt_words)
     for (int w = 0; w < kWords; ++w) words[w] = combined(w, words[w], own[w]);
   });

@@ -19,9 +19,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One warp for each chunk, so that chunks need no barrier. Warps add their words to the block's,
-// blocks to the sums. The last block copies the sums and leaves zeros for the next launch.
+// blocks to the sums. The last block copies the sums and leaves zeros for the next launch. Where no
+// other device or rank has words to add, it finalizes.
 __global__ void __launch_bounds__(kThreads, 4)
-    reduce_kernel(const __grid_constant__ DeviceStep step, bool finalizes) {
+    reduce_kernel(const __grid_constant__ DeviceStep step) {
   __shared__ float inv_scale;
   __shared__ Word block_words[kWords];
   const int t = threadIdx.x;
@@ -33,10 +34,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (t < kWords) add_word(step.sums, t, block_words[t]);
   if (!is_last_block(step.ticket)) return;
   if (t < kWords) {  // finalize_step() reads them in the same threads
-    step.words[step.own_number * kWords + t] = __ldcg(step.sums + t);  // past the L1 cache
+    const Word of_rank = step.own_number == 0 ? word_of_rank(step.record, t) : 0;
+    step.words[step.own_number * kWords + t] = __ldcg(step.sums + t) + of_rank;  // past L1
     step.sums[t] = 0;
   }
-  if (finalizes) finalize_step(step);
+  if (step.n_devices == 1 && step.record.n_ranks == 0) finalize_step(step);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -59,7 +61,9 @@ template <class R, int n, bool kHalfStates>
 __global__ void __launch_bounds__(kThreads, 4)
     update_kernel(const __grid_constant__ DeviceStep step) {
   if (step.record.scalars->skip != 0.0f) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) step.record.scalars->skipped_steps += 1.0f;
+    if (blockIdx.x == 0 && threadIdx.x == 0 && step.record.scalars->refused == 0.0f) {
+      step.record.scalars->skipped_steps += 1.0f;
+    }
     return;
   }
   write_step_counts<R>(step.plan, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
@@ -110,8 +114,8 @@ cudaError_t write_page(void* destination, const void* source, size_t bytes, cuda
                 static_cast<int>(bytes / 16));
 }
 
-cudaError_t reduce(const DeviceStep& step, bool finalizes, int blocks, cudaStream_t stream) {
-  return launch(reduce_kernel, grid(step.plan.n_chunks, kWarps, blocks), stream, step, finalizes);
+cudaError_t reduce(const DeviceStep& step, int blocks, cudaStream_t stream) {
+  return launch(reduce_kernel, grid(step.plan.n_chunks, kWarps, blocks), stream, step);
 }
 
 cudaError_t finalize(const DeviceStep& step, cudaStream_t stream) {

@@ -50,12 +50,20 @@ bool negated(PyObject* tensor) {
   return answer.ptr() != Py_False;
 }
 
-// New reference, or null with an error set. For the two plain types the attribute's C getter is
-// called, which saves the lookup by name.
-PyObject* grad_of(PyObject* param) {
+// New reference, or null with an error set. For types that leave `.grad` to torch the attribute's C
+// getter is called, which saves the lookup by name.
+PyObject* grad_of(PyObject* param, bool torchs_own) {
   static PyObject* const kGrad = interned("grad");
-  if (torch.grad && plain_tensor(param)) return torch.grad->get(param, torch.grad->closure);
+  if (torch.grad && torchs_own) return torch.grad->get(param, torch.grad->closure);
   return PyObject_GetAttr(param, kGrad);
+}
+
+// An attribute of a DTensor; None if it has none.
+py::object attribute(PyObject* object, PyObject* name) {
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+  if (value) return value;
+  PyErr_Clear();
+  return py::none();
 }
 
 const void* address(const dlpack::Tensor& t) {
@@ -149,6 +157,23 @@ void use_torch(const py::object& tensor_type, const py::object& parameter_type,
            getset_named(tensor_type, "grad")};
 }
 
+// What the kernels see of a tensor: a DTensor's local part, or the tensor itself.
+py::object Watch::part_of(PyObject* object) const {
+  static PyObject* const kLocal = interned("_local_tensor");
+  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_.ptr()) {
+    return attribute(object, kLocal);
+  }
+  return borrowed(object);
+}
+
+// A DTensor's mesh and placements are those of the plan; a plain tensor has none.
+bool Watch::same_spec(const WatchedRow& row, PyObject* tensor) const {
+  static PyObject* const kSpec = interned("_spec");
+  const bool sharded = reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == dtensor_.ptr();
+  if (!row.spec) return !sharded;
+  return sharded && attribute(tensor, kSpec).is(row.spec);
+}
+
 Placement Watch::place(py::handle object) {
   dlpack::Tensor t;
   if (!view(object.ptr(), t)) return {};
@@ -159,8 +184,10 @@ Placement Watch::place(py::handle object) {
           t.ndim,  t.dtype_code, t.dtype_bits, true};
 }
 
-Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds)
-    : state_(state.ptr()) {
+Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds,
+             const py::object& dtensor)
+    : dtensor_(dtensor), state_(state.ptr()) {
+  static PyObject* const kSpec = interned("_spec");
   FUSEDOPT_CHECK(torch.exchange, "use_torch() has not been called");
   for (const py::handle group : groups) {
     const size_t g = group_sizes_.size();
@@ -173,11 +200,12 @@ Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<in
       row.param = borrowed(PySequence_Fast_GET_ITEM(params, i));
       row.kind = static_cast<RowKind>(kinds[rows_.size()]);
       if (row.kind != RowKind::kFrozen) {
-        row.placement = place(row.param);
+        row.placement = place(part_of(row.param.ptr()));
         FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
                        " is not a strided tensor");
         row.single_element = numel(row.placement) == 1;
       }
+      if (py::type::handle_of(row.param).is(dtensor_)) row.spec = attribute(row.param.ptr(), kSpec);
       rows_.push_back(std::move(row));
     }
   }
@@ -188,12 +216,13 @@ Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<in
     const size_t first_item = items_.size();
     for (const auto& [name, item] :
          PyDict_Check(value.ptr()) ? py::reinterpret_borrow<py::dict>(value) : py::dict()) {
-      const Placement placement = place(item);
+      const py::object part = part_of(item.ptr());
+      const Placement placement = place(part);
       const int64_t n_bytes = numel(placement) * placement.dtype_bits / 8;
       SecondOwner owner;
       if (placement.is_tensor && n_bytes <= kSmall && n_bytes <= bytes_left) {
         bytes_left -= n_bytes;
-        owner = second_owner(item.ptr());
+        owner = second_owner(part.ptr());
       }
       if (placement.is_tensor && !owner) ++n_held_;
       items_.push_back({borrowed(name), item.ptr(), placement, std::move(owner)});
@@ -237,10 +266,10 @@ bool Watch::same_state(PyObject* state, PyObject* held) const {
       const Item& watched = items_[i];
       if (name != watched.key.ptr() || item != watched.value) return false;
       if (!watched.placement.is_tensor) continue;
-      if (!in_place(watched.placement, item)) return false;
+      py::object part = part_of(item);
+      if (!in_place(watched.placement, part.ptr())) return false;
       if (watched.second_owner) continue;
-      Py_INCREF(item);
-      PyList_SET_ITEM(held, at_held++, item);
+      PyList_SET_ITEM(held, at_held++, part.release().ptr());
     }
   }
   return true;
@@ -262,9 +291,12 @@ void Watch::fetch_entry(size_t e) const {
   }
 }
 
-bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
+bool Watch::read_grad(const WatchedRow& row, PyObject* object, Grad* out) const {
   const Placement& like = row.placement;
   dlpack::Tensor t;
+  if (!same_spec(row, object)) return false;
+  const py::object part = part_of(object);  // owned by `object`, which the step holds
+  PyObject* const grad = part.ptr();
   if (row.kind == RowKind::kStaged || !plain_tensor(grad) || !view(grad, t)) return false;
   if (t.device_type != like.device_type || t.device_id != like.device_id) return false;
   if (!same_layout(like, t) || !kernel_codec(t, out->codec)) return false;
@@ -272,7 +304,7 @@ bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
   if (!address(t) && like.data) return false;  // zeros that were never allocated
   out->data = address(t);
   out->present = 1;
-  row.grad_object = grad;
+  row.grad_object = object;
   row.grad_record = t.shape;
   return true;
 }
@@ -287,9 +319,13 @@ py::object Watch::refresh(const py::object& groups, const py::object& state,
     const WatchedRow& row = rows_[r];
     PyObject* const param = row.param.ptr();
     const bool frozen = row.kind == RowKind::kFrozen;
-    if (!frozen && !in_place(row.placement, param)) return py::none();
-    if (row.single_element && row.kind != RowKind::kStaged && negated(param)) return py::none();
-    PyObject* const grad = grad_of(param);
+    if (!frozen && !same_spec(row, param)) return py::none();
+    const py::object part = part_of(param);
+    if (!frozen && !in_place(row.placement, part.ptr())) return py::none();
+    if (row.single_element && row.kind != RowKind::kStaged && negated(part.ptr())) {
+      return py::none();
+    }
+    PyObject* const grad = grad_of(param, row.spec || plain_tensor(param));
     if (!grad) {
       PyErr_Clear();
       return py::none();

@@ -46,8 +46,10 @@ class Watch {
   enum class RowKind { kReady = 0, kAwaitsState = 1, kStaged = 2, kFrozen = 3 };
 
   // groups: optimizer.param_groups; state: optimizer.state; kinds: a RowKind for each row; the rows
-  // are the params of all groups in order. Throws std::runtime_error.
-  Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds);
+  // are the params of all groups in order. dtensor: torch's type DTensor, or None; of such tensors
+  // the local part is looked at. Throws std::runtime_error.
+  Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds,
+        const py::object& dtensor);
 
   // Fills grads[row] for every row, with odd rows as absent. Returns None when the plan no longer
   // describes the optimizer, else three lists:
@@ -64,6 +66,7 @@ class Watch {
     RowKind kind;
     Placement placement;
     bool single_element = false;
+    py::object spec;  // of a DTensor: its mesh and placements
     // Addresses of the last look, for prefetching; never dereferenced.
     mutable const void* grad_object = nullptr;
     mutable const void* grad_record = nullptr;
@@ -82,13 +85,16 @@ class Watch {
     size_t first_item, n_items;
   };
 
+  py::object part_of(PyObject* object) const;
   Placement place(py::handle object);
   bool same_groups(PyObject* groups) const;
   bool same_state(PyObject* state, PyObject* held) const;
+  bool same_spec(const WatchedRow& row, PyObject* tensor) const;
   bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const;
   void fetch_row(size_t r) const;
   void fetch_entry(size_t e) const;
 
+  py::object dtensor_;
   std::vector<Py_ssize_t> group_sizes_;
   std::vector<WatchedRow> rows_;
   const PyObject* state_;

@@ -15,9 +15,10 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..plan.exchange import Ranks
 from ..plan.plan import HALF_DTYPES, N_STEP_SCALARS, Layout, Plan, Row, StepInputs
 from ..rules.declaration import Rule
-from .records import CHUNK, ROW, WORDS, address, chunk_table, pack_rows
+from .records import CHUNK, LARGEST, ROW, WORDS, address, chunk_table, pack_rows
 from .tables import TablePlan
 
 T = TypeVar("T", Tensor, "Tensor | None")
@@ -30,8 +31,8 @@ class Launches(Protocol):
         """Called before the launches of a step: copies the table of inputs to the device if it has
         changed, and always during graph capture."""
 
-    def reduce(self, finalizes: bool) -> None:
-        """``finalizes``: the last block also does the work of ``finalize``."""
+    def reduce(self) -> None:
+        """If no other device and no rank has words to add, the last block also finalizes."""
 
     def finalize(self) -> None: ...
 
@@ -216,21 +217,40 @@ class DevicePlan(TablePlan):
 
     def begin(self, step: StepInputs) -> None:
         self._finalized = False
+        self._ranks, self._largest = step.ranks, step.norm_is_largest
         for number, part in enumerate(self.parts):
             part.begin(self, step, first=number == 0)
 
     def reduce(self) -> None:
         """On one device the last block finalizes, which saves a launch."""
-        alone = len(self.parts) == 1
         for part in self.parts:
-            part.launches.reduce(finalizes=alone)
-        self._finalized = alone
+            part.launches.reduce()
+        self._finalized = len(self.parts) == 1 and self._ranks is None
 
     def exchange(self) -> None:
+        if self._ranks is not None:
+            self._exchange_with(self._ranks)
+            return
         for number, source in enumerate(self.parts):
             for part in self.parts:
                 if part is not source:
                     part.words_of(number).copy_(source.words_of(number), non_blocking=True)
+
+    def _exchange_with(self, ranks: Ranks) -> None:
+        """The ranks add up what their devices have together. Each device gets the total as the
+        words of the first device, and zeros for the others."""
+        first, *others = self.parts
+        total = first.words_of(0).view(torch.int64)
+        for number, part in enumerate(others, 1):
+            words = first.local(part.words_of(number).view(torch.int64))
+            largest = torch.maximum(total[LARGEST], words[LARGEST])
+            total.add_(words)
+            total[LARGEST] = largest
+        ranks.add_up(total, self._largest)
+        for part in others:
+            part.tensors["words"].zero_()
+            part.words_of(0).copy_(first.words_of(0), non_blocking=True)
+        first.tensors["words"][total.nbytes :].zero_()
 
     def finalize(self) -> None:
         if not self._finalized:

@@ -12,12 +12,15 @@ there is one more copy of the updated params and their states.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..plan.local import dtensor_type, local_of
 from ..plan.memory import state_dtype
 from ..plan.plan import (
     CLIP_COEF,
@@ -25,6 +28,7 @@ from ..plan.plan import (
     GRAD_MULT,
     GRAD_NORM,
     INV_SCALE,
+    REFUSED,
     SKIP,
     SKIPPED_STEPS,
     Layout,
@@ -35,9 +39,11 @@ from ..plan.plan import (
     copy_all,
 )
 from ..rules.declaration import Group, Rule
+from . import records
 from .watch import PythonWatch, row_kind
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
+LARGEST_SUM = 2.0**287  # that words can hold; only gradients in fp64 may exceed it
 
 
 class ReferencePlan(Plan):
@@ -48,12 +54,13 @@ class ReferencePlan(Plan):
         # One for each row that has a gradient; reduce computes them for finalize.
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self._refused = 0
 
     def _write_rows(self) -> None:
         """There are no tables."""
 
     def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
-        self._watch = PythonWatch(groups, state, list(map(row_kind, self.rows)))
+        self._watch = PythonWatch(groups, state, list(map(row_kind, self.rows)), dtensor_type())
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
         return self._watch.refresh(groups, state, address=0)
@@ -63,7 +70,7 @@ class ReferencePlan(Plan):
 
     def active(self) -> list[tuple[Row, Tensor]]:
         pairs = [(row, self._step.grad(i)) for i, row in enumerate(self.rows)]
-        return [(row, grad.detach()) for row, grad in pairs if grad is not None]
+        return [(row, local_of(grad).detach()) for row, grad in pairs if grad is not None]
 
     def nbytes(self) -> int:
         return self.norms.nbytes + self.staging_nbytes()
@@ -85,19 +92,96 @@ class ReferencePlan(Plan):
             self.finite[i] = x.isfinite().all()
 
     @torch.no_grad()
+    def exchange(self) -> None:
+        step = self._step
+        if step.ranks is None:
+            return
+        counted = torch.tensor([row.counted for row, _ in self.active()], dtype=torch.bool)
+        words = self._own_words(counted.to(self.norms.device))
+        step.ranks.add_up(words, step.norm_is_largest)
+        self._take_words([int(word) for word in words])
+
+    def _own_words(self, counted: Tensor) -> Tensor:
+        """The message of csrc/words.h; the sum of squares is a whole number of its last digits."""
+        step, words = self._step, [0] * records.WORDS
+        words[records.INF_CHUNKS] = int(self.norms.isinf().sum())
+        words[records.NAN_CHUNKS] = int(self.norms.isnan().sum())
+        if step.norm_is_largest:
+            largest = vector_norm(self.norms, math.inf).float()  # an inf is counted above
+            words[records.LARGEST] = int(largest.view(torch.int32))
+            words[records.DIGITS - 2 : records.DIGITS] = (
+                step.fingerprint,
+                records.FINGERPRINTS - step.fingerprint,
+            )
+        else:
+            squares = self.norms[counted & self.finite].square().sum().item()
+            total = int(Fraction(min(squares, LARGEST_SUM)) * 2**-records.LOWEST)
+            words[: records.DIGITS] = [total >> 32 * d & 0xFFFFFFFF for d in range(records.DIGITS)]
+            words[records.LARGEST] = records.FINGERPRINTS * 256 + step.fingerprint
+        if step.found_inf is not None and step.found_inf.reshape(()) != 0:
+            words[records.VOTES] += records.FOUND_INF
+        if not self._inv_scale.isfinite():
+            words[records.VOTES] += records.BAD_SCALE
+        return torch.tensor(words, dtype=torch.int64, device=step.scalars.device)
+
+    def _take_words(self, words: Sequence[int]) -> None:
+        """What all ranks have found; or, where one refuses the step, only that."""
+        step, of_rank = self._step, records.FINGERPRINTS * 256 + self._step.fingerprint
+        if step.norm_is_largest:
+            alike = (
+                words[records.LARGEST]
+                < records.FINGERPRINTS
+                == words[records.DIGITS - 2] + words[records.DIGITS - 1]
+            )
+        else:
+            alike = words[records.LARGEST] == step.ranks.size * of_rank
+        self._refused = (
+            records.BY_ABORT
+            if words[records.VOTES] >= records.ABORT
+            else 0
+            if alike
+            else records.BY_OPTIONS
+        )
+        if self._refused:
+            return
+        if step.norm_is_largest:
+            norm = struct.unpack("=f", struct.pack("=I", words[records.LARGEST]))[0]
+        else:
+            norm = math.sqrt(
+                sum(words[d] << 32 * d for d in range(records.DIGITS)) / 2**-records.LOWEST
+            )
+        norm = (
+            math.nan
+            if words[records.NAN_CHUNKS]
+            else math.inf
+            if words[records.INF_CHUNKS]
+            else norm
+        )
+        votes = words[records.VOTES]
+        self._agreed = norm, votes % records.BAD_SCALE != 0, votes // records.BAD_SCALE != 0
+
+    @torch.no_grad()
     def finalize(self) -> None:
         step = self._step
         scalars = step.scalars
+        if step.ranks is not None and self._refused:
+            scalars[REFUSED] = self._refused
+            return
         clip_coef = torch.ones((), dtype=torch.float64, device=scalars.device)
-        bad = bad_scale = ~self._inv_scale.isfinite()
-        norm = clip_coef * math.nan
+        bad_scale = ~self._inv_scale.isfinite()
+        norm, bad = clip_coef * math.nan, torch.zeros_like(bad_scale)
         if step.measured:
             norm = vector_norm(self.norms, step.options.norm_type)
-            bad = bad | ~self.finite.all()
-            if step.options.max_grad_norm is not None:
-                clip_coef = (step.options.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+            bad = ~self.finite.all()
         if step.found_inf is not None:
             bad = bad | (step.found_inf.reshape(()) != 0)
+        if step.ranks is not None:
+            agreed, found_inf, bad_scale_somewhere = self._agreed
+            norm = clip_coef * agreed
+            bad, bad_scale = ~norm.isfinite() | found_inf, bad_scale | bad_scale_somewhere
+        if step.measured and step.options.max_grad_norm is not None:
+            clip_coef = (step.options.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        bad = bad | bad_scale
         self.grad_mult = clip_coef * self._inv_scale
         scalars[GRAD_NORM] = norm
         scalars[CLIP_COEF] = clip_coef

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.local import dtensor_type
 from ..plan.options_table import DeviceNumbers
 from ..plan.plan import Layout, Look, Plan, Row, StepInputs
 from ..rules.declaration import DEVICE_NUMBERS, OPTIONS_BYTES, Group, Rule
@@ -21,6 +22,7 @@ from .records import (
     NORM_IS_TWO,
     SKIP_NONFINITE,
     STEP,
+    UNCOUNTED,
     address,
 )
 from .watch import PythonWatch, row_kind
@@ -62,6 +64,8 @@ class TablePlan(Plan):
             flags += NORM_IS_TWO
         if step.skip_nonfinite:
             flags += SKIP_NONFINITE
+        if step.ranks is not None and step.ranks.uncounted:
+            flags += UNCOUNTED
         grad_scale, found_inf, inf_flag, scalars = tensors
         STEP.pack_into(
             inputs,
@@ -74,6 +78,8 @@ class TablePlan(Plan):
             scalars.data_ptr(),
             len(numbers),
             flags,
+            0 if step.ranks is None else step.ranks.size,
+            step.fingerprint,
         )
         inputs[self.options_at : self.options_at + len(step.table)] = step.table
         at = self.numbers_at
@@ -85,7 +91,7 @@ class TablePlan(Plan):
     def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         native, _ = modules.load("_cpu")
         watch: Any = PythonWatch if native is None else native.Watch
-        self._watch = watch(groups, state, list(map(row_kind, self.rows)))
+        self._watch = watch(groups, state, list(map(row_kind, self.rows)), dtensor_type())
         self._params = [row.param for row in self.rows]
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:

@@ -177,7 +177,7 @@ class TritonLaunches:
         self._upload.run(capturing)
         self._update, self._streams = update, streams
 
-    def reduce(self, finalizes: bool) -> None:
+    def reduce(self) -> None:
         self._reduce(self._reduce_programs, self._stream)
 
     def finalize(self) -> None:

@@ -89,12 +89,15 @@ class AmpAttributes(SharingOptimizer):
 
         torch's scaler, and every framework that reads this, then treats the gradients as scaled
         until the step is over. So the answer is False, and we are a stock optimizer to them, unless
-        ``amp_scaling=True`` asks for it or some parameter is fp16, whose gradients ``unscale_``
-        refuses. ``fusedopt.GradScaler`` asks ``_takes_scaled_gradients`` instead.
+        ``amp_scaling=True`` asks for it, some parameter is fp16, whose gradients ``unscale_``
+        refuses, or ranks have to agree about a skip. ``fusedopt.GradScaler`` asks
+        ``_takes_scaled_gradients`` instead.
         """
         wanted = self._shared.options.amp_scaling
         if wanted is False or self._is_fsdp1_sharded():
             return False
+        if self._ranks() is not None:
+            return True  # a scaler that skips on one rank alone would leave the others waiting
         if self._takes_scaled_gradients():
             return wanted is True or self._has_fp16()
         # A hook or another step sees the gradients. With `amp_scaling=True` the user says that it
@@ -117,6 +120,9 @@ class AmpAttributes(SharingOptimizer):
         return any(p.dtype == torch.float16 for p in served_params(self.param_groups))
 
     def _is_fsdp1_sharded(self) -> bool:
+        """Whether there are shards of FSDP1, and nobody has said which ranks share them."""
+        if self._shared.options.norm_group is not None:
+            return False
         if self._shared.plan is not None:
             return self._shared.plan.fsdp1_sharded
         return any(map(is_fsdp1_shard, served_params(self.param_groups)))
@@ -125,7 +131,7 @@ class AmpAttributes(SharingOptimizer):
         """The device where the step will run; its flag has to be there."""
         plan = self._shared.plan
         if plan is not None and plan.first is not None:
-            return plan.first.param.device
+            return plan.first.local.device
         return next((p.device for p in served_params(self.param_groups)), otherwise)
 
     def _amp_inputs(

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .finalize import ROWS, finalize_step, words_of_devices
 from .reduce import reduce_chunk
-from .scalars import inverse_scale
+from .scalars import inverse_scale, words_of_rank
 from .tables import GRAD, ROW, STEP, STEP_SCALARS, fields_at, read, store
 from .update import update_chunk
 from .words import WORDS, add_words, load_words, no_words, store_words
@@ -38,8 +38,10 @@ def reduce_kernel(
         tl.debug_barrier()
         store_words(sums, no_words())
         tl.store(drawn, 0)
+        if own_number == 0:
+            total += words_of_rank(record)
         store_words(words + own_number * WORDS * 8, total)
-        if n_devices == 1:
+        if (n_devices == 1) & (record.n_ranks == 0):
             finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, RULE)
 
 
@@ -71,7 +73,8 @@ def update_kernel(
     if read(STEP_SCALARS, scalars).skip != 0.0:
         if tl.program_id(0) == 0:
             skipped_steps = read(STEP_SCALARS, scalars).skipped_steps
-            store(fields_at(STEP_SCALARS, scalars).skipped_steps, skipped_steps + 1.0)
+            counts = read(STEP_SCALARS, scalars).refused == 0.0
+            store(fields_at(STEP_SCALARS, scalars).skipped_steps, skipped_steps + 1.0, counts)
     else:
         write_step_counts(grads, rows, n_rows, row_steps, RULE)
         c = n_chunks - 1 - tl.program_id(0)

@@ -209,6 +209,7 @@ COMMON = {
     "skip_nonfinite": False,
     "amp_scaling": None,
     "backend": None,
+    "norm_group": None,
 }
 
 

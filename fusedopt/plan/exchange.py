@@ -1,0 +1,272 @@
+"""The ranks that share one norm and one decision, and the one message of a step.
+
+A message is the words of the norm (csrc/words.h): digits of the sum of squares, counts of inf and
+NaN, votes, and a fingerprint of the options. Integers have the same sum in any order, so all ranks
+get the same bits. Nothing is exchanged where nobody asked for a norm or a check.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import records
+from ..backends.records import ABORT, VOTES, WORDS
+from ..options import OPTION_NAMES, Options, is_flag
+from ..rules.declaration import Group
+from .checks import is_served
+from .local import is_dtensor
+from .plan import REFUSED
+from .rows import label_of
+
+REPLICATED = "replicated"  # a group's key
+
+BY_ABORT = (
+    "another rank refused this step, so nothing has been changed on any rank; that rank's own "
+    "error says why: put it right there, and call `optimizer.step()` on all ranks again"
+)
+BY_OPTIONS = (
+    "the ranks' options differ (clipping, skipping, or an option of a param group such as lr), so "
+    "nothing has been changed on any rank; give all ranks the same: compare "
+    "`torch.distributed.all_gather_object(found, str(optimizer))`"
+)
+
+
+class _Sharded(NamedTuple):
+    """A DTensor that the step updates."""
+
+    label: str
+    param: Any
+    replicated: bool | None  # the key of its group
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        return frozenset(self.param.device_mesh.mesh.flatten().tolist())
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank is the first of those that hold the same part."""
+        mesh, placements = self.param.device_mesh, self.param.placements
+        at = mesh.get_coordinate()
+        pairs = zip(at or (), placements, strict=False)
+        return at is not None and all(i == 0 for i, each in pairs if each.is_replicate())
+
+
+class Ranks:
+    """The ranks of ``group``.
+
+    Attributes:
+        uncounted: indices of the params, in the order of the groups, that other ranks count.
+        is_mixed: torch's GradScaler, which asks one mesh only, may miss another rank's inf.
+        compares_groups: the options of the param groups are the same on all ranks.
+    """
+
+    def __init__(self, group: Any, uncounted: frozenset[int], mixed: bool, alike: bool) -> None:
+        self.group, self.uncounted, self.is_mixed = group, uncounted, mixed
+        self.compares_groups = alike
+        self.joined = False  # this step's message
+        self.size = torch.distributed.get_world_size(group)
+        self._late: tuple[Tensor, Any] | None = None  # a device's answer on its way, and its event
+
+    def fingerprint(self, rule: str, options: Options, table: bytearray) -> int:
+        """32 bits of all that has to be the same on every rank."""
+        own = [getattr(options, name) for name in sorted(OPTION_NAMES - _OF_A_RANK)]
+        text = f"{rule} {own}".encode()
+        return zlib.crc32(table, zlib.crc32(text)) if self.compares_groups else zlib.crc32(text)
+
+    def add_up(self, words: Tensor, largest: bool) -> None:
+        """Replace ``words``, int64 of any device, by the ranks' words together."""
+        import torch.distributed as dist
+
+        self.joined = True
+        kinds = [device.type for device in self.group._device_types]
+        elsewhere = words.device.type not in kinds
+        message = words.to(kinds[0]) if elsewhere else words
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        work = dist.all_reduce(message, op=op, group=self.group, async_op=True)
+        work.wait()  # of NCCL: the stream waits, the host does not
+        if elsewhere:
+            words.copy_(message)
+
+    def abort(self, device: torch.device, norm_type: float) -> None:
+        """Join the step's message with a vote against it, so that the other ranks raise, too."""
+        words = torch.zeros(WORDS, dtype=torch.int64, device=device)
+        words[VOTES] = ABORT
+        self.add_up(words, norm_type == math.inf)
+
+    def check(self, scalars: Tensor) -> None:
+        """Raise if a rank has refused the step that is being done, or, on a device, one before.
+
+        Raises:
+            RuntimeError: nothing has been changed on any rank.
+        """
+        if scalars.is_cpu:
+            self._raise_if(int(scalars[REFUSED]), scalars)
+        elif not torch.cuda.is_current_stream_capturing():
+            copy = torch.empty(1, dtype=torch.float32, pin_memory=True)
+            copy.copy_(scalars[REFUSED : REFUSED + 1], non_blocking=True)
+            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(scalars.device))
+            self._late = copy, event
+
+    def raise_late(self, scalars: Tensor) -> None:
+        """Raise what ``check`` could not know yet: the host does not wait for a device."""
+        if self._late is None or not self._late[1].query():
+            return
+        refused, self._late = int(self._late[0]), None
+        self._raise_if(refused, scalars)
+
+    def _raise_if(self, refused: int, scalars: Tensor) -> None:
+        if refused:
+            scalars[REFUSED] = 0
+            raise RuntimeError(BY_ABORT if refused == records.BY_ABORT else BY_OPTIONS)
+
+
+_OF_A_RANK = {"norm_group", "backend", "master_weights", "amp_scaling"}
+
+
+def ranks_of(
+    groups: Sequence[Group], options: Options, names: Mapping[Tensor, str | None]
+) -> Ranks | str | None:
+    """The ranks that the step over ``groups`` shares its norm with; None if it is alone.
+
+    A text says why the ranks cannot share a norm; a step that needs one raises it. It depends on
+    meshes and options alone, so all ranks raise, and none waits.
+
+    Plain parameters alone are those of one process, or of DDP, where all gradients are the same.
+    """
+    served = [
+        (index, label_of(group, g, i, names), param, group.get(REPLICATED))
+        for index, (g, i, group, param) in enumerate(_params(groups))
+        if is_served(param)
+    ]
+    sharded = {n: _Sharded(label, p, key) for n, label, p, key in served if is_dtensor(p)}
+    if not sharded and options.norm_group is None:
+        return None
+    try:
+        for _, label, _, key in served:
+            if key is not None and not is_flag(key):
+                raise RuntimeError(
+                    f"{label}: its group has {REPLICATED}={key!r}; use True or False"
+                )
+        return _found(served, sharded, options.norm_group)
+    except RuntimeError as error:
+        return str(error)
+
+
+def uncounted(ranks: Ranks | str | None) -> frozenset[int]:
+    return ranks.uncounted if isinstance(ranks, Ranks) else frozenset()
+
+
+def _params(groups: Sequence[Group]) -> Iterator[tuple[int, int, Group, Tensor]]:
+    for g, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            yield g, i, group, param
+
+
+def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | None:
+    widest = max((each.ranks for each in sharded.values()), key=len, default=frozenset())
+    group = _group_of(given) if given is not None else None
+    if group is None:
+        _check_known(sharded, widest)
+        group = _group_of(next(s.param.device_mesh for s in sharded.values() if s.ranks == widest))
+    own = torch.distributed.get_rank(group)
+    if own < 0:
+        raise RuntimeError(
+            "norm_group has no member on this rank; give each rank the group that it belongs to: "
+            "`optimizer.norm_group = group`"
+        )
+    elsewhere = set()
+    for index, label, _, replicated in served:
+        if index in sharded:
+            counted = _is_counted(sharded[index], widest)
+        elif sharded and replicated is None:
+            raise RuntimeError(
+                f"{label} is a plain tensor beside DTensors, and the norm has to count each "
+                "element once; say whether all ranks hold the same: `optimizer.param_groups[-1]"
+                f"['{REPLICATED}'] = True`, in a group of its own, or False where each rank has "
+                "its own part"
+            )
+        else:
+            counted = not replicated or own == 0
+        if not counted:
+            elsewhere.add(index)
+    if torch.distributed.get_world_size(group) == 1:
+        return None
+    shardings = {(s.param.device_mesh, tuple(s.param.placements)) for s in sharded.values()}
+    everyone = frozenset(torch.distributed.get_process_group_ranks(group))
+    mixed = len(shardings) != 1 or widest != everyone or len(sharded) != len(served)
+    return Ranks(group, frozenset(elsewhere), mixed, alike=given is None)
+
+
+def _check_known(sharded: dict[int, _Sharded], widest: frozenset[int]) -> None:
+    """Without ``norm_group`` the meshes have to tell which ranks there are."""
+    for each in sharded.values():
+        root = _root_of(each.param.device_mesh)
+        names = root.mesh_dim_names or ()
+        missing = [names[d] if names else d for d in _dims_outside(root, widest)]
+        if not each.ranks <= widest:
+            raise RuntimeError(
+                f"{each.label} lies on ranks {sorted(each.ranks)}, and another parameter on "
+                f"{sorted(widest)}: it is not known which ranks share the norm; pass "
+                "`norm_group=torch.distributed.group.WORLD`, or the group or DeviceMesh of the "
+                "ranks that do"
+            )
+        if missing:
+            raise RuntimeError(
+                f"{each.label} lies on a part of its mesh, whose other dimensions are "
+                f"{', '.join(map(repr, missing))}: it is not known whether their ranks share the "
+                "norm; pass `norm_group=torch.distributed.group.WORLD`, or the group or DeviceMesh "
+                "of the ranks that do"
+            )
+
+
+def _root_of(mesh: Any) -> Any:
+    return mesh._get_root_mesh()
+
+
+def _dims_outside(root: Any, ranks: frozenset[int]) -> list[int]:
+    """The dimensions of a root mesh that ``ranks`` do not span."""
+    if root.size() <= len(ranks):
+        return []
+    inside = torch.isin(root.mesh, torch.tensor(sorted(ranks), dtype=root.mesh.dtype))
+    at = inside.nonzero()
+    return [d for d in range(root.ndim) if root.size(d) > len(set(at[:, d].tolist()))]
+
+
+def _is_counted(each: _Sharded, widest: frozenset[int]) -> bool:
+    if each.ranks == widest or each.replicated is False:
+        return each.is_first_replica
+    if each.replicated is None:
+        raise RuntimeError(
+            f"{each.label} lies on a smaller mesh than other parameters, and the norm has to count "
+            "each element once; say whether the ranks outside of its mesh hold the same: "
+            f"`optimizer.param_groups[-1]['{REPLICATED}'] = True`, in a group of its own, or False "
+            "where each mesh has its own part"
+        )
+    root = _root_of(each.param.device_mesh)
+    place, outside = root.get_coordinate(), _dims_outside(root, each.ranks)
+    return each.is_first_replica and place is not None and all(place[d] == 0 for d in outside)
+
+
+def _group_of(given: Any) -> Any:
+    """The process group of all ranks of ``given``, a group or a mesh."""
+    import torch.distributed as dist
+
+    if not hasattr(given, "get_group"):
+        return given
+    ranks = given.mesh.flatten().tolist()
+    if sorted(ranks) == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    for dim in range(given.ndim):
+        if given.size(dim) == len(ranks):
+            return given.get_group(dim)
+    raise RuntimeError(
+        f"the mesh {given} has several dimensions and not all ranks, and no process group has all "
+        "of its ranks; make one: `optimizer.norm_group = mesh._flatten()`"
+    )
