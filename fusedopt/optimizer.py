@@ -87,14 +87,17 @@ class FusedOptimizer(AmpAttributes):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._shared.turn:
+        shared = self._shared
+        with shared.turn:
             grad_mode = torch.is_grad_enabled()
-            self._begin_message()
+            if shared.plan is None or shared.ranks is not None:
+                self._begin_message()
             inputs = None
             try:
                 inputs = self._step_inputs()
                 plan = self._current_plan(inputs)
-                self._join(inputs)
+                if shared.ranks is not None:
+                    self._join(inputs)
                 self._take(plan, inputs)
             except BaseException:
                 torch.set_grad_enabled(grad_mode)  # a signal may interrupt torch.no_grad's exit

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,15 +46,14 @@ class _Sharded(NamedTuple):
     replicated: bool | None  # the key of its group
 
     @property
-    def ranks(self) -> frozenset[int]:
-        return frozenset(self.param.device_mesh.mesh.flatten().tolist())
+    def mesh(self) -> Any:
+        return self.param.device_mesh
 
     @property
     def is_first_replica(self) -> bool:
         """Whether this rank is the first of those that hold the same part."""
-        mesh, placements = self.param.device_mesh, self.param.placements
-        at = mesh.get_coordinate()
-        pairs = zip(at or (), placements, strict=False)
+        at = self.mesh.get_coordinate()
+        pairs = zip(at or (), self.param.placements, strict=False)
         return at is not None and all(i == 0 for i, each in pairs if each.is_replicate())
 
 
@@ -170,21 +170,23 @@ def _params(groups: Sequence[Group]) -> Iterator[tuple[int, int, Group, Tensor]]
 
 
 def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | None:
-    widest = max((each.ranks for each in sharded.values()), key=len, default=frozenset())
-    group = _group_of(given) if given is not None else None
-    if group is None:
-        _check_known(sharded, widest)
-        group = _group_of(next(s.param.device_mesh for s in sharded.values() if s.ranks == widest))
+    meshes = {each.mesh: each for each in sharded.values()}
+    widest_mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
+    widest = frozenset() if widest_mesh is None else _ranks_on(widest_mesh)
+    if given is None:
+        _check_known(meshes.values(), widest)
+    group = _group_of(widest_mesh if given is None else given)
     own = torch.distributed.get_rank(group)
     if own < 0:
         raise RuntimeError(
             "norm_group has no member on this rank; give each rank the group that it belongs to: "
             "`optimizer.norm_group = group`"
         )
+    partly = {mesh for mesh in meshes if _ranks_on(mesh) != widest}
     elsewhere = set()
     for index, label, _, replicated in served:
         if index in sharded:
-            counted = _is_counted(sharded[index], widest)
+            counted = _is_counted(sharded[index], sharded[index].mesh in partly)
         elif sharded and replicated is None:
             raise RuntimeError(
                 f"{label} is a plain tensor beside DTensors, and the norm has to count each "
@@ -198,22 +200,22 @@ def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | Non
             elsewhere.add(index)
     if torch.distributed.get_world_size(group) == 1:
         return None
-    shardings = {(s.param.device_mesh, tuple(s.param.placements)) for s in sharded.values()}
+    shardings = {(each.mesh, tuple(each.param.placements)) for each in sharded.values()}
     everyone = frozenset(torch.distributed.get_process_group_ranks(group))
     mixed = len(shardings) != 1 or widest != everyone or len(sharded) != len(served)
     return Ranks(group, frozenset(elsewhere), mixed, alike=given is None)
 
 
-def _check_known(sharded: dict[int, _Sharded], widest: frozenset[int]) -> None:
+def _check_known(one_of_each_mesh: Iterable[_Sharded], widest: frozenset[int]) -> None:
     """Without ``norm_group`` the meshes have to tell which ranks there are."""
-    for each in sharded.values():
-        root = _root_of(each.param.device_mesh)
+    for each in one_of_each_mesh:
+        root = each.mesh._get_root_mesh()
         names = root.mesh_dim_names or ()
         missing = [names[d] if names else d for d in _dims_outside(root, widest)]
-        if not each.ranks <= widest:
+        if not _ranks_on(each.mesh) <= widest:
             raise RuntimeError(
-                f"{each.label} lies on ranks {sorted(each.ranks)}, and another parameter on "
-                f"{sorted(widest)}: it is not known which ranks share the norm; pass "
+                f"{each.label} lies on {each.mesh}, and other parameters on other ranks: it is not "
+                "known which ranks share the norm; pass "
                 "`norm_group=torch.distributed.group.WORLD`, or the group or DeviceMesh of the "
                 "ranks that do"
             )
@@ -226,10 +228,13 @@ def _check_known(sharded: dict[int, _Sharded], widest: frozenset[int]) -> None:
             )
 
 
-def _root_of(mesh: Any) -> Any:
-    return mesh._get_root_mesh()
+# Meshes may have many thousands of ranks, and models many thousands of parameters.
+@lru_cache(maxsize=64)
+def _ranks_on(mesh: Any) -> frozenset[int]:
+    return frozenset(mesh.mesh.flatten().tolist())
 
 
+@lru_cache(maxsize=64)
 def _dims_outside(root: Any, ranks: frozenset[int]) -> list[int]:
     """The dimensions of a root mesh that ``ranks`` do not span."""
     if root.size() <= len(ranks):
@@ -239,8 +244,8 @@ def _dims_outside(root: Any, ranks: frozenset[int]) -> list[int]:
     return [d for d in range(root.ndim) if root.size(d) > len(set(at[:, d].tolist()))]
 
 
-def _is_counted(each: _Sharded, widest: frozenset[int]) -> bool:
-    if each.ranks == widest or each.replicated is False:
+def _is_counted(each: _Sharded, has_fewer_ranks: bool) -> bool:
+    if not has_fewer_ranks or each.replicated is False:
         return each.is_first_replica
     if each.replicated is None:
         raise RuntimeError(
@@ -249,8 +254,8 @@ def _is_counted(each: _Sharded, widest: frozenset[int]) -> bool:
             f"`optimizer.param_groups[-1]['{REPLICATED}'] = True`, in a group of its own, or False "
             "where each mesh has its own part"
         )
-    root = _root_of(each.param.device_mesh)
-    place, outside = root.get_coordinate(), _dims_outside(root, each.ranks)
+    root = each.mesh._get_root_mesh()
+    place, outside = root.get_coordinate(), _dims_outside(root, _ranks_on(each.mesh))
     return each.is_first_replica and place is not None and all(place[d] == 0 for d in outside)
 
 
@@ -260,8 +265,8 @@ def _group_of(given: Any) -> Any:
 
     if not hasattr(given, "get_group"):
         return given
-    ranks = given.mesh.flatten().tolist()
-    if sorted(ranks) == list(range(dist.get_world_size())):
+    ranks = _ranks_on(given)
+    if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
     for dim in range(given.ndim):
         if given.size(dim) == len(ranks):

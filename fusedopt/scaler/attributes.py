@@ -131,7 +131,7 @@ class AmpAttributes(SharingOptimizer):
         """The device where the step will run; its flag has to be there."""
         plan = self._shared.plan
         if plan is not None and plan.first is not None:
-            return plan.first.local.device
+            return plan.first.param.device
         return next((p.device for p in served_params(self.param_groups)), otherwise)
 
     def _amp_inputs(
