@@ -30,7 +30,7 @@ struct Row {
   int32_t group;                  // line in the options table
   uint32_t codecs;                // kCodecBits a stream, the param's lowest; zero: all are fp32
   const float* scales[kStreams];  // for codecs that have them
-  int64_t uncounted;  // 1: another rank counts this tensor's gradient in the norm
+  int64_t uncounted;              // 1: another rank counts this tensor's gradient in the norm
   int64_t reserved[2];
 
   FUSEDOPT_FIELDS(data, step, numel, group, codecs, scales, uncounted, reserved)

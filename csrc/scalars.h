@@ -95,8 +95,8 @@ FUSEDOPT_FN void decide(const StepRecord& step, const uint64_t* words, StepScala
   s.grad_mult =
       static_cast<float>(static_cast<double>(s.clip_coef) * static_cast<double>(s.inv_scale));
   const bool alone = step.n_ranks == 0;
-  const bool bad_scale = alone ? !is_finite(static_cast<double>(s.inv_scale))
-                               : voted(words, Vote::kBadScale);
+  const bool bad_scale =
+      alone ? !is_finite(static_cast<double>(s.inv_scale)) : voted(words, Vote::kBadScale);
   const bool found = alone ? scaler_found_inf(step) : voted(words, Vote::kFoundInf);
   const bool bad = bad_scale || !is_finite(norm) || found;
   s.found_inf = bad ? 1.0f : 0.0f;
