@@ -37,7 +37,7 @@ class Plan {
     py::gil_scoped_release release;
     std::memset(words_, 0, kWords * sizeof *words_);
     current_kernels().reduce(view_, *step_, words_, num_threads);
-    for (int w = 0; w < kWords; ++w) words_[w] += word_of_rank(*step_, w);
+    for (int w = 0; step_->n_ranks > 0 && w < kWords; ++w) words_[w] += word_of_rank(*step_, w);
   }
 
   void finalize() const { fusedopt::finalize(view_, rule_, *step_, words_); }

@@ -157,21 +157,22 @@ void use_torch(const py::object& tensor_type, const py::object& parameter_type,
            getset_named(tensor_type, "grad")};
 }
 
-// What the kernels see of a tensor: a DTensor's local part, or the tensor itself.
-py::object Watch::part_of(PyObject* object) const {
+bool Watch::is_dtensor(PyObject* object) const {
+  return reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_.ptr();
+}
+
+Part Watch::part_of(PyObject* object) const {
   static PyObject* const kLocal = interned("_local_tensor");
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_.ptr()) {
-    return attribute(object, kLocal);
-  }
-  return borrowed(object);
+  if (!is_dtensor(object)) return {object};
+  py::object local = attribute(object, kLocal);
+  return {local.ptr(), local};
 }
 
 // A DTensor's mesh and placements are those of the plan; a plain tensor has none.
 bool Watch::same_spec(const WatchedRow& row, PyObject* tensor) const {
   static PyObject* const kSpec = interned("_spec");
-  const bool sharded = reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == dtensor_.ptr();
-  if (!row.spec) return !sharded;
-  return sharded && attribute(tensor, kSpec).is(row.spec);
+  if (!row.spec) return !is_dtensor(tensor);
+  return is_dtensor(tensor) && attribute(tensor, kSpec).is(row.spec);
 }
 
 Placement Watch::place(py::handle object) {
@@ -200,12 +201,12 @@ Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<in
       row.param = borrowed(PySequence_Fast_GET_ITEM(params, i));
       row.kind = static_cast<RowKind>(kinds[rows_.size()]);
       if (row.kind != RowKind::kFrozen) {
-        row.placement = place(part_of(row.param.ptr()));
+        row.placement = place(part_of(row.param.ptr()).tensor);
         FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
                        " is not a strided tensor");
         row.single_element = numel(row.placement) == 1;
       }
-      if (py::type::handle_of(row.param).is(dtensor_)) row.spec = attribute(row.param.ptr(), kSpec);
+      if (is_dtensor(row.param.ptr())) row.spec = attribute(row.param.ptr(), kSpec);
       rows_.push_back(std::move(row));
     }
   }
@@ -216,13 +217,13 @@ Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<in
     const size_t first_item = items_.size();
     for (const auto& [name, item] :
          PyDict_Check(value.ptr()) ? py::reinterpret_borrow<py::dict>(value) : py::dict()) {
-      const py::object part = part_of(item.ptr());
-      const Placement placement = place(part);
+      const Part part = part_of(item.ptr());
+      const Placement placement = place(part.tensor);
       const int64_t n_bytes = numel(placement) * placement.dtype_bits / 8;
       SecondOwner owner;
       if (placement.is_tensor && n_bytes <= kSmall && n_bytes <= bytes_left) {
         bytes_left -= n_bytes;
-        owner = second_owner(part.ptr());
+        owner = second_owner(part.tensor);
       }
       if (placement.is_tensor && !owner) ++n_held_;
       items_.push_back({borrowed(name), item.ptr(), placement, std::move(owner)});
@@ -266,10 +267,11 @@ bool Watch::same_state(PyObject* state, PyObject* held) const {
       const Item& watched = items_[i];
       if (name != watched.key.ptr() || item != watched.value) return false;
       if (!watched.placement.is_tensor) continue;
-      py::object part = part_of(item);
-      if (!in_place(watched.placement, part.ptr())) return false;
+      const Part part = part_of(item);
+      if (!in_place(watched.placement, part.tensor)) return false;
       if (watched.second_owner) continue;
-      PyList_SET_ITEM(held, at_held++, part.release().ptr());
+      Py_INCREF(part.tensor);
+      PyList_SET_ITEM(held, at_held++, part.tensor);
     }
   }
   return true;
@@ -295,8 +297,8 @@ bool Watch::read_grad(const WatchedRow& row, PyObject* object, Grad* out) const 
   const Placement& like = row.placement;
   dlpack::Tensor t;
   if (!same_spec(row, object)) return false;
-  const py::object part = part_of(object);  // owned by `object`, which the step holds
-  PyObject* const grad = part.ptr();
+  const Part part = part_of(object);
+  PyObject* const grad = part.tensor;
   if (row.kind == RowKind::kStaged || !plain_tensor(grad) || !view(grad, t)) return false;
   if (t.device_type != like.device_type || t.device_id != like.device_id) return false;
   if (!same_layout(like, t) || !kernel_codec(t, out->codec)) return false;
@@ -320,9 +322,9 @@ py::object Watch::refresh(const py::object& groups, const py::object& state,
     PyObject* const param = row.param.ptr();
     const bool frozen = row.kind == RowKind::kFrozen;
     if (!frozen && !same_spec(row, param)) return py::none();
-    const py::object part = part_of(param);
-    if (!frozen && !in_place(row.placement, part.ptr())) return py::none();
-    if (row.single_element && row.kind != RowKind::kStaged && negated(part.ptr())) {
+    const Part part = part_of(param);
+    if (!frozen && !in_place(row.placement, part.tensor)) return py::none();
+    if (row.single_element && row.kind != RowKind::kStaged && negated(part.tensor)) {
       return py::none();
     }
     PyObject* const grad = grad_of(param, row.spec || plain_tensor(param));

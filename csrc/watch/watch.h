@@ -37,6 +37,13 @@ struct Placement {
   bool is_tensor = false;
 };
 
+// What the kernels see of a tensor: the local part of a DTensor, owned here, or the tensor itself,
+// which is only borrowed.
+struct Part {
+  PyObject* const tensor;
+  const py::object owner = {};
+};
+
 // Remembers the optimizer for which a plan was built, and compares it with the optimizer now. Lists
 // and dicts are compared by identity, in order. Tensors are compared by address as well, since
 // `t.data = other` keeps the object and changes the memory.
@@ -85,10 +92,11 @@ class Watch {
     size_t first_item, n_items;
   };
 
-  py::object part_of(PyObject* object) const;
   Placement place(py::handle object);
   bool same_groups(PyObject* groups) const;
   bool same_state(PyObject* state, PyObject* held) const;
+  bool is_dtensor(PyObject* object) const;
+  Part part_of(PyObject* object) const;
   bool same_spec(const WatchedRow& row, PyObject* tensor) const;
   bool read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const;
   void fetch_row(size_t r) const;

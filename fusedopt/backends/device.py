@@ -217,7 +217,7 @@ class DevicePlan(TablePlan):
 
     def begin(self, step: StepInputs) -> None:
         self._finalized = False
-        self._ranks, self._largest = step.ranks, step.norm_is_largest
+        self._ranks, self._options = step.ranks, step.options
         for number, part in enumerate(self.parts):
             part.begin(self, step, first=number == 0)
 
@@ -246,7 +246,7 @@ class DevicePlan(TablePlan):
             largest = torch.maximum(total[LARGEST], words[LARGEST])
             total.add_(words)
             total[LARGEST] = largest
-        ranks.add_up(total, self._largest)
+        ranks.add_up(total, self._options.norm_type)
         for part in others:
             part.tensors["words"].zero_()
             part.words_of(0).copy_(first.words_of(0), non_blocking=True)

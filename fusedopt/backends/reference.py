@@ -98,7 +98,7 @@ class ReferencePlan(Plan):
             return
         counted = torch.tensor([row.counted for row, _ in self.active()], dtype=torch.bool)
         words = self._own_words(counted.to(self.norms.device))
-        step.ranks.add_up(words, step.norm_is_largest)
+        step.ranks.add_up(words, step.options.norm_type)
         self._take_words([int(word) for word in words])
 
     def _own_words(self, counted: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class ReferencePlan(Plan):
         step, words = self._step, [0] * records.WORDS
         words[records.INF_CHUNKS] = int(self.norms.isinf().sum())
         words[records.NAN_CHUNKS] = int(self.norms.isnan().sum())
-        if step.norm_is_largest:
+        if step.options.norm_type == math.inf:
             largest = vector_norm(self.norms, math.inf).float()  # an inf is counted above
             words[records.LARGEST] = int(largest.view(torch.int32))
             words[records.DIGITS - 2 : records.DIGITS] = (
@@ -127,7 +127,7 @@ class ReferencePlan(Plan):
     def _take_words(self, words: Sequence[int]) -> None:
         """What all ranks have found; or, where one refuses the step, only that."""
         step, of_rank = self._step, records.FINGERPRINTS * 256 + self._step.fingerprint
-        if step.norm_is_largest:
+        if step.options.norm_type == math.inf:
             alike = (
                 words[records.LARGEST]
                 < records.FINGERPRINTS
@@ -144,7 +144,7 @@ class ReferencePlan(Plan):
         )
         if self._refused:
             return
-        if step.norm_is_largest:
+        if step.options.norm_type == math.inf:
             norm = struct.unpack("=f", struct.pack("=I", words[records.LARGEST]))[0]
         else:
             norm = math.sqrt(

@@ -64,8 +64,11 @@ class TablePlan(Plan):
             flags += NORM_IS_TWO
         if step.skip_nonfinite:
             flags += SKIP_NONFINITE
-        if step.ranks is not None and step.ranks.uncounted:
-            flags += UNCOUNTED
+        n_ranks = 0
+        if step.ranks is not None:
+            n_ranks = step.ranks.size
+            if step.ranks.uncounted:
+                flags += UNCOUNTED
         grad_scale, found_inf, inf_flag, scalars = tensors
         STEP.pack_into(
             inputs,
@@ -78,7 +81,7 @@ class TablePlan(Plan):
             scalars.data_ptr(),
             len(numbers),
             flags,
-            0 if step.ranks is None else step.ranks.size,
+            n_ranks,
             step.fingerprint,
         )
         inputs[self.options_at : self.options_at + len(step.table)] = step.table

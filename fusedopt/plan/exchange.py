@@ -79,7 +79,7 @@ class Ranks:
         text = f"{rule} {own}".encode()
         return zlib.crc32(table, zlib.crc32(text)) if self.compares_groups else zlib.crc32(text)
 
-    def add_up(self, words: Tensor, largest: bool) -> None:
+    def add_up(self, words: Tensor, norm_type: float) -> None:
         """Replace ``words``, int64 of any device, by the ranks' words together."""
         import torch.distributed as dist
 
@@ -87,7 +87,7 @@ class Ranks:
         kinds = [device.type for device in self.group._device_types]
         elsewhere = words.device.type not in kinds
         message = words.to(kinds[0]) if elsewhere else words
-        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        op = dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM
         work = dist.all_reduce(message, op=op, group=self.group, async_op=True)
         work.wait()  # of NCCL: the stream waits, the host does not
         if elsewhere:
@@ -97,7 +97,7 @@ class Ranks:
         """Join the step's message with a vote against it, so that the other ranks raise, too."""
         words = torch.zeros(WORDS, dtype=torch.int64, device=device)
         words[VOTES] = ABORT
-        self.add_up(words, norm_type == math.inf)
+        self.add_up(words, norm_type)
 
     def check(self, scalars: Tensor) -> None:
         """Raise if a rank has refused the step that is being done, or, on a device, one before.

@@ -7,7 +7,6 @@ kernels get the rows (``fusedopt/backends``).
 
 from __future__ import annotations
 
-import math
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -142,10 +141,6 @@ class StepInputs:
     ranks: Any = None  # plan.exchange.Ranks; those that share the norm with this process
     fingerprint: int = 0  # of the options, for the ranks to compare
 
-    @property
-    def norm_is_largest(self) -> bool:
-        return self.options.norm_type == math.inf
-
     def grad(self, row: int) -> Tensor | None:
         """The gradient of the plan's row in this step; ``None``: takes no part in it."""
         assert self.held is not None
@@ -256,27 +251,26 @@ class Plan(ABC):
         odd, self._absent, held = look
         if self._of_inference and self._forbids(held):
             return None
-        try:
-            for index in odd:
-                row = self.rows[index]
-                check_grad(row.label, row.param, held[index])
-            for index, grad in zip(odd, self._parts(odd, held), strict=True):
-                held[index] = grad
-                self._use_grad(index, grad)
-        except BaseException:
-            held.clear()  # the error's frames would keep them alive
-            raise
+        if odd:
+            try:
+                self._use_grads(odd, held)
+            except BaseException:
+                held.clear()  # the error's frames would keep them alive
+                raise
         return held
 
-    def _parts(self, odd: Sequence[int], held: Held) -> list[Tensor]:
-        """This rank's parts of the odd gradients."""
+    def _use_grads(self, odd: Sequence[int], held: Held) -> None:
+        """Check gradients that need care, and prepare for them."""
+        for index in odd:
+            check_grad(self.rows[index].label, self.rows[index].param, held[index])
         sharded = [index for index in odd if is_dtensor(held[index])]
-        parts = {index: held[index] for index in odd}
         if sharded:
             params = [self.rows[index].param for index in sharded]
-            reduced = reduced_alike(params, [held[index] for index in sharded])
-            parts.update(zip(sharded, reduced, strict=True))
-        return [parts[index] for index in odd]
+            parts = reduced_alike(params, [held[index] for index in sharded])
+            for index, part in zip(sharded, parts, strict=True):
+                held[index] = part
+        for index in odd:
+            self._use_grad(index, held[index])
 
     def _forbids(self, held: Held) -> bool:
         """Whether inference tensors may not be written to now; a new plan then refuses by name."""
