@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,9 +35,13 @@ def local_of(tensor: Any) -> Tensor:
 
 
 def same_sharding(tensor: Any, param: Any) -> bool:
-    """Whether two DTensors have the same mesh and placements."""
+    """Whether two DTensors have the same mesh and placements, and parts in the same order."""
     one, other = tensor._spec, param._spec
-    return one is other or (one.mesh == other.mesh and one.placements == other.placements)
+    return one is other or (one.mesh, one.placements, one.shard_order) == (
+        other.mesh,
+        other.placements,
+        other.shard_order,
+    )
 
 
 def wrapped(local: Tensor, param: Any) -> Tensor:
@@ -46,11 +51,10 @@ def wrapped(local: Tensor, param: Any) -> Tensor:
     """
     if not is_dtensor(param):
         return local
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from torch.distributed.tensor._dtensor_spec import TensorMeta
 
-    spec = param._spec
     meta = TensorMeta(param.shape, param.stride(), local.dtype)
-    spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    spec = replace(param._spec, tensor_meta=meta)
     whole: Tensor = type(param)(local, spec, requires_grad=False)
     return whole
 
