@@ -70,14 +70,17 @@ class Ranks:
         self.group, self.uncounted, self.is_mixed = group, uncounted, mixed
         self.compares_groups = alike
         self.joined = False  # this step's message
+        self._known: tuple[Any, int] = (None, 0)  # options, and their part of the fingerprint
         self.size = torch.distributed.get_world_size(group)
         self._late: tuple[Tensor, Any] | None = None  # a device's answer on its way, and its event
 
     def fingerprint(self, rule: str, options: Options, table: bytearray) -> int:
         """32 bits of all that has to be the same on every rank."""
-        own = [getattr(options, name) for name in sorted(OPTION_NAMES - _OF_A_RANK)]
-        text = f"{rule} {own}".encode()
-        return zlib.crc32(table, zlib.crc32(text)) if self.compares_groups else zlib.crc32(text)
+        if self._known[0] is not options:
+            own = [getattr(options, name) for name in sorted(OPTION_NAMES - _OF_A_RANK)]
+            self._known = options, zlib.crc32(f"{rule} {own}".encode())
+        of_all = self._known[1]
+        return zlib.crc32(table, of_all) if self.compares_groups else of_all
 
     def add_up(self, words: Tensor, norm_type: float) -> None:
         """Replace ``words``, int64 of any device, by the ranks' words together."""
@@ -127,7 +130,7 @@ class Ranks:
             raise RuntimeError(BY_ABORT if refused == records.BY_ABORT else BY_OPTIONS)
 
 
-_OF_A_RANK = {"norm_group", "backend", "master_weights", "amp_scaling"}
+_OF_A_RANK = {"norm_group", "backend"}
 
 
 def ranks_of(
