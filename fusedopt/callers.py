@@ -1,4 +1,4 @@
-"""Find the line of the user's code that a warning is about."""
+"""Who calls us: the line of the user's code that a warning is about, or a function of torch."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def users_level() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def is_called_by(function: str, module: str) -> bool:
+    """Whether ``function`` of torch is the caller, with torch's and our own code in between."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back
+    return False

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .backends.registry import choose, prepare
+from .callers import is_called_by
 from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options
 from .plan.checks import check_param, is_served, served_params
@@ -83,6 +84,9 @@ class FusedOptimizer(AmpAttributes):
             RuntimeError: a gradient or a state cannot be used, or another rank refuses the step;
                 nothing has been changed, on any rank that shares the norm.
         """
+        if self._only_inits_state():
+            self.init_state()
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,6 +111,12 @@ class FusedOptimizer(AmpAttributes):
                 if inputs is not None:
                     inputs.held = None  # frees gradients and states that others have dropped
         return loss
+
+    def _only_inits_state(self) -> bool:
+        """Whether ``torch.distributed.checkpoint`` calls, which wants state to load into, or to
+        save. Its way is a step with lr=0 on gradients of zero, which would count as the first."""
+        first = self._shared.plan is None and not self.state
+        return first and is_called_by("_init_optim_state", checkpoint.OF_TORCH)
 
     # ---- the message of the ranks ----------------------------------------------------------------
 
@@ -342,7 +352,11 @@ class FusedOptimizer(AmpAttributes):
 
     @untraced
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class or of torch's SGD, Adam or AdamW. Everything is copied.
+        """Load a checkpoint of this class or of torch's SGD, Adam or AdamW.
+
+        Everything is copied, except tensors that are the optimizer's own already, which is how
+        torch.distributed.checkpoint loads. A parameter that is a DTensor takes its part of a tensor
+        with all elements, or a DTensor of the same mesh.
 
         Differs from torch in one respect: states keep (or get) fp32, whatever the parameter's
         dtype. ``max_grad_norm`` and the other options of the whole optimizer stay as constructed.
@@ -353,7 +367,8 @@ class FusedOptimizer(AmpAttributes):
             ValueError: the param groups do not match, or are those of another optimizer; a step
                 count is not a number of steps.
             KeyError: a parameter's state is incomplete, or is that of another optimizer.
-            TypeError: a state is no plain tensor of floating-point numbers.
+            TypeError: a state is no plain tensor of floating-point numbers, and no DTensor of the
+                parameter's mesh.
             RuntimeError: a group of the checkpoint has ``differentiable=True``; a state has no
                 memory, or another shape than its parameter; there is not enough memory. Whatever is
                 raised, nothing has been changed.

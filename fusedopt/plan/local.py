@@ -62,19 +62,48 @@ def wrapped(local: Tensor, param: Any) -> Tensor:
 def part_for(param: Any, value: Any) -> Tensor:
     """The part of ``value`` that belongs to this rank's part of ``param``.
 
-    ``value`` has all elements, or is a DTensor. If its placements are not those of ``param``, ranks
-    exchange them: all ranks have to call this.
+    ``value`` has all elements, or is a DTensor of the same mesh. If its placements are not those of
+    ``param``, ranks exchange them: all ranks have to call this.
     """
     if not is_dtensor(param):
         return local_of(value)
-    from torch.distributed.tensor import distribute_tensor
-
-    spec = param._spec
     if not is_dtensor(value):
-        value = distribute_tensor(value.detach(), spec.mesh, spec.placements, src_data_rank=None)
-    elif not same_sharding(value, param):
-        value = value.redistribute(spec.mesh, spec.placements)
+        return _cut(value.detach(), param._spec)
+    if not same_sharding(value, param):
+        value = value.redistribute(placements=param.placements)
     return local_of(value)
+
+
+def _cut(value: Tensor, spec: Any) -> Tensor:
+    """This rank's part of ``value``, which has all elements: a view, if it is one block.
+
+    ``distribute_tensor`` would copy, so that a checkpoint would be loaded twice.
+    """
+    at = spec.mesh.get_coordinate()
+    if at is None:
+        return value.new_empty(0)
+    for dim in range(value.dim()):
+        shards = [
+            (place, size, each)
+            for place, size, each in zip(at, spec.mesh.shape, spec.placements, strict=True)
+            if not each.is_replicate() and each.dim % value.dim() == dim
+        ]
+        if not shards:
+            continue
+        # _StridedShard takes rows from several places, and another Shard some of these.
+        shape = [-1 if d == dim else 1 for d in range(value.dim())]
+        rows = torch.arange(value.shape[dim], device="cpu").view(shape)
+        for place, size, each in shards:
+            rows = each._split_tensor(rows, size, with_padding=False, contiguous=False)[0][place]
+        value = _selected(value, dim, rows.flatten())
+    return value
+
+
+def _selected(value: Tensor, dim: int, rows: Tensor) -> Tensor:
+    first = int(rows[0]) if rows.numel() > 0 else 0
+    if torch.equal(rows, torch.arange(first, first + rows.numel(), device="cpu")):
+        return value.narrow(dim, first, rows.numel())
+    return value.index_select(dim, rows.to(value.device))
 
 
 def reduced_alike(params: Sequence[Any], grads: Sequence[Any]) -> list[Tensor]:

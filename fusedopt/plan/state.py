@@ -175,7 +175,15 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _check_tensor(label: str, name: str, value: object, param: Tensor, anew: str) -> None:
-    if is_dtensor(value) and is_dtensor(param):
+    if is_dtensor(value):
+        sharded: Any = value
+        if not is_dtensor(param) or sharded.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+            place = f"{anew.removeprefix('del ')}[{name!r}]"
+            raise TypeError(
+                f"{label}: state {name!r} lies on {sharded.device_mesh}, and the parameter does "
+                f"not; make it whole, on all ranks: `{place} = {place}.full_tensor()`, or start it "
+                f"anew: `{anew}`"
+            )
         value = local_of(value)
     kind, wrapped = f"a {type(value).__name__}", is_traceable_wrapper_subclass(value)
     if isinstance(value, Tensor) and not wrapped and value.layout == torch.strided:
