@@ -94,10 +94,10 @@ class FusedOptimizer(AmpAttributes):
         shared = self._shared
         with shared.turn:
             grad_mode = torch.is_grad_enabled()
-            if shared.plan is None or shared.ranks is not None:
-                self._begin_message()
             inputs = None
             try:
+                if shared.plan is None or shared.ranks is not None:
+                    self._begin_message()
                 inputs = self._step_inputs()
                 plan = self._current_plan(inputs)
                 if shared.ranks is not None:
@@ -131,9 +131,7 @@ class FusedOptimizer(AmpAttributes):
         Raises:
             RuntimeError: they cannot share a norm. All ranks raise, and none waits.
         """
-        ranks = self._ranks()
-        if ranks is None or not self._asks():
-            return None
+        ranks = self._ranks() if self._asks() else None
         if isinstance(ranks, str):
             raise RuntimeError(ranks)
         return ranks
@@ -155,9 +153,15 @@ class FusedOptimizer(AmpAttributes):
 
     def _abort_message(self) -> None:
         """The step has failed: the ranks that still wait for its message have to raise, too."""
-        ranks = self._shared.ranks
-        if isinstance(ranks, Ranks) and self._asks() and not ranks.joined:
-            ranks.abort(self._shared.scalars.device, self._shared.options.norm_type)
+        shared = self._shared
+        if not self._asks() or (isinstance(shared.ranks, Ranks) and shared.ranks.joined):
+            return
+        try:  # the plan may be of other groups: this step was to build the next one
+            ranks = ranks_of(self.param_groups, shared.options, shared.names)
+        except (AttributeError, KeyError, TypeError):  # the groups are what this rank failed for
+            ranks = shared.ranks
+        if isinstance(ranks, Ranks):
+            ranks.abort(shared.scalars.device, shared.options.norm_type)
 
     # ---- the verbs -------------------------------------------------------------------------------
 

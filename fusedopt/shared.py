@@ -8,6 +8,7 @@ ours that changes in the life of an optimizer is in one object to which both ref
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .modes import untraced
 from .options import NOT_PICKLED, Options
 from .plan.checks import served_params
-from .plan.exchange import Ranks, ranks_of
+from .plan.exchange import REPLICATED, Ranks, ranks_of, same_objects
 from .plan.local import local_of
 from .plan.options_table import Line
 from .plan.plan import CLIP_COEF, GRAD_NORM, SKIPPED_STEPS, Plan
@@ -40,6 +41,7 @@ class Shared:
     plan: Plan | None = None
     # That share a norm with this process; a text says why they cannot.
     ranks: Ranks | str | None = None
+    replicated: list[Any] = field(default_factory=list)  # the groups' keys that were asked for it
     # Names of parameters in messages, once a checkpoint has replaced the names in the groups.
     names: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     captured_plans: list[Plan] = field(default_factory=list)  # a CUDA graph may still replay them
@@ -64,6 +66,8 @@ class Shared:
 
     def take_up(self, plan: Plan) -> None:
         self.plan, self.ranks = plan, plan.ranks
+        if isinstance(plan.ranks, Ranks):
+            plan.ranks.joined = False
         self.aside = [each for each in self.aside if each is not plan]
 
 
@@ -117,11 +121,14 @@ class SharingOptimizer(Optimizer):
     def _ranks(self) -> Ranks | str | None:
         """The ranks that share a norm with this process, or why they cannot."""
         shared = self._shared
-        if shared.plan is None:
-            try:
+        with suppress(AttributeError, KeyError, TypeError):  # no param groups: the step says so
+            keys = [group.get(REPLICATED) for group in self.param_groups]
+            stale = isinstance(shared.ranks, str) or not same_objects(keys, shared.replicated)
+            if shared.ranks is not None and stale:
+                shared.drop_plans()
+            if shared.plan is None:
                 shared.ranks = ranks_of(self.param_groups, shared.options, shared.names)
-            except (AttributeError, KeyError, TypeError):  # no param groups: the step says so
-                shared.ranks = None
+                shared.replicated = keys
         return shared.ranks
 
     @property

@@ -96,7 +96,8 @@ class ReferencePlan(Plan):
         step = self._step
         if step.ranks is None:
             return
-        counted = torch.tensor([row.counted for row, _ in self.active()], dtype=torch.bool)
+        flags = [row.counted for row, _ in self.active()]
+        counted = torch.tensor(flags, dtype=torch.bool, device="cpu")
         words = self._own_words(counted.to(self.norms.device))
         step.ranks.add_up(words, step.options.norm_type)
         self._take_words([int(word) for word in words])

@@ -8,6 +8,7 @@ get the same bits. Nothing is exchanged where nobody asked for a norm or a check
 from __future__ import annotations
 
 import math
+import operator
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..backends import records
 from ..backends.records import ABORT, VOTES, WORDS
-from ..options import OPTION_NAMES, Options, is_flag
+from ..options import NOT_PICKLED, OPTION_NAMES, Options, is_flag
 from ..rules.declaration import Group
 from .checks import is_served
 from .local import is_dtensor
@@ -35,6 +36,10 @@ BY_OPTIONS = (
     "the ranks' options differ (clipping, skipping, or an option of a param group such as lr), so "
     "nothing has been changed on any rank; give all ranks the same: compare "
     "`torch.distributed.all_gather_object(found, str(optimizer))`"
+)
+WITHOUT_GROUP = (
+    "norm_group was set when this optimizer was pickled or copied, and a group of processes cannot "
+    "be; say again which ranks share the norm: `optimizer.norm_group = group`"
 )
 
 
@@ -151,6 +156,8 @@ def ranks_of(
     sharded = {n: _Sharded(label, p, key) for n, label, p, key in served if is_dtensor(p)}
     if not sharded and options.norm_group is None:
         return None
+    if options.norm_group == NOT_PICKLED:
+        return WITHOUT_GROUP
     try:
         for _, label, _, key in served:
             if key is not None and not is_flag(key):
@@ -160,6 +167,10 @@ def ranks_of(
         return _found(served, sharded, options.norm_group)
     except RuntimeError as error:
         return str(error)
+
+
+def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def uncounted(ranks: Ranks | str | None) -> frozenset[int]:
@@ -242,7 +253,7 @@ def _dims_outside(root: Any, ranks: frozenset[int]) -> list[int]:
     """The dimensions of a root mesh that ``ranks`` do not span."""
     if root.size() <= len(ranks):
         return []
-    inside = torch.isin(root.mesh, torch.tensor(sorted(ranks), dtype=root.mesh.dtype))
+    inside = torch.isin(root.mesh, torch.tensor(sorted(ranks), dtype=root.mesh.dtype, device="cpu"))
     at = inside.nonzero()
     return [d for d in range(root.ndim) if root.size(d) > len(set(at[:, d].tolist()))]
 

@@ -1,0 +1,332 @@
+"""A step is done by all ranks or by none: ranks that differ, and ranks that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from sharded import INF, Twins, Whole, contents, remedies
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from fusedopt import FusedAdamW, FusedSGD
+
+ROWS = [Shard(0)]
+WHOLES = [Whole((5, 3), ROWS), Whole((4,), [Replicate()]), Whole((1,), ROWS)]
+ANOTHER = "another rank refused this step"
+OPTIONS = "the ranks' options differ"
+
+
+def raises_everywhere(twins: Twins, words: str, error: type[BaseException] = RuntimeError) -> Any:
+    """No bit has moved on any rank, and no version counter."""
+    before = contents(twins.optimizer)
+    with pytest.raises(error, match=words) as caught:
+        twins.optimizer.step()
+    assert contents(twins.optimizer) == before
+    return caught.value
+
+
+def goes_on(twins: Twins, step: int) -> None:
+    """The next step is right, as if nothing had happened."""
+    twins.step(step)
+    twins.check()
+    assert twins.optimizer.skipped_steps == 0
+
+
+# ---- options that differ -------------------------------------------------------------------------
+
+
+def set_lr(optimizer: Any, value: Any) -> None:
+    optimizer.param_groups[0]["lr"] = value
+
+
+DIFFERENT: list[tuple[Callable[[Any, Any], None], Any, Any]] = [
+    (set_lr, 0.1, 0.2),
+    (lambda o, value: o.param_groups[0].update(weight_decay=value), 0.01, 0.02),
+    (lambda o, value: setattr(o, "max_grad_norm", value), INF, 1.0),
+    (lambda o, value: setattr(o, "max_grad_value", value), None, 1.0),
+    (lambda o, value: setattr(o, "norm_type", value), 2.0, INF),
+    (lambda o, value: setattr(o, "skip_nonfinite", value), False, True),
+]
+
+
+def options_that_differ(rank: int) -> None:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    for backend in ("auto", "reference", ("auto", "reference")[rank % 2]):
+        twins = Twins(mesh, WHOLES, backend=backend)
+        twins.step(0)
+        for step, (change, usual, other) in enumerate(DIFFERENT, 1):
+            for odd_one in (0, world - 1):
+                twins.give(step)
+                change(twins.optimizer, other if rank == odd_one else usual)
+                error = raises_everywhere(twins, OPTIONS)
+                found: list[Any] = [None] * world
+                for line in remedies(error):
+                    exec(line, {"torch": torch, "found": found, "optimizer": twins.optimizer})
+                assert len(set(found)) == 2, found
+                change(twins.optimizer, usual)
+            goes_on(twins, step)
+    twins = Twins(mesh, WHOLES, FusedAdamW if rank == 0 else FusedSGD)
+    twins.give(0)
+    raises_everywhere(twins, OPTIONS)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_options_that_differ_are_refused_everywhere(world: int) -> None:
+    ranks.run(world, options_that_differ)
+
+
+# ---- a rank that fails ---------------------------------------------------------------------------
+
+
+@contextmanager
+def bad_gradient(twins: Twins) -> Iterator[None]:
+    p = twins.params[0]
+    grad, p.grad = p.grad, None
+    p.grad_dtype = None
+    p.grad = grad.double()
+    yield
+
+
+@contextmanager
+def edited_state(twins: Twins) -> Iterator[None]:
+    own = twins.optimizer.state[twins.params[0]]
+    kept = own["exp_avg"]
+    own["exp_avg"] = [0.0]
+    yield
+    own["exp_avg"] = kept
+
+
+@contextmanager
+def bad_option(twins: Twins) -> Iterator[None]:
+    twins.optimizer.param_groups[0]["eps"] = "small"
+    yield
+    twins.optimizer.param_groups[0]["eps"] = 1e-8
+
+
+@contextmanager
+def no_groups(twins: Twins) -> Iterator[None]:
+    groups = twins.optimizer.param_groups
+    twins.optimizer.param_groups = None
+    yield
+    twins.optimizer.param_groups = groups
+
+
+@contextmanager
+def no_memory(twins: Twins) -> Iterator[None]:
+    """A state is to be made anew, and cannot be."""
+    from fusedopt.plan import state
+
+    own = twins.optimizer.state.pop(twins.params[0])
+    real = state.unfilled_state
+
+    def fails(like: Any) -> Any:
+        raise RuntimeError("not enough memory")
+
+    state.unfilled_state = fails  # type: ignore[assignment]
+    yield
+    state.unfilled_state = real
+    twins.optimizer.state[twins.params[0]] = own
+
+
+@contextmanager
+def interrupted(twins: Twins) -> Iterator[None]:
+    """By Ctrl-C, while the words of the norm are computed."""
+    reduce = type(twins.optimizer._shared.plan).reduce
+
+    def stop(plan: Any) -> None:
+        raise KeyboardInterrupt
+
+    type(twins.optimizer._shared.plan).reduce = stop
+    yield
+    type(twins.optimizer._shared.plan).reduce = reduce
+
+
+FAILURES = [
+    (bad_gradient, RuntimeError, "does not go with parameter dtype"),
+    (edited_state, RuntimeError, "not a plain tensor of floating-point numbers"),
+    (bad_option, RuntimeError, "Invalid eps value"),
+    (interrupted, KeyboardInterrupt, ""),
+]
+
+
+def fails_on(rank: int, failing: int, twins: Twins, failure: Any) -> None:
+    how, error, words = failure
+    if rank == failing:
+        with how(twins):
+            before = None
+            with pytest.raises(error, match=words):
+                before = contents_or_none(twins)
+                twins.optimizer.step()
+            assert contents_or_none(twins) == before
+    else:
+        raises_everywhere(twins, ANOTHER)
+
+
+def contents_or_none(twins: Twins) -> Any:
+    try:
+        return contents(twins.optimizer)
+    except (TypeError, AttributeError):  # what was edited has no bits
+        return None
+
+
+def ranks_that_fail(rank: int) -> None:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    for backend, norm_type in (("auto", 2.0), ("auto", INF), ("reference", 2.0)):
+        twins = Twins(mesh, WHOLES, norm_type=norm_type, backend=backend)
+        twins.step(0)
+        for step, failure in enumerate(FAILURES, 1):
+            twins.give(step)
+            fails_on(rank, step % world, twins, failure)
+            goes_on(twins, step)
+        if rank == 0:  # nobody else has the error; the parameter's state is back afterwards
+            with no_groups(twins), pytest.raises(RuntimeError, match="not a list"):
+                twins.optimizer.step()
+        else:
+            raises_everywhere(twins, ANOTHER)
+        goes_on(twins, 8)
+        twins.give(9)
+        if rank == 0:
+            with no_memory(twins), pytest.raises(RuntimeError, match="not enough memory"):
+                twins.optimizer.step()
+        else:
+            raises_everywhere(twins, ANOTHER)
+        goes_on(twins, 9)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_that_fails_makes_all_raise(world: int) -> None:
+    ranks.run(world, ranks_that_fail)
+
+
+def fails_before_there_is_a_plan(rank: int) -> None:
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    for backend in ("auto", "reference"):
+        twins = Twins(mesh, WHOLES, backend=backend)
+        twins.give(0)
+        fails_on(rank, world - 1, twins, FAILURES[0])
+        assert not twins.optimizer.state
+        goes_on(twins, 0)
+        # The ranks of a group that is new in this step wait for a message, too.
+        twins = Twins(mesh, [Whole((5,)), *WHOLES[:1]], backend=backend)
+        optimizer = FusedAdamW(
+            [{"params": twins.params[:1], "replicated": True}], max_grad_norm=INF
+        )
+        twins.give(0)
+        optimizer.step()
+        optimizer.add_param_group({"params": twins.params[1:]})
+        twins.optimizer = optimizer
+        if rank == 0:
+            twins.params[0].grad = twins.params[0].grad.to_sparse()
+            with pytest.raises(RuntimeError, match="sparse"):
+                optimizer.step()
+        else:
+            raises_everywhere(twins, ANOTHER)
+        twins.give(1)
+        optimizer.step()
+        assert optimizer.state[twins.params[1]]["step"] == 1.0
+    # A norm over plain tensors that other processes share.
+    twins = Twins(mesh, [Whole((5,))], norm_group=dist.group.WORLD)
+    twins.give(0)
+    if rank == 0:
+        twins.params[0].grad = twins.params[0].grad.to_sparse()
+        with pytest.raises(RuntimeError, match="sparse"):
+            twins.optimizer.step()
+    else:
+        raises_everywhere(twins, ANOTHER)
+
+
+def test_a_rank_that_fails_before_the_first_step() -> None:
+    ranks.run(2, fails_before_there_is_a_plan)
+
+
+# ---- nobody asked --------------------------------------------------------------------------------
+
+
+def fails_alone(rank: int) -> None:
+    """Without a norm or a check there is no message: the others go on."""
+    mesh = init_device_mesh("cpu", (2,))
+    twins = Twins(mesh, WHOLES[:1], max_grad_norm=None)
+    twins.step(0)
+    twins.give(1)
+    if rank == 0:
+        with bad_gradient(twins), pytest.raises(RuntimeError, match="does not go with"):
+            twins.optimizer.step()
+        twins.give(1)
+    twins.optimizer.step()
+    twins.single.step()
+    twins.check()
+
+
+def test_a_rank_may_fail_alone_where_nobody_shares_a_norm() -> None:
+    ranks.run(2, fails_alone)
+
+
+# ---- gradients and parameters that are refused ---------------------------------------------------
+
+
+def two_tensor(values: torch.Tensor) -> Any:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    return TwoTensor(values, values.clone())
+
+
+def refusals(rank: int) -> None:
+    """Each on all ranks, before anything moves; and the line in the message helps."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def refused(param: Any, words: str, error: type[Exception], fails: Callable[[], Any]) -> None:
+        with pytest.raises(error, match=words) as caught:
+            fails()
+        for line in remedies(caught.value)[:1]:
+            names = {"torch": torch, "param": param, "optimizer": None}
+            exec(line, names)
+            param = names["param"]
+        FusedAdamW([param], max_grad_norm=INF).step()
+
+    twins = Twins(mesh, WHOLES[:1])
+    p = twins.params[0]
+    twins.give(0)
+    p.grad_dtype = None
+    grad = p.grad
+    p.grad = None
+    with torch._C.DisableTorchFunctionSubclass():
+        p.grad = torch.ones(5, 3)
+    refused(
+        p,
+        "gradient is a Tensor and the parameter a Parameter|gradient is a Tensor",
+        RuntimeError,
+        twins.optimizer.step,
+    )
+    assert not twins.optimizer.state
+    # The gradient of before the parameter was moved to another mesh.
+    other = init_device_mesh("cpu", (1, 2))
+    p.grad = torch.distributed.tensor.distribute_tensor(
+        torch.ones(5, 3), other, [Replicate(), Shard(0)], src_data_rank=None
+    )
+    refused(p, "clear it after resharding", RuntimeError, twins.optimizer.step)
+    p.grad = grad
+    # Float8, NF4 and the like keep values elsewhere than in their memory.
+    inner = DTensor.from_local(two_tensor(torch.ones(3)), mesh, ROWS, run_check=False)
+    wrapped = torch.nn.Parameter(inner)
+    with pytest.raises(
+        TypeError, match=r"param 0 of group 0.*TwoTensor is not supported, its memory"
+    ):
+        FusedAdamW([wrapped])
+    p._local_tensor = two_tensor(torch.ones(3 - rank, 3))
+    with pytest.raises(RuntimeError, match=r"param 0 of group 0.*TwoTensor is not supported"):
+        twins.optimizer.step()
+    partial = torch.nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
+    refused(partial, "partial sum", TypeError, lambda: FusedAdamW([partial]))
+
+
+def test_what_is_refused() -> None:
+    ranks.run(2, refusals)
