@@ -7,6 +7,7 @@ copy, as the verbs of a cached plan. Every refusal comes before anything is chan
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from . import checkpoint
 from .backends.registry import choose, prepare
 from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options
-from .plan.checks import check_param, is_served, served_params
+from .plan.checks import check_param, has_fsdp1_shards, is_served, served_params
 from .plan.exchange import Ranks, ranks_of, uncounted
 from .plan.groups import (
     check_containers,
@@ -84,6 +85,7 @@ class FusedOptimizer(AmpAttributes):
                 nothing has been changed, on any rank that shares the norm.
         """
         loss = None
+        self._shared.begun = True
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -118,9 +120,7 @@ class FusedOptimizer(AmpAttributes):
         Raises:
             RuntimeError: they cannot share a norm. All ranks raise, and none waits.
         """
-        ranks = self._ranks()
-        if ranks is None or not self._asks():
-            return None
+        ranks = self._ranks() if self._asks() else None
         if isinstance(ranks, str):
             raise RuntimeError(ranks)
         return ranks
@@ -137,6 +137,7 @@ class FusedOptimizer(AmpAttributes):
         if ranks is None:
             return
         ranks.raise_late(inputs.scalars)
+        self._warn_of_scale(ranks)
         inputs.ranks, inputs.measured = ranks, True
         inputs.fingerprint = ranks.fingerprint(self.rule.name, inputs.options, inputs.table)
 
@@ -145,6 +146,12 @@ class FusedOptimizer(AmpAttributes):
         ranks = self._shared.ranks
         if isinstance(ranks, Ranks) and self._asks() and not ranks.joined:
             ranks.abort(self._shared.scalars.device, self._shared.options.norm_type)
+
+    def _abort_unbegun(self) -> None:
+        """A pre-hook has failed: the ranks whose hooks have not wait for the step's message."""
+        with suppress(RuntimeError):  # the hook's own error is being raised
+            self._begin_message()
+            self._abort_message()
 
     # ---- the verbs -------------------------------------------------------------------------------
 
@@ -184,7 +191,8 @@ class FusedOptimizer(AmpAttributes):
                 raise RuntimeError(
                     f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: "
                     "each rank sees only its part of the norm; say which ranks share it: "
-                    "`optimizer.norm_group = model.process_group`"
+                    "`optimizer.norm_group = model.process_group`, or, with NO_SHARD, that all "
+                    "hold the same: `optimizer.param_groups[0]['replicated'] = True`"
                 )
             device = self._flag_device(shared.scalars.device)
             if shared.scalars.device != device:
@@ -276,7 +284,7 @@ class FusedOptimizer(AmpAttributes):
             if plan is None or (plan.backend, plan.layout) != wanted or not plan.rebind(rows):
                 plan = backend.plan(self.rule, rows, layout)
                 plan.backend = backend.name
-            plan.ranks = ranks
+            plan.ranks, plan.fsdp1_sharded = ranks, has_fsdp1_shards(groups)
         try:
             plan.look_at(self.param_groups, self.state)
         except (RuntimeError, TypeError):  # another thread changes them

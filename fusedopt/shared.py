@@ -37,6 +37,7 @@ class Shared:
     line: Line
     turn: Any = field(default_factory=threading.RLock)  # held by the thread that steps
     measured: bool = False  # the last step computed the norm
+    begun: bool = False  # the step, after its pre-hooks
     plan: Plan | None = None
     # That share a norm with this process; a text says why they cannot.
     ranks: Ranks | str | None = None
@@ -117,11 +118,14 @@ class SharingOptimizer(Optimizer):
     def _ranks(self) -> Ranks | str | None:
         """The ranks that share a norm with this process, or why they cannot."""
         shared = self._shared
-        if shared.plan is None:
+        refused = isinstance(shared.ranks, str)  # unless a user has put it right meanwhile
+        if shared.plan is None or refused:
             try:
                 shared.ranks = ranks_of(self.param_groups, shared.options, shared.names)
             except (AttributeError, KeyError, TypeError):  # no param groups: the step says so
                 shared.ranks = None
+            if refused and not isinstance(shared.ranks, str):
+                shared.drop_plans()
         return shared.ranks
 
     @property

@@ -49,6 +49,10 @@ class _Sharded(NamedTuple):
         return frozenset(self.param.device_mesh.mesh.flatten().tolist())
 
     @property
+    def sharded_dims(self) -> tuple[bool, ...]:
+        return tuple(not placement.is_replicate() for placement in self.param.placements)
+
+    @property
     def is_first_replica(self) -> bool:
         """Whether this rank is the first of those that hold the same part."""
         mesh, placements = self.param.device_mesh, self.param.placements
@@ -198,7 +202,7 @@ def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | Non
             elsewhere.add(index)
     if torch.distributed.get_world_size(group) == 1:
         return None
-    shardings = {(s.param.device_mesh, tuple(s.param.placements)) for s in sharded.values()}
+    shardings = {(s.param.device_mesh, s.sharded_dims) for s in sharded.values()}
     everyone = frozenset(torch.distributed.get_process_group_ranks(group))
     mixed = len(shardings) != 1 or widest != everyone or len(sharded) != len(served)
     return Ranks(group, frozenset(elsewhere), mixed, alike=given is None)
