@@ -7,6 +7,7 @@ copy, as the verbs of a cached plan. Every refusal comes before anything is chan
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .backends.registry import choose, prepare
 from .callers import is_called_by
 from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options
-from .plan.checks import check_param, is_served, served_params
+from .plan.checks import check_param, has_fsdp1_shards, is_served, served_params
 from .plan.exchange import Ranks, ranks_of, uncounted
 from .plan.groups import (
     check_containers,
@@ -88,6 +89,7 @@ class FusedOptimizer(AmpAttributes):
             self.init_state()
             return None
         loss = None
+        self._shared.begun = True
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -148,6 +150,7 @@ class FusedOptimizer(AmpAttributes):
         if ranks is None:
             return
         ranks.raise_late(inputs.scalars)
+        self._warn_of_scale(ranks)
         inputs.ranks, inputs.measured = ranks, True
         inputs.fingerprint = ranks.fingerprint(self.rule.name, inputs.options, inputs.table)
 
@@ -162,6 +165,12 @@ class FusedOptimizer(AmpAttributes):
             ranks = shared.ranks
         if isinstance(ranks, Ranks):
             ranks.abort(shared.scalars.device, shared.options.norm_type)
+
+    def _abort_unbegun(self) -> None:
+        """A pre-hook has failed: the ranks whose hooks have not wait for the step's message."""
+        with suppress(RuntimeError):  # the hook's own error is being raised
+            self._begin_message()
+            self._abort_message()
 
     # ---- the verbs -------------------------------------------------------------------------------
 
@@ -201,7 +210,8 @@ class FusedOptimizer(AmpAttributes):
                 raise RuntimeError(
                     f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: "
                     "each rank sees only its part of the norm; say which ranks share it: "
-                    "`optimizer.norm_group = model.process_group`"
+                    "`optimizer.norm_group = model.process_group`, or, with NO_SHARD, that all "
+                    "hold the same: `optimizer.param_groups[0]['replicated'] = True`"
                 )
             device = self._flag_device(shared.scalars.device)
             if shared.scalars.device != device:
@@ -293,7 +303,7 @@ class FusedOptimizer(AmpAttributes):
             if plan is None or (plan.backend, plan.layout) != wanted or not plan.rebind(rows):
                 plan = backend.plan(self.rule, rows, layout)
                 plan.backend = backend.name
-            plan.ranks = ranks
+            plan.ranks, plan.fsdp1_sharded = ranks, has_fsdp1_shards(groups)
         try:
             plan.look_at(self.param_groups, self.state)
         except (RuntimeError, TypeError):  # another thread changes them

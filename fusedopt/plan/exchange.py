@@ -55,6 +55,10 @@ class _Sharded(NamedTuple):
         return self.param.device_mesh
 
     @property
+    def sharded_dims(self) -> tuple[bool, ...]:
+        return tuple(not placement.is_replicate() for placement in self.param.placements)
+
+    @property
     def is_first_replica(self) -> bool:
         """Whether this rank is the first of those that hold the same part."""
         at = self.mesh.get_coordinate()
@@ -214,7 +218,7 @@ def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | Non
             elsewhere.add(index)
     if torch.distributed.get_world_size(group) == 1:
         return None
-    shardings = {(each.mesh, tuple(each.param.placements)) for each in sharded.values()}
+    shardings = {(each.mesh, each.sharded_dims) for each in sharded.values()}
     everyone = frozenset(torch.distributed.get_process_group_ranks(group))
     mixed = len(shardings) != 1 or widest != everyone or len(sharded) != len(served)
     return Ranks(group, frozenset(elsewhere), mixed, alike=given is None)

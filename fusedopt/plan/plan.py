@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..options import Options
 from ..rules.declaration import Group, Rule
-from .checks import DTYPES, check_grad, is_fsdp1_shard, is_of_inference, is_served
+from .checks import DTYPES, check_grad, is_of_inference, is_served
 from .local import is_dtensor, local_of, reduced_alike
 
 # Fields of StepScalars (csrc/records.h), eight fp32 values on the device.
@@ -166,6 +166,7 @@ class Plan(ABC):
 
     backend: str  # the name of its backend
     ranks: Any = None  # plan.exchange.Ranks, or a text: why the ranks cannot share a norm
+    fsdp1_sharded = False  # of FSDP1, while its groups were looked at
 
     def __init__(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         self.rule = rule
@@ -176,7 +177,6 @@ class Plan(ABC):
     def _take(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
         self.first = next((row for row in self.rows if row.served), None)
-        self.fsdp1_sharded = any(is_fsdp1_shard(row.param) for row in self.rows if row.served)
         self._staged_grads: dict[int, Tensor] = {}
         self._staged_params = [row for row in self.rows if row.staged]
         self._absent: Sequence[int] = ()  # rows without a gradient in this step
