@@ -40,6 +40,7 @@ class Shared:
     plan: Plan | None = None
     # That share a norm with this process; a text says why they cannot.
     ranks: Ranks | str | None = None
+    told: Tensor | None = None  # see Plan.told
     # Names of parameters in messages, once a checkpoint has replaced the names in the groups.
     names: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     captured_plans: list[Plan] = field(default_factory=list)  # a CUDA graph may still replay them
