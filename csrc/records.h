@@ -77,12 +77,12 @@ struct StepScalars {
   float grad_mult;      // the single factor update applies: clip_coef / grad_scale
   float inv_scale;      // 1 / grad_scale, the reciprocal taken in fp64 as GradScaler does
   float found_inf;      // 1: some gradient element is inf or NaN
-  float skip;           // 1: this step updates nothing
+  float skip;           // 1: this step updates nothing; 2: nor is it counted as skipped
   float skipped_steps;  // running count
-  float refused;        // a Refusal (scalars.h); stays until Python clears it
+  float reserved;
 
   FUSEDOPT_FIELDS(grad_norm, clip_coef, grad_mult, inv_scale, found_inf, skip, skipped_steps,
-                  refused)
+                  reserved)
 };
 
 // Everything else that a step needs from the host; packed by the verb `begin`.
@@ -97,9 +97,11 @@ struct StepRecord {
   uint64_t flags;
   uint64_t n_ranks;      // that share the norm; 0: this process is alone
   uint64_t fingerprint;  // of the options; the ranks compare theirs
+  int32_t* refusal;  // a Refusal (scalars.h), in memory of the host; stays until Python clears it
+  uint64_t reserved;
 
   FUSEDOPT_FIELDS(max_grad_norm, max_grad_value, grad_scale, found_inf, inf_flag, scalars,
-                  n_device_numbers, flags, n_ranks, fingerprint)
+                  n_device_numbers, flags, n_ranks, fingerprint, refusal, reserved)
 
   enum Flag : uint64_t {
     kNormIsTwo = 1,      // the 2-norm; otherwise the largest magnitude

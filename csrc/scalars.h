@@ -61,7 +61,7 @@ FUSEDOPT_FN uint64_t word_of_rank(const StepRecord& step, int word) {
                                : 0;
 }
 
-// Why no rank may do this step; the values of StepScalars::refused.
+// Why no rank may do this step; the values of *StepRecord::refusal.
 enum class Refusal : int { kNone = 0, kAbort = 1, kOptions = 2 };
 
 FUSEDOPT_FN Refusal refusal(const StepRecord& step, const uint64_t* words) {
@@ -79,8 +79,8 @@ FUSEDOPT_FN Refusal refusal(const StepRecord& step, const uint64_t* words) {
 FUSEDOPT_FN void decide(const StepRecord& step, const uint64_t* words, StepScalars& s) {
   const Refusal refused = refusal(step, words);
   if (refused != Refusal::kNone) {
-    s.refused = static_cast<float>(refused);
-    s.skip = 1.0f;
+    *step.refusal = static_cast<int32_t>(refused);
+    s.skip = 2.0f;
     return;
   }
   const bool measured = step.has(StepRecord::kMeasured);

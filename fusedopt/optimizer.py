@@ -21,7 +21,7 @@ from .callers import is_called_by
 from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options
 from .plan.checks import check_param, has_fsdp1_shards, is_served, served_params
-from .plan.exchange import Ranks, ranks_of, uncounted
+from .plan.exchange import Ranks, ranks_of, refuse, refuse_late, uncounted
 from .plan.groups import (
     check_containers,
     check_group,
@@ -149,7 +149,6 @@ class FusedOptimizer(AmpAttributes):
         ranks = self._waiting_ranks()
         if ranks is None:
             return
-        ranks.raise_late(inputs.scalars)
         self._warn_of_scale(ranks)
         inputs.ranks, inputs.measured = ranks, True
         inputs.fingerprint = ranks.fingerprint(self.rule.name, inputs.options, inputs.table)
@@ -182,8 +181,8 @@ class FusedOptimizer(AmpAttributes):
             plan.reduce()
             plan.exchange()
         plan.finalize()
-        if inputs.ranks is not None:
-            inputs.ranks.check(inputs.scalars)
+        if inputs.ranks is not None and not plan.answers_late:
+            refuse(plan.refusal())
         self._shared.amp.due = None  # the flag holds this step's answer
         try:
             plan.update()
@@ -191,6 +190,8 @@ class FusedOptimizer(AmpAttributes):
         except BaseException:
             self._settle(plan, inputs)  # whether there was an update or not
             raise
+        if inputs.ranks is not None and plan.answers_late:
+            refuse_late(plan.refusal())
 
     def _settle(self, plan: Plan, inputs: StepInputs) -> None:
         """Finish the step after the update. A second call changes nothing more."""
@@ -304,6 +305,9 @@ class FusedOptimizer(AmpAttributes):
                 plan = backend.plan(self.rule, rows, layout)
                 plan.backend = backend.name
             plan.ranks, plan.fsdp1_sharded = ranks, has_fsdp1_shards(groups)
+            if isinstance(ranks, Ranks):
+                plan.hear(shared.told)
+                shared.told = plan.told
         try:
             plan.look_at(self.param_groups, self.state)
         except (RuntimeError, TypeError):  # another thread changes them

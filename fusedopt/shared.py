@@ -43,6 +43,7 @@ class Shared:
     # That share a norm with this process; a text says why they cannot.
     ranks: Ranks | str | None = None
     replicated: list[Any] = field(default_factory=list)  # the groups' keys that were asked for it
+    told: Tensor | None = None  # see Plan.told
     # Names of parameters in messages, once a checkpoint has replaced the names in the groups.
     names: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     captured_plans: list[Plan] = field(default_factory=list)  # a CUDA graph may still replay them

@@ -60,8 +60,9 @@ FUSEDOPT_DEVICE void write_step_counts(const PlanView& plan, int64_t first, int6
 template <class R, int n, bool kHalfStates>
 __global__ void __launch_bounds__(kThreads, 4)
     update_kernel(const __grid_constant__ DeviceStep step) {
-  if (step.record.scalars->skip != 0.0f) {
-    if (blockIdx.x == 0 && threadIdx.x == 0 && step.record.scalars->refused == 0.0f) {
+  const float skip = step.record.scalars->skip;
+  if (skip != 0.0f) {
+    if (skip == 1.0f && blockIdx.x == 0 && threadIdx.x == 0) {
       step.record.scalars->skipped_steps += 1.0f;
     }
     return;

@@ -57,10 +57,11 @@ STEP = Record(
     **{"max_grad_norm": "d", "max_grad_value": "d"},
     **{"grad_scale": "Q", "found_inf": "Q", "inf_flag": "Q", "scalars": "Q"},
     **{"n_device_numbers": "q", "flags": "Q", "n_ranks": "Q", "fingerprint": "Q"},
+    **{"refusal": "Q", "reserved": "8x"},
 )
 STEP_SCALARS = Record(
     **dict.fromkeys(("grad_norm", "clip_coef", "grad_mult", "inv_scale"), "f"),
-    **dict.fromkeys(("found_inf", "skip", "skipped_steps", "refused"), "f"),
+    **dict.fromkeys(("found_inf", "skip", "skipped_steps", "reserved"), "f"),
 )
 assert STEP_SCALARS.size == 4 * N_STEP_SCALARS
 assert all(getattr(plan, f[0].upper(), i) == i for i, f in enumerate(STEP_SCALARS.fields))

@@ -28,7 +28,6 @@ from ..plan.plan import (
     GRAD_MULT,
     GRAD_NORM,
     INV_SCALE,
-    REFUSED,
     SKIP,
     SKIPPED_STEPS,
     Layout,
@@ -166,7 +165,6 @@ class ReferencePlan(Plan):
         step = self._step
         scalars = step.scalars
         if step.ranks is not None and self._refused:
-            scalars[REFUSED] = self._refused
             return
         clip_coef = torch.ones((), dtype=torch.float64, device=scalars.device)
         bad_scale = ~self._inv_scale.isfinite()
@@ -192,6 +190,9 @@ class ReferencePlan(Plan):
         scalars[SKIP] = bad_scale | (bad & step.skip_nonfinite)
         if step.inf_flag is not None:
             step.inf_flag.copy_(scalars[FOUND_INF])
+
+    def refusal(self) -> int:
+        return self._refused
 
     @torch.no_grad()
     def update(self) -> None:

@@ -83,6 +83,7 @@ class TablePlan(Plan):
             flags,
             n_ranks,
             step.fingerprint,
+            0 if step.ranks is None else address(self.told),
         )
         inputs[self.options_at : self.options_at + len(step.table)] = step.table
         at = self.numbers_at
@@ -90,6 +91,12 @@ class TablePlan(Plan):
             is_double = number.dtype == torch.float64
             DEVICE_NUMBER.pack_into(inputs, at, address(number), field, is_double)
             at += DEVICE_NUMBER.size
+
+    def refusal(self) -> int:
+        refusal = int(self.told.item())
+        if refusal:
+            self.told.zero_()
+        return refusal
 
     def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         native, _ = modules.load("_cpu")

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import DeviceBackend, DeviceTables, Driver, DriverOnDemand, Launches
+from .device import DeviceBackend, DeviceTables
+from .driver import Driver, DriverOnDemand, Launches
 from .records import GRAD
 
 OLDEST = (3, 6)  # release of Triton
@@ -33,8 +34,6 @@ Key = tuple[Any, ...]  # of a variant: the fields of triton_kernels.variants.Var
 
 class TritonDriver(Driver):
     """Runs kernels by Triton's own driver, on the GPUs that torch sees."""
-
-    pins = True  # pin host memory, so that copies from it are asynchronous
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, Key], Any] = {}
@@ -81,9 +80,6 @@ class TritonDriver(Driver):
     def reduce_programs(self, device: torch.device) -> int:
         """As many warps of ``reduce`` as may be resident."""
         return 32 * torch.cuda.get_device_properties(device).multi_processor_count
-
-    def host_buffer(self, n_bytes: int) -> Tensor:
-        return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.pins)
 
     def event(self, device: torch.device) -> Any:
         """An event after all work that is now in the device's current stream."""

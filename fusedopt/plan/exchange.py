@@ -23,7 +23,6 @@ from ..options import NOT_PICKLED, OPTION_NAMES, Options, is_flag
 from ..rules.declaration import Group
 from .checks import is_served
 from .local import is_dtensor
-from .plan import REFUSED
 from .rows import label_of
 
 REPLICATED = "replicated"  # a group's key
@@ -41,6 +40,9 @@ WITHOUT_GROUP = (
     "norm_group was set when this optimizer was pickled or copied, and a group of processes cannot "
     "be; say again which ranks share the norm: `optimizer.norm_group = group`"
 )
+
+
+LATE = "of this step or one before it (the host does not wait for a device; other steps count): "
 
 
 class _Sharded(NamedTuple):
@@ -81,7 +83,7 @@ class Ranks:
         self.joined = False  # this step's message
         self._known: tuple[Any, int] = (None, 0)  # options, and their part of the fingerprint
         self.size = torch.distributed.get_world_size(group)
-        self._late: tuple[Tensor, Any] | None = None  # a device's answer on its way, and its event
+        self._device_types = [device.type for device in group._device_types]  # that it serves
 
     def fingerprint(self, rule: str, options: Options, table: bytearray) -> int:
         """32 bits of all that has to be the same on every rank."""
@@ -96,9 +98,8 @@ class Ranks:
         import torch.distributed as dist
 
         self.joined = True
-        kinds = [device.type for device in self.group._device_types]
-        elsewhere = words.device.type not in kinds
-        message = words.to(kinds[0]) if elsewhere else words
+        elsewhere = words.device.type not in self._device_types
+        message = words.to(self._device_types[0]) if elsewhere else words
         op = dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM
         work = dist.all_reduce(message, op=op, group=self.group, async_op=True)
         work.wait()  # of NCCL: the stream waits, the host does not
@@ -107,36 +108,27 @@ class Ranks:
 
     def abort(self, device: torch.device, norm_type: float) -> None:
         """Join the step's message with a vote against it, so that the other ranks raise, too."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # a capture sends nothing, and this one fails
         words = torch.zeros(WORDS, dtype=torch.int64, device=device)
         words[VOTES] = ABORT
         self.add_up(words, norm_type)
 
-    def check(self, scalars: Tensor) -> None:
-        """Raise if a rank has refused the step that is being done, or, on a device, one before.
 
-        Raises:
-            RuntimeError: nothing has been changed on any rank.
-        """
-        if scalars.is_cpu:
-            self._raise_if(int(scalars[REFUSED]), scalars)
-        elif not torch.cuda.is_current_stream_capturing():
-            copy = torch.empty(1, dtype=torch.float32, pin_memory=True)
-            copy.copy_(scalars[REFUSED : REFUSED + 1], non_blocking=True)
-            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(scalars.device))
-            self._late = copy, event
+def refuse(refusal: int) -> None:
+    """Raise if a rank refuses the step that is being done."""
+    if refusal:
+        raise RuntimeError(BY_ABORT if refusal == records.BY_ABORT else BY_OPTIONS)
 
-    def raise_late(self, scalars: Tensor) -> None:
-        """Raise what ``check`` could not know yet: the host does not wait for a device."""
-        if self._late is None or not self._late[1].query():
-            return
-        refused, self._late = int(self._late[0]), None
-        self._raise_if(refused, scalars)
 
-    def _raise_if(self, refused: int, scalars: Tensor) -> None:
-        if refused:
-            scalars[REFUSED] = 0
-            raise RuntimeError(BY_ABORT if refused == records.BY_ABORT else BY_OPTIONS)
+def refuse_late(refusal: int) -> None:
+    """The same for a device, which the host does not wait for, after a step.
+
+    All ranks have done, or not done, the same steps. So this step takes part in the message as any
+    other, and no rank that hears of it at another time is refused a step once more.
+    """
+    if refusal:
+        raise RuntimeError(LATE + (BY_ABORT if refusal == records.BY_ABORT else BY_OPTIONS))
 
 
 _OF_A_RANK = {"norm_group", "backend"}

@@ -23,8 +23,8 @@ from .checks import DTYPES, check_grad, is_of_inference, is_served
 from .local import is_dtensor, local_of, reduced_alike
 
 # Fields of StepScalars (csrc/records.h), eight fp32 values on the device.
-GRAD_NORM, CLIP_COEF, GRAD_MULT, INV_SCALE, FOUND_INF, SKIP, SKIPPED_STEPS, REFUSED = range(8)
-N_STEP_SCALARS = 8
+GRAD_NORM, CLIP_COEF, GRAD_MULT, INV_SCALE, FOUND_INF, SKIP, SKIPPED_STEPS = range(7)
+N_STEP_SCALARS = 8  # one is spare
 
 KERNEL_DTYPES = tuple(dtype for dtype in DTYPES if dtype.itemsize <= 4)  # in order of their codecs
 HALF_DTYPES = tuple(dtype for dtype in KERNEL_DTYPES if dtype.itemsize == 2)
@@ -165,8 +165,10 @@ class Plan(ABC):
     """
 
     backend: str  # the name of its backend
+    answers_late = False  # the host does not wait for ``refusal``
     ranks: Any = None  # plan.exchange.Ranks, or a text: why the ranks cannot share a norm
     fsdp1_sharded = False  # of FSDP1, while its groups were looked at
+    told: Tensor  # int32 of the host; where kernels write why a rank refuses a step
 
     def __init__(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         self.rule = rule
@@ -214,6 +216,17 @@ class Plan(ABC):
 
     @abstractmethod
     def finalize(self) -> None: ...
+
+    def refusal(self) -> int:
+        """Why a rank refuses the step that is being done, as in csrc/scalars.h; zero if none does.
+
+        If ``answers_late``: or why one has refused a step before. The next call does not repeat it.
+        """
+        return 0
+
+    def hear(self, told: Tensor | None) -> None:
+        """Prepare for ``refusal``; ``told`` is that of the optimizer's former plan."""
+        self.told = torch.zeros(1, dtype=torch.int32, device="cpu") if told is None else told
 
     @abstractmethod
     def update(self) -> None: ...

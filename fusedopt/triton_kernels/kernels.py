@@ -70,11 +70,11 @@ def update_kernel(
     RULE: tl.constexpr, STATES: tl.constexpr, STREAMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     scalars = read(STEP, step).scalars
-    if read(STEP_SCALARS, scalars).skip != 0.0:
-        if tl.program_id(0) == 0:
+    skip = read(STEP_SCALARS, scalars).skip
+    if skip != 0.0:
+        if (skip == 1.0) & (tl.program_id(0) == 0):
             skipped_steps = read(STEP_SCALARS, scalars).skipped_steps
-            counts = read(STEP_SCALARS, scalars).refused == 0.0
-            store(fields_at(STEP_SCALARS, scalars).skipped_steps, skipped_steps + 1.0, counts)
+            store(fields_at(STEP_SCALARS, scalars).skipped_steps, skipped_steps + 1.0)
     else:
         write_step_counts(grads, rows, n_rows, row_steps, RULE)
         c = n_chunks - 1 - tl.program_id(0)

@@ -34,8 +34,8 @@ from .words import (
     word_of,
 )
 
-BY_ABORT = tl.constexpr(float(records.BY_ABORT))
-BY_OPTIONS = tl.constexpr(float(records.BY_OPTIONS))
+BY_ABORT = tl.constexpr(records.BY_ABORT)
+BY_OPTIONS = tl.constexpr(records.BY_OPTIONS)
 
 
 @triton.jit
@@ -102,8 +102,8 @@ def words_of_rank(step):
 
 @triton.jit
 def refusal(step, words):
-    """Why no rank may do this step: a value of StepScalars.refused, or zero."""
-    refused = tl.full([], 0.0, tl.float32)
+    """Why no rank may do this step, as the host reads it; zero: all may."""
+    refused = tl.full([], 0, tl.int32)
     if step.n_ranks != 0:
         largest = word_of(words, LARGEST).to(tl.int64)
         if (step.flags & NORM_IS_TWO) != 0:
@@ -111,7 +111,7 @@ def refusal(step, words):
         else:
             both = word_of(words, DIGITS - 2).to(tl.int64) + word_of(words, DIGITS - 1).to(tl.int64)
             alike = (largest < FINGERPRINTS) & (both == FINGERPRINTS)
-        refused = tl.where(alike, 0.0, BY_OPTIONS)
+        refused = tl.where(alike, 0, BY_OPTIONS)
         refused = tl.where(voted(word_of(words, VOTES).to(tl.int64), ABORT), BY_ABORT, refused)
     return refused
 
@@ -126,11 +126,10 @@ def decide(step, words):
     """
     step = read(STEP, step)
     refused = refusal(step, words)
-    if refused != 0.0:
-        scalars = fields_at(STEP_SCALARS, step.scalars)
-        store(scalars.refused, refused)
+    if refused != 0:
+        store(step.refusal, refused)
+        store(fields_at(STEP_SCALARS, step.scalars).skip, tl.full([], 2.0, tl.float32))
         skip = tl.full([], 1, tl.int1)
-        store(scalars.skip, skip.to(tl.float32))
     else:
         skip = decide_alike(step, words)
     return skip
