@@ -17,6 +17,7 @@ from . import modules
 from .records import (
     CODECS,
     DEVICE_NUMBER,
+    EXACT,
     GRAD,
     MEASURED,
     NORM_IS_TWO,
@@ -61,7 +62,7 @@ class TablePlan(Plan):
         options = step.options
         flags = MEASURED if step.measured else 0
         if options.norm_type != math.inf:
-            flags += NORM_IS_TWO
+            flags += NORM_IS_TWO + (EXACT if options.norm_bits == "exact" else 0)
         if step.skip_nonfinite:
             flags += SKIP_NONFINITE
         if step.ranks is not None and step.ranks.uncounted:
