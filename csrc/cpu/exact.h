@@ -138,9 +138,8 @@ void reduce_exactly(const PlanView& plan, const StepRecord& step, int64_t first,
     const GradChunk chunk(plan, plan.chunks[c]);
     if (!chunk.grad.present) continue;
     uint64_t digits[kDigits] = {};
-    const int32_t largest = chunk.n == kChunk
-                                ? add_exactly<Fetch::kFar>(chunk, inv_scale, digits)
-                                : add_exactly<Fetch::kNear>(chunk, inv_scale, digits);
+    const int32_t largest = chunk.n == kChunk ? add_exactly<Fetch::kFar>(chunk, inv_scale, digits)
+                                              : add_exactly<Fetch::kNear>(chunk, inv_scale, digits);
     if (largest >= kInf) {
       add(addend_of({float_of(static_cast<uint32_t>(largest)), 0}, false), words);
     } else if (step.counts(plan.rows[plan.chunks[c].row])) {

@@ -62,7 +62,9 @@ class TablePlan(Plan):
         options = step.options
         flags = MEASURED if step.measured else 0
         if options.norm_type != math.inf:
-            flags += NORM_IS_TWO + (EXACT if options.norm_bits == "exact" else 0)
+            flags += NORM_IS_TWO
+        if step.norm_is_exact:
+            flags += EXACT
         if step.skip_nonfinite:
             flags += SKIP_NONFINITE
         if step.ranks is not None and step.ranks.uncounted:

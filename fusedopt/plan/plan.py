@@ -146,6 +146,11 @@ class StepInputs:
     def norm_is_largest(self) -> bool:
         return self.options.norm_type == math.inf
 
+    @property
+    def norm_is_exact(self) -> bool:
+        """The squares of all elements are added up exactly, not the sums of chunks."""
+        return self.options.norm_bits == "exact" and not self.norm_is_largest
+
     def grad(self, row: int) -> Tensor | None:
         """The gradient of the plan's row in this step; ``None``: takes no part in it."""
         assert self.held is not None
