@@ -122,6 +122,7 @@ inline void describe(py::module_& m) {
   m.attr("MEASURED") = static_cast<uint64_t>(StepRecord::kMeasured);
   m.attr("SKIP_NONFINITE") = static_cast<uint64_t>(StepRecord::kSkipNonfinite);
   m.attr("UNCOUNTED") = static_cast<uint64_t>(StepRecord::kUncounted);
+  m.attr("EXACT") = static_cast<uint64_t>(StepRecord::kExact);
   m.attr("FOUND_INF") = vote(Vote::kFoundInf);
   m.attr("BAD_SCALE") = vote(Vote::kBadScale);
   m.attr("ABORT") = vote(Vote::kAbort);

@@ -108,6 +108,7 @@ struct StepRecord {
     kMeasured = 2,       // reduce runs, so the words are those of this step
     kSkipNonfinite = 4,  // a scaler decides about the step, or the user asked for it
     kUncounted = 8,      // some row is not counted
+    kExact = 16,         // of the 2-norm: the squares of all elements are added up exactly
   };
   FUSEDOPT_MEMBER bool has(Flag flag) const { return (flags & flag) != 0; }
   FUSEDOPT_MEMBER bool counts(const Row& row) const { return !has(kUncounted) || !row.uncounted; }

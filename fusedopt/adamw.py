@@ -50,6 +50,9 @@ class FusedAdamW(FusedOptimizer):
         norm_group: ProcessGroup or DeviceMesh of the ranks that share the norm and the decision to
             skip, for pipeline stages, FSDP1 and ZeroRedundancyOptimizer. None: the ranks of the
             parameters' meshes (FSDP2, tensor parallel), else this process alone (DDP).
+        norm_bits: "exact": the sum of squares is that of all elements, rounded once, so the norm
+            has the same bits however tensors are sharded. None: the sum of fp32 sums over chunks of
+            8,192 elements, which is faster. Changes nothing with ``norm_type=inf``.
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the remedy.
@@ -83,5 +86,6 @@ class FusedAdamW(FusedOptimizer):
         amp_scaling: bool | None = None,
         backend: str | None = None,
         norm_group: Any = None,
+        norm_bits: str | None = None,
     ) -> None:
         super().__init__(params, locals())

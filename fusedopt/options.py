@@ -41,12 +41,14 @@ _REMEDIES = {
     "amp_scaling": "use None for the default, True or False",
     "skip_nonfinite": "use True or False",
     "backend": f"use one of {', '.join(BACKEND_NAMES)}",
+    "norm_bits": "use 'exact' (the correctly rounded sum of the squares of all elements), or None",
     "norm_group": "use a ProcessGroup or DeviceMesh of torch.distributed, or None",
 }
 NOT_PICKLED = "a group that was not pickled"  # stands for a norm_group until a user sets it again
 # Options that are neither numbers nor flags.
 _OTHERS: dict[str, Callable[[Any], bool]] = {
     "backend": lambda value: isinstance(value, str) and value in BACKEND_NAMES,
+    "norm_bits": lambda value: isinstance(value, str) and value == "exact",
     "norm_group": lambda value: _is_group(value) or value == NOT_PICKLED,
 }
 # Ranges of the options that are numbers. The others are flags.
@@ -69,6 +71,7 @@ class Options:
     amp_scaling: bool | None = None
     backend: str | None = None
     norm_group: Any = None
+    norm_bits: str | None = None
 
     def __post_init__(self) -> None:
         for name, remedy in _REMEDIES.items():

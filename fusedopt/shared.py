@@ -169,6 +169,7 @@ class SharingOptimizer(Optimizer):
     skip_nonfinite = _option("skip_nonfinite")
     amp_scaling = _option("amp_scaling")
     norm_group = _option("norm_group")
+    norm_bits = _option("norm_bits")
 
     # ---- pickles and copies ----------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ INF_CHUNKS, NAN_CHUNKS, LARGEST, VOTES = range(DIGITS, WORDS)
 CODECS = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}  # enum class Codec
 CODEC_BITS = 4  # of a stream in Row.codecs
 
-NORM_IS_TWO, MEASURED, SKIP_NONFINITE, UNCOUNTED = 1, 2, 4, 8  # StepRecord::Flag
+NORM_IS_TWO, MEASURED, SKIP_NONFINITE, UNCOUNTED, EXACT = 1, 2, 4, 8, 16  # StepRecord::Flag
 
 VOTE_BITS = 21  # kVoteBits; the votes of a rank, in the last of its words
 FINGERPRINTS = 1 << 32  # kFingerprints

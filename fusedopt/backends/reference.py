@@ -39,10 +39,10 @@ from ..plan.plan import (
 )
 from ..rules.declaration import Group, Rule
 from . import records
+from .squares import LARGEST_SUM, UNIT, digits_of, root_of, sum_of_squares
 from .watch import PythonWatch, row_kind
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
-LARGEST_SUM = 2.0**287  # that words can hold; only gradients in fp64 may exceed it
 
 
 class ReferencePlan(Plan):
@@ -53,6 +53,7 @@ class ReferencePlan(Plan):
         # One for each row that has a gradient; reduce computes them for finalize.
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self.squares = 0  # with norm_bits="exact": the sum over all that is counted
         self._refused = 0
 
     def _write_rows(self) -> None:
@@ -84,11 +85,13 @@ class ReferencePlan(Plan):
     def reduce(self) -> None:
         step, active = self._step, self.active()
         self.norms = torch.zeros(len(active), dtype=torch.float64, device=step.scalars.device)
-        self.finite = torch.zeros_like(self.norms, dtype=torch.bool)
+        self.finite, self.squares = torch.zeros_like(self.norms, dtype=torch.bool), 0
         for i, (row, grad) in enumerate(active):
             x = grad.to(state_dtype(row.param)) * self._inv_scale.to(grad.device)
             self.norms[i] = vector_norm(x, step.options.norm_type)
             self.finite[i] = x.isfinite().all()
+            if step.norm_is_exact and (step.ranks is None or row.counted):
+                self.squares += sum_of_squares(x)
 
     @torch.no_grad()
     def exchange(self) -> None:
@@ -114,9 +117,10 @@ class ReferencePlan(Plan):
                 records.FINGERPRINTS - step.fingerprint,
             )
         else:
-            squares = self.norms[counted & self.finite].square().sum().item()
-            total = int(Fraction(min(squares, LARGEST_SUM)) * 2**-records.LOWEST)
-            words[: records.DIGITS] = [total >> 32 * d & 0xFFFFFFFF for d in range(records.DIGITS)]
+            if not step.norm_is_exact:
+                squares = self.norms[counted & self.finite].square().sum().item()
+                self.squares = int(Fraction(min(squares, LARGEST_SUM)) * 2**-UNIT)
+            words[: records.DIGITS] = digits_of(self.squares)
             words[records.LARGEST] = records.FINGERPRINTS * 256 + step.fingerprint
         if step.found_inf is not None and step.found_inf.reshape(()) != 0:
             words[records.VOTES] += records.FOUND_INF
@@ -172,6 +176,8 @@ class ReferencePlan(Plan):
         if step.measured:
             norm = vector_norm(self.norms, step.options.norm_type)
             bad = ~self.finite.all()
+            if step.norm_is_exact and not bad:
+                norm = clip_coef * root_of(self.squares)
         if step.found_inf is not None:
             bad = bad | (step.found_inf.reshape(()) != 0)
         if step.ranks is not None:

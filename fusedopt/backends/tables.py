@@ -17,6 +17,7 @@ from . import modules
 from .records import (
     CODECS,
     DEVICE_NUMBER,
+    EXACT,
     GRAD,
     MEASURED,
     NORM_IS_TWO,
@@ -62,6 +63,8 @@ class TablePlan(Plan):
         flags = MEASURED if step.measured else 0
         if options.norm_type != math.inf:
             flags += NORM_IS_TWO
+        if step.norm_is_exact:
+            flags += EXACT
         if step.skip_nonfinite:
             flags += SKIP_NONFINITE
         n_ranks = 0

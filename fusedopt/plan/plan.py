@@ -7,6 +7,7 @@ kernels get the rows (``fusedopt/backends``).
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -140,6 +141,11 @@ class StepInputs:
     held: Held | None = None  # once the plan has been refreshed
     ranks: Any = None  # plan.exchange.Ranks; those that share the norm with this process
     fingerprint: int = 0  # of the options, for the ranks to compare
+
+    @property
+    def norm_is_exact(self) -> bool:
+        """The squares of all elements are added up exactly, not the sums of chunks."""
+        return self.options.norm_bits == "exact" and self.options.norm_type != math.inf
 
     def grad(self, row: int) -> Tensor | None:
         """The gradient of the plan's row in this step; ``None``: takes no part in it."""

@@ -56,9 +56,11 @@ class Met(Ranks):
         self.uncounted, self.is_mixed = frozenset(uncounted), False
         self.compares_groups, self.joined = True, False
 
-    def add_up(self, words: Tensor, largest: bool) -> None:
+    def add_up(self, words: Tensor, norm_type: float) -> None:
         self.joined = True
-        words.copy_(torch.tensor(self.meeting.total(self.number, words.tolist(), largest)))
+        words.copy_(
+            torch.tensor(self.meeting.total(self.number, words.tolist(), norm_type == float("inf")))
+        )
 
 
 def share(monkeypatch: pytest.MonkeyPatch, ranks: Callable[[Any], Any]) -> None:

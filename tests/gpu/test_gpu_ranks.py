@@ -305,7 +305,7 @@ def test_words_go_through_a_device_that_the_group_serves(
 ) -> None:
     ranks = Ranks(group_for(*types), frozenset(), False, True)
     words = torch.arange(records.WORDS, device=device())
-    ranks.add_up(words, largest=False)
+    ranks.add_up(words, 2.0)
     assert words.tolist() == list(range(1, records.WORDS + 1))
     where = device().type if device().type in types else "cpu"
     assert sent == [(where, torch.distributed.ReduceOp.SUM)]
@@ -321,7 +321,7 @@ def test_words_on_a_device_that_the_group_does_not_serve(sent: list[Sent]) -> No
         copy_ = value.copy_
 
     ranks = Ranks(group_for("cpu"), frozenset(), False, True)
-    ranks.add_up(Elsewhere, largest=True)  # type: ignore[arg-type]
+    ranks.add_up(Elsewhere, float("inf"))  # type: ignore[arg-type]
     assert Elsewhere.value.tolist() == [1] * records.WORDS
     assert sent == [("cpu", torch.distributed.ReduceOp.MAX)]
 
@@ -332,7 +332,7 @@ def test_no_abort_in_a_capture(
 ) -> None:
     """It would be sent by no replay, and the graph is lost."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(Ranks, "add_up", lambda self, words, largest: sent.append(words))
+    monkeypatch.setattr(Ranks, "add_up", lambda self, words, norm_type: sent.append(words))
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
     ranks = Ranks(group_for("cuda"), frozenset(), False, True)

@@ -210,6 +210,7 @@ COMMON = {
     "amp_scaling": None,
     "backend": None,
     "norm_group": None,
+    "norm_bits": None,
 }
 
 

@@ -1,0 +1,121 @@
+// norm_bits="exact": a warp adds up the squares of a chunk's elements as integers.
+//
+// An fp32 number is an integer of 24 bits times a power of two. In a window of 32 exponents,
+// squares are integers of 48 bits, shifted by 0, 2, ... 62: the sum over a chunk has 123 bits at
+// most. Most chunks have all their elements in one window, at the exponents where the chunk before
+// had its own. The elements below the window are left to another look at the chunk.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace fusedopt {
+
+constexpr int kWindow = 32;         // exponents
+constexpr int kHighestField = 254;  // of the exponents of finite numbers
+constexpr int kMargin = 4;          // exponents that a chunk may lie above the one before
+constexpr uint32_t kInf = 0x7f800000u;
+
+struct Wide {
+  uint64_t low, high;
+};
+
+FUSEDOPT_DEVICE void add(Wide& sum, const Wide& x) {
+  sum.low += x.low;
+  sum.high += x.high + (sum.low < x.low ? 1 : 0);
+}
+
+// Bits offset, offset + 1, ... offset + 31 of x.
+FUSEDOPT_DEVICE uint32_t digit_of(const Wide& x, int offset) {
+  if (offset <= -32 || offset >= 128) return 0;
+  if (offset < 0) return static_cast<uint32_t>(x.low << -offset);
+  if (offset >= 64) return static_cast<uint32_t>(x.high >> (offset - 64));
+  return static_cast<uint32_t>(x.low >> offset | (x.high << 1) << (63 - offset));
+}
+
+// The exponent field of a magnitude; denormals have that of the smallest normals.
+FUSEDOPT_DEVICE int field_of(uint32_t magnitude) {
+  return magnitude < 0x800000u ? 1 : static_cast<int>(magnitude >> 23);
+}
+
+// The number of the lowest bit of a window's sum, counted from 2^kLowest; below zero there are
+// none.
+FUSEDOPT_DEVICE int lowest_bit_of(int top) { return 2 * (top - (kWindow - 1) - 150) - kLowest; }
+
+// The same in every thread of the warp. Magnitudes are those of grad * inv_scale.
+struct Squares {
+  Wide sum;          // of the squares in the window whose highest exponent is `top`
+  uint32_t largest;  // magnitude of all elements
+  uint32_t below;    // the largest magnitude below the window
+};
+
+FUSEDOPT_DEVICE uint32_t largest_of_warp(uint32_t x) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllThreads, x, distance);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+FUSEDOPT_DEVICE Squares squares(const ChunkOfGrads& c, int t, float inv_scale, int top) {
+  Squares s = {};
+  for_each_element(c, t, [&](int, float grad) {
+    const uint32_t magnitude = bits_of(grad * inv_scale) & 0x7fffffffu;
+    const uint32_t hidden_bit = magnitude < 0x800000u ? 0 : 0x800000u;
+    const uint64_t whole = (magnitude & 0x7fffffu) | hidden_bit;
+    const uint64_t square = whole * whole;
+    const int down = top - field_of(magnitude);
+    s.largest = magnitude > s.largest ? magnitude : s.largest;
+    if (down >= 0 && down < kWindow) {
+      const int shift = 2 * (kWindow - 1 - down);
+      add(s.sum, {square << shift, (square >> 1) >> (63 - shift)});
+    } else if (down > 0) {
+      s.below = magnitude > s.below ? magnitude : s.below;
+    }
+  });
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    add(s.sum, {__shfl_xor_sync(kAllThreads, s.sum.low, distance),
+                __shfl_xor_sync(kAllThreads, s.sum.high, distance)});
+  }
+  s.largest = largest_of_warp(s.largest);
+  s.below = largest_of_warp(s.below);
+  return s;
+}
+
+// The number that a chunk adds to word t. A digit gets less than 2^32 from each of three windows at
+// most. `guess` is the highest exponent to look for first, and is left for the next chunk.
+FUSEDOPT_DEVICE uint64_t word_of_exact_chunk(const ChunkOfGrads& c, int t, bool counted,
+                                             float inv_scale, int& guess) {
+  uint64_t word = 0;
+  int top = guess;
+  for (bool first = true;; first = false) {
+    const Squares s = squares(c, t, inv_scale, top);
+    if (s.largest >= kInf) return t == (s.largest > kInf ? kNanChunks : kInfChunks) ? 1 : 0;
+    const int highest = field_of(s.largest);
+    if (first && highest > top) {
+      top = highest;
+      continue;
+    }
+    guess = highest + kMargin < kHighestField ? highest + kMargin : kHighestField;
+    word += digit_of(s.sum, 32 * t - lowest_bit_of(top));
+    if (s.below == 0) return counted ? word : 0;
+    top = field_of(s.below);
+  }
+}
+
+// Word t of all chunks of this warp.
+FUSEDOPT_DEVICE uint64_t exact_word_of_warp(const DeviceStep& step, int t, float inv_scale) {
+  const PlanView& plan = step.plan;
+  uint64_t word = 0;
+  int guess = 127;
+  int64_t c = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  for (; c < plan.n_chunks; c += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const ChunkOfGrads grads = chunk_of_grads(plan, plan.chunks[c]);
+    const bool counted = step.record.counts(plan.rows[plan.chunks[c].row]);
+    word += word_of_exact_chunk(grads, t, counted, inv_scale, guess);
+  }
+  return word;
+}
+
+}  // namespace fusedopt
