@@ -219,9 +219,6 @@ def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | Non
 def _check_known(one_of_each_mesh: Iterable[_Sharded], widest: frozenset[int]) -> None:
     """Without ``norm_group`` the meshes have to tell which ranks there are."""
     for each in one_of_each_mesh:
-        root = each.mesh._get_root_mesh()
-        names = root.mesh_dim_names or ()
-        missing = [names[d] if names else d for d in _dims_outside(root, widest)]
         if not _ranks_on(each.mesh) <= widest:
             raise RuntimeError(
                 f"{each.label} lies on {each.mesh}, and other parameters on other ranks: it is not "
@@ -229,6 +226,10 @@ def _check_known(one_of_each_mesh: Iterable[_Sharded], widest: frozenset[int]) -
                 "`norm_group=torch.distributed.group.WORLD`, or the group or DeviceMesh of the "
                 "ranks that do"
             )
+    for each in one_of_each_mesh:
+        root = each.mesh._get_root_mesh()
+        names = root.mesh_dim_names or ()
+        missing = [names[d] if names else d for d in _dims_outside(root, widest)]
         if missing:
             raise RuntimeError(
                 f"{each.label} lies on a part of its mesh, whose other dimensions are "

@@ -158,7 +158,7 @@ def experts(rank: int) -> None:
     # On meshes none of which has all ranks of the others.
     rows, columns = expert_mesh["efsdp"], expert_mesh["ep"]
     two = [trained(own[0], rows, ROWS), trained(own[1], columns, ROWS)]
-    refused(two, "lies on ranks", "norm_group=torch.distributed.group.WORLD")
+    refused(two, "and other parameters on other ranks", "norm_group=torch.distributed.group.WORLD")
 
 
 def test_experts() -> None:
