@@ -189,7 +189,7 @@ def broken_state(s: Training) -> Iterator[str]:
 def lost_by_dcp(s: Training) -> Iterator[str]:
     """What a flattened load of torch.distributed.checkpoint hands on: names for keys, and gaps."""
     s.save()
-    s.state_dict["state"] = {"weight": dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), {})}
+    s.state_dict["state"] = {"weight": {key: {} for key in ("step", "exp_avg", "exp_avg_sq")}}
     s.state_dict["param_groups"][0]["params"] = ["weight"]
     yield "the checkpoint has no .* of"
     for group, lost, words in (
