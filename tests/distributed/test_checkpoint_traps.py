@@ -263,11 +263,11 @@ def saved_meanwhile(rank: int, folder: str) -> None:
     train(model, optimizer, 0, 1)
     at_that_time = values(model, optimizer)
     group = dist.new_group(backend="gloo")
-    for process_group in (group, None):
+    for name, process_group in (("own", group), ("default", None)):
         saved = {"optimizer": get_optimizer_state_dict(model, optimizer)}
         with Messages() as messages:
             future = dcp.async_save(
-                saved, checkpoint_id=f"{folder}/{process_group}", process_group=process_group
+                saved, checkpoint_id=f"{folder}/{name}", process_group=process_group
             )
             if process_group is None:  # its messages and a step's would mix: not at once
                 future.result()
@@ -280,7 +280,7 @@ def saved_meanwhile(rank: int, folder: str) -> None:
             return
         other, other_optimizer = build("adamw", torch.bfloat16, 7)
         loaded = {"optimizer": get_optimizer_state_dict(other, other_optimizer)}
-        dcp.load(loaded, checkpoint_id=f"{folder}/{process_group}")
+        dcp.load(loaded, checkpoint_id=f"{folder}/{name}")
         set_optimizer_state_dict(other, other_optimizer, loaded["optimizer"])
         assert_same(states(values(other, other_optimizer)), states(at_that_time))
 
