@@ -64,26 +64,29 @@ def _check_taken(
     empty dict for each that is not in the checkpoint. It names parameters, as no other saver does.
     """
     group, key = at
+    anew = (
+        "start it anew: `optimizer.register_load_state_dict_pre_hook(lambda _, saved: "
+        f"saved['state'].__delitem__({key!r}))`"
+    )
     lost = [name for name in (*names, STEP) if isinstance(saved.get(name), dict)]
     if names and lost:
         raise KeyError(
-            f"{label}: the checkpoint has no {', '.join(map(repr, lost))} of {key!r}; start it "
-            "anew: `optimizer.register_load_state_dict_pre_hook(lambda _, saved: "
-            f"saved['state'].__delitem__({key!r}))`"
+            f"{label}: the checkpoint has no {', '.join(map(repr, lost))} of {key!r}; {anew}"
         )
-    if isinstance(key, str) and any(name not in saved for name in names):
-        if turned_on:
-            values = ", ".join(f"{name}={literal(value)}" for name, value in turned_on.items())
-            raise KeyError(
-                f"{label}: its states in the checkpoint depend on {values}, which the optimizer "
-                "did not have, so that torch.distributed.checkpoint has left them out; before you "
-                f"load: `optimizer.param_groups[{group}].update({values}); optimizer.init_state()`"
-            )
-        if not saved:
-            raise KeyError(
-                f"{label}: it had no state for torch.distributed.checkpoint to load into; before "
-                "you load: `optimizer.init_state()`"
-            )
+    if not isinstance(key, str) or all(name in saved for name in names):
+        return
+    if turned_on:
+        values = ", ".join(f"{name}={literal(value)}" for name, value in turned_on.items())
+        raise KeyError(
+            f"{label}: its states in the checkpoint depend on {values}, which the optimizer did "
+            "not have, so that torch.distributed.checkpoint has left them out; before you load: "
+            f"`optimizer.param_groups[{group}].update({values}); optimizer.init_state()`"
+        )
+    if not saved:
+        raise KeyError(
+            f"{label}: it had no state for torch.distributed.checkpoint to load into; before you "
+            f"load: `optimizer.init_state()`. If the checkpoint has none either, {anew}"
+        )
 
 
 def _check_keys(state_dict: dict[str, Any]) -> None:

@@ -88,14 +88,19 @@ def _cut(value: Tensor, spec: Any) -> Tensor:
             for place, size, each in zip(at, spec.mesh.shape, spec.placements, strict=True)
             if not each.is_replicate() and each.dim % value.dim() == dim
         ]
-        if not shards:
-            continue
-        # _StridedShard takes rows from several places, and another Shard some of these.
-        shape = [-1 if d == dim else 1 for d in range(value.dim())]
-        rows = torch.arange(value.shape[dim], device="cpu").view(shape)
-        for place, size, each in shards:
-            rows = each._split_tensor(rows, size, with_padding=False, contiguous=False)[0][place]
-        value = _selected(value, dim, rows.flatten())
+        if all(each.is_shard() for *_, each in shards):
+            value = _split(value, shards)
+        else:  # _StridedShard takes rows from several places, and another Shard some of these
+            shape = [-1 if d == dim else 1 for d in range(value.dim())]
+            rows = torch.arange(value.shape[dim], device="cpu").view(shape)
+            value = _selected(value, dim, _split(rows, shards).flatten())
+    return value
+
+
+def _split(value: Tensor, shards: Sequence[tuple[int, int, Any]]) -> Tensor:
+    """``shards``: for each dimension of a mesh the place in it, its size, and the placement."""
+    for place, size, each in shards:
+        value = each._split_tensor(value, size, with_padding=False, contiguous=False)[0][place]
     return value
 
 

@@ -92,6 +92,10 @@ REFUSALS = {
     "JSON, for one, makes strings of keys": "a checkpoint whose keys became strings",
     "of a parameter before it": "groups name one key twice",
     "it is the checkpoint of another": "a checkpoint of another optimizer",
+    "the checkpoint has no … of …": "a flattened load of `torch.distributed.checkpoint`",
+    "in the checkpoint depend on": "a flattened load of `torch.distributed.checkpoint`",
+    "it had no state for torch.distributed": "a flattened load of `torch.distributed.checkpoint`",
+    "make it whole, on all ranks": "a state on another mesh than its parameter",
 }
 # The same in torch: a gradient always has its parameter's shape and device, a state dict is a dict.
 AS_IN_TORCH = (

@@ -29,6 +29,7 @@ pytestmark = fallback_is_expected
 
 # Messages whose code is run by other tests.
 ELSEWHERE = {
+    "make it whole, on all ranks": "tests/distributed/test_checkpoint_plain.py",
     "serves instead": "`python -m fusedopt`, by tests/installation/test_report.py",
     "weights and biases that FSDP made into one": "tests/param_groups/test_param_groups_shards.py",
     "cannot use this GPU": "backend='reference', by the scene of 'cannot serve'",
@@ -185,6 +186,33 @@ def broken_state(s: Training) -> Iterator[str]:
     yield "state 'exp_avg' has no memory"
 
 
+def lost_by_dcp(s: Training) -> Iterator[str]:
+    """What a flattened load of torch.distributed.checkpoint hands on: names for keys, and gaps."""
+    s.save()
+    s.state_dict["state"] = {"weight": {key: {} for key in ("step", "exp_avg", "exp_avg_sq")}}
+    s.state_dict["param_groups"][0]["params"] = ["weight"]
+    yield "the checkpoint has no .* of"
+    for group, lost, words in (
+        ({"amsgrad": True}, "max_exp_avg_sq", "in the checkpoint depend on amsgrad=True"),
+        ({}, "exp_avg", "it had no state for torch.distributed"),
+    ):
+        own = s.save()
+        own["max_exp_avg_sq"] = torch.ones(3)
+        s.state_dict["param_groups"][0].update(params=["weight"], **group)
+
+        def load(own: Any = own, lost: str = lost) -> None:
+            """As torch does: it takes what the optimizer has."""
+            had = s.optimizer.state.get(s.param, {})
+            taken = own if lost in had else {n: own[n] for n in had}
+            if lost == "max_exp_avg_sq" and not had:
+                taken = {n: v for n, v in own.items() if n != lost}
+            s.state_dict["state"] = {"weight": taken}
+            s.load()
+
+        s.fails = s.helps = load
+        yield words
+
+
 def broken_checkpoints(s: Training) -> Iterator[str]:
     betas = torch.tensor(0.9), torch.tensor(0.99)
     for options, words in ({}, ""), ({"betas": betas}, ": it is"):
@@ -317,7 +345,7 @@ def coupled_checkpoint(s: Training) -> Iterator[str]:
     yield "has no decoupled_weight_decay"
 
 
-SITUATIONS = [broken_memory, broken_containers, broken_state, broken_checkpoints]
+SITUATIONS = [broken_memory, broken_containers, broken_state, broken_checkpoints, lost_by_dcp]
 SITUATIONS += [refused_parameters, refused_options, coupled_checkpoint]
 
 
