@@ -32,17 +32,21 @@ def made_by_zero() -> bool:
 
 
 def refuse_own_norm(options: Options, fsdp1: bool, zero: bool) -> None:
-    """Raise where each rank would go by the norm of its own shards."""
-    if fsdp1 and options.max_grad_norm is not None:
+    """Raise where each rank would go by its own shards in clipping or skipping."""
+    asked = (
+        "skip_nonfinite=True"
+        if options.max_grad_norm is None
+        else f"max_grad_norm={options.max_grad_norm}"
+    )
+    if fsdp1:
         raise RuntimeError(
-            f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: each rank "
-            "sees only its part of the norm; say which ranks share it: "
-            "`optimizer.norm_group = model.process_group`, or, with NO_SHARD, that all hold the "
-            "same: `optimizer.param_groups[0]['replicated'] = True`"
+            f"{asked} cannot be honoured for FSDP1 shards: each rank sees only its part of the "
+            "gradients; say which ranks share them: `optimizer.norm_group = model.process_group`, "
+            "or, with NO_SHARD, that all hold the same: "
+            "`optimizer.param_groups[0]['replicated'] = True`"
         )
-    if zero and (options.max_grad_norm is not None or options.skip_nonfinite):
+    if zero:
         raise RuntimeError(
-            f"max_grad_norm={options.max_grad_norm} and skip_nonfinite={options.skip_nonfinite} "
-            "cannot be honoured for one rank's share of a ZeroRedundancyOptimizer; say which ranks "
-            "have the rest: `optimizer.optim.norm_group = optimizer.process_group`"
+            f"{asked} cannot be honoured for one rank's share of a ZeroRedundancyOptimizer; say "
+            "which ranks have the rest: `optimizer.optim.norm_group = optimizer.process_group`"
         )

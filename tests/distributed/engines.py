@@ -68,6 +68,15 @@ def messages(expected: int | None) -> Iterator[None]:
     assert expected is None or comm.get_total_counts() == expected, counts
 
 
+@contextmanager
+def all_reduces(expected: int) -> Iterator[None]:
+    """The block sends so many; other messages do not count."""
+    with CommDebugMode() as comm:
+        yield
+    counts = dict(comm.get_comm_counts())
+    assert sum(n for kind, n in counts.items() if "reduce" in str(kind)) == expected, counts
+
+
 def same_everywhere(found: Any) -> None:
     """All ranks call this with the same value."""
     everywhere: list[Any] = [None] * dist.get_world_size()

@@ -6,7 +6,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import ranks
@@ -21,11 +21,11 @@ import fusedopt
 
 
 def wrapped(model: Any, use_orig_params: bool = False, **options: Any) -> FSDP:
+    options |= {"device_id": torch.device("cpu"), "use_orig_params": use_orig_params}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # NO_SHARD is deprecated
-        inside = FSDP(model.down, use_orig_params=use_orig_params, **options)
-        model.down = inside
-        return FSDP(model, use_orig_params=use_orig_params, **options)
+        model.down = FSDP(model.down, **options)
+        return FSDP(model, **options)
 
 
 def group_of(model: FSDP) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class BesideFsdp1(Beside):
 
 
 class Replicated(BesideFsdp1):
-    group = {"replicated": True}
+    group: ClassVar[dict[str, Any]] = {"replicated": True}
 
 
 def clipped(rank: int) -> None:
@@ -76,7 +76,7 @@ def replicas(rank: int) -> None:
 def refused(rank: int) -> None:
     for strategy, number in ((ShardingStrategy.FULL_SHARD, 0), (ShardingStrategy.NO_SHARD, 1)):
         model, single = wrapped(make_model(), sharding_strategy=strategy), make_model()
-        optimizer = fusedopt.FusedAdamW(model.parameters(), **CLIP)
+        optimizer = fusedopt.FusedAdamW(model.parameters(), skip_nonfinite=True)
         backward(model, 0)
         backward(single, 0)
         before = [param.detach().clone() for param in model.parameters()]
@@ -89,7 +89,7 @@ def refused(rank: int) -> None:
         optimizer.step()
         assert_norm(optimizer.grad_norm, norm_of(single.parameters()))
         # also once there is a plan
-        optimizer.norm_group, optimizer.max_grad_norm = None, None
+        optimizer.norm_group, optimizer.skip_nonfinite = None, False
         optimizer.param_groups[0].pop("replicated", None)
         optimizer.step()
         optimizer.max_grad_norm = 1.0
