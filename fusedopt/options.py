@@ -47,7 +47,7 @@ NOT_PICKLED = "a group that was not pickled"  # stands for a norm_group until a 
 # Options that are neither numbers nor flags.
 _OTHERS: dict[str, Callable[[Any], bool]] = {
     "backend": lambda value: isinstance(value, str) and value in BACKEND_NAMES,
-    "norm_group": lambda value: value is NOT_PICKLED or _is_group(value),
+    "norm_group": lambda value: _is_group(value) or value == NOT_PICKLED,
 }
 # Ranges of the options that are numbers. The others are flags.
 _ALLOWED: dict[str, Callable[[float], bool]] = {

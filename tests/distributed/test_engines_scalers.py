@@ -12,8 +12,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from engines import messages, same_everywhere
-from tolerances import assert_same_bits
+from engines import messages, same_everywhere, whole
+from tolerances import assert_norm, assert_same_bits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -27,7 +27,7 @@ DIFFER = "their scales may differ"
 
 def params_of(scene: str) -> tuple[list[nn.Parameter], dict[str, Any]]:
     """Parameters on four ranks, and options of the optimizer."""
-    whole = torch.linspace(-1, 1, 64).view(8, 8)
+    values = torch.linspace(-1, 1, 64).view(8, 8)
     if scene == "hybrid":
         mesh, placements = init_device_mesh("cpu", (2, 2)), [[Replicate(), Shard(0)]] * 2
     else:
@@ -36,7 +36,7 @@ def params_of(scene: str) -> tuple[list[nn.Parameter], dict[str, Any]]:
     own = torch.linspace(0, 1, 5 + dist.get_rank())
     if scene == "pipeline":
         return [nn.Parameter(own), nn.Parameter(own[:3].clone())], {"norm_group": dist.group.WORLD}
-    params = [nn.Parameter(distribute_tensor(whole, mesh, each)) for each in placements]
+    params = [nn.Parameter(distribute_tensor(values, mesh, each)) for each in placements]
     if scene == "beside":
         params.append(nn.Parameter(torch.ones(3)))
     return params, {}
@@ -57,14 +57,20 @@ class Training:
         groups = [{"params": self.params[:2]}, {"params": self.params[2:], "replicated": True}]
         self.opt = fusedopt.FusedAdamW(groups[: 2 if scene == "beside" else 1], **own, **options)
         self.scaler = make("cpu", init_scale=SCALE, growth_interval=2)
+        self.bad = (3,)
+
+    def with_equal_replicas(self) -> Training:
+        """An engine gives both ranks of a part the same gradients."""
+        self.bad = (1, 3)
+        return self
 
     def give_grads(self, bad: bool = False) -> None:
-        """Scaled; ``bad``: with an inf, which the last rank alone has."""
+        """Scaled; ``bad``: with an inf, which only the ranks `self.bad` have."""
         self.scaler.scale(torch.zeros(()))
         for param in self.params:
             param.grad = param.detach().clone() + 2
             local(param.grad).mul_(self.scaler.get_scale())
-        if bad and dist.get_rank() == dist.get_world_size() - 1:
+        if bad and dist.get_rank() in self.bad:
             local(self.params[1].grad).view(-1)[0] = float("inf")
 
     def values(self) -> list[Tensor]:
@@ -131,8 +137,8 @@ def torchs(rank: int) -> None:
         for scene in AGREE:
             for step in (None, unscale):
                 with silent():
-                    found = Training(scene, torch.amp.GradScaler, **options).steps(step)
-                    assert found == RIGHT, scene
+                    training = Training(scene, torch.amp.GradScaler, **options)
+                    assert training.with_equal_replicas().steps(step) == RIGHT, scene
         for scene in ("mixed", "pipeline"):
             training = Training(scene, torch.amp.GradScaler, **options)
             assert training.opt._step_supports_amp_scaling
@@ -149,7 +155,7 @@ def hooks(rank: int) -> None:
     """A pre-hook finds unscaled gradients, whichever scaler is used."""
     for scene in (*AGREE, *DISAGREE):
         for make in (fusedopt.GradScaler, torch.amp.GradScaler):
-            training = Training(scene, make)
+            training = Training(scene, make).with_equal_replicas()
             seen: list[bool] = []
 
             def look(opt: Any, *_: Any, training: Any = training, seen: Any = seen) -> None:
@@ -313,8 +319,31 @@ def without_a_question(rank: int) -> None:
             training.opt.step()
 
 
+def put_right(rank: int) -> None:
+    """A refusal by ranks is looked at again in each step, also once there is a plan."""
+    training = Training("beside", fusedopt.GradScaler)
+    optimizer = training.opt
+    del optimizer.param_groups[1]["replicated"]
+    training.give_grads()
+    with messages(0):
+        optimizer.step()
+    optimizer.max_grad_norm = 1.0
+    for _ in range(2):
+        with (
+            messages(0),
+            pytest.raises(RuntimeError, match="plain tensor beside DTensors") as caught,
+        ):
+            optimizer.step()
+    for remedy in re.findall("`([^`]+)`", str(caught.value)):
+        exec(remedy, {"optimizer": optimizer})
+    with messages(1):
+        optimizer.step()
+    squares = [whole(param.grad).double().square().sum() for param in training.params]
+    assert_norm(optimizer.grad_norm, torch.stack(squares).sum().sqrt())
+
+
 FUNCTIONS = [ours, torchs, hooks, refused, refused_after_unscale]
-FUNCTIONS += [hook_fails, post_hook_fails, without_a_question]
+FUNCTIONS += [put_right, hook_fails, post_hook_fails, without_a_question]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
