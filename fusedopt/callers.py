@@ -1,14 +1,25 @@
-"""Who calls us: the line of the user's code that a warning is about, or a function of torch."""
+"""Who has called us: the line of the user's code for a warning, or a function or object of torch."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 
 OURS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, str(torch.__file__)))
+
+
+def running(method: Callable[..., Any]) -> Any:
+    """The ``self`` of the innermost call of ``method`` that has led here; None if there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not method.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
 
 
 def users_level() -> int:

@@ -20,7 +20,7 @@ from .backends.registry import choose, prepare
 from .callers import is_called_by
 from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options
-from .plan.checks import check_param, has_fsdp1_shards, is_served, served_params
+from .plan.checks import check_param, is_served, served_params
 from .plan.exchange import Ranks, ranks_of, refuse, refuse_late, uncounted
 from .plan.groups import (
     check_containers,
@@ -34,6 +34,7 @@ from .plan.groups import (
 from .plan.options_table import Line, pack
 from .plan.plan import N_STEP_SCALARS, Plan, StepInputs
 from .plan.rows import checked_rows, complete_rows, label_of
+from .plan.shards import has_fsdp1_shards, made_by_zero, refuse_own_norm
 from .rules.declaration import Group
 from .scaler.attributes import AmpAttributes, ours
 from .shared import Shared
@@ -61,7 +62,7 @@ class FusedOptimizer(AmpAttributes):
         refuse_differentiable(defaults, type(self).__name__)
         with durable():
             scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
-        self._shared = Shared(options, scalars, Line(self.rule))
+        self._shared = Shared(options, scalars, Line(self.rule), made_by_zero=made_by_zero())
         super().__init__(params, defaults)
         prepare(options.backend, list(served_params(self.param_groups)))
 
@@ -207,13 +208,8 @@ class FusedOptimizer(AmpAttributes):
         options = shared.options
         clips = options.max_grad_norm is not None
         try:
-            if clips and self._is_fsdp1_sharded():
-                raise RuntimeError(
-                    f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: "
-                    "each rank sees only its part of the norm; say which ranks share it: "
-                    "`optimizer.norm_group = model.process_group`, or, with NO_SHARD, that all "
-                    "hold the same: `optimizer.param_groups[0]['replicated'] = True`"
-                )
+            if options.norm_group is None and (clips or options.skip_nonfinite):
+                refuse_own_norm(options, self._is_fsdp1_sharded(), shared.made_by_zero)
             device = self._flag_device(shared.scalars.device)
             if shared.scalars.device != device:
                 with durable():

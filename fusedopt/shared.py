@@ -39,6 +39,7 @@ class Shared:
     turn: Any = field(default_factory=threading.RLock)  # held by the thread that steps
     measured: bool = False  # the last step computed the norm
     begun: bool = False  # the step, after its pre-hooks
+    made_by_zero: bool = False  # by a ZeroRedundancyOptimizer, for one rank's share
     plan: Plan | None = None
     # That share a norm with this process; a text says why they cannot.
     ranks: Ranks | str | None = None

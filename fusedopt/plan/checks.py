@@ -38,16 +38,6 @@ def is_of_inference(tensor: Tensor) -> bool:
         return True
 
 
-def has_fsdp1_shards(groups: list[Group]) -> bool:
-    """Whether a step updates parameters of FSDP1, except replicas (``replicated=True``)."""
-    return any(
-        getattr(param, "_fsdp_flattened", False) and not group.get("replicated")
-        for group in groups
-        for param in group["params"]
-        if is_served(param)
-    )
-
-
 def check_param(label: str, param: Tensor) -> None:
     """Raise ``TypeError`` for a parameter no backend can update."""
     if is_dtensor(param):

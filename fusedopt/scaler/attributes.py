@@ -22,9 +22,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from ..callers import users_level
 from ..modes import is_recorded, untraced
 from ..options import is_number
-from ..plan.checks import has_fsdp1_shards, served_params
+from ..plan.checks import served_params
 from ..plan.exchange import Ranks
 from ..plan.plan import FOUND_INF
+from ..plan.shards import has_fsdp1_shards
 from ..shared import SharingOptimizer
 from .torchs import asks_all_ranks, scaler_in_step
 

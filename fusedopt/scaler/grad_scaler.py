@@ -55,6 +55,8 @@ class GradScaler(TorchGradScaler):
             result = optimizer.step(*args)
         except BaseException:  # a step in place of ours restores nothing when it raises
             amp.restore()
+            if own["stage"] is OptState.UNSCALED:
+                own["found_inf_per_device"] = found
             raise
         amp.undecided()
         own["stage"] = OptState.STEPPED

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import sys
-from types import FrameType
 
 from torch.amp.grad_scaler import GradScaler
 
-_STEP = GradScaler.step.__code__
+from ..callers import running
 
 
 def scaler_in_step() -> GradScaler | None:
     """The scaler whose ``step`` has called us; torch's contract does not name it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not _STEP:
-        frame = frame.f_back
-    scaler: GradScaler | None = None if frame is None else frame.f_locals["self"]
+    scaler: GradScaler | None = running(GradScaler.step)
     return scaler
 
 

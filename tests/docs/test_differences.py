@@ -60,6 +60,7 @@ def test_public_names_that_torch_has_not_are_named() -> None:
 REFUSALS = {
     "differentiable=True is not supported": "`differentiable=True`",
     "cannot be honoured for FSDP1 shards": "FSDP1 shards",
+    "cannot be honoured for one rank's share": "one rank's share in `ZeroRedundancyOptimizer`",
     "has no option": "None or a string in a group's option",
     "it holds for all groups": "an option of the whole optimizer in a param",
     "list each parameter once: ": "a parameter twice in a group",
@@ -108,7 +109,7 @@ AS_IN_TORCH = (
 def test_every_refusal_is_named() -> None:
     text = read("differences.md")
     assert [word for word in REFUSALS.values() if word not in text] == []
-    checking = ("checks.py", "groups.py", "rows.py", "state.py")
+    checking = ("checks.py", "groups.py", "rows.py", "shards.py", "state.py")
     messages = set(raised("optimizer.py", "loadable.py", "plan.py", *checking)) - {"…"}
     known = (*REFUSALS, *AS_IN_TORCH)
     assert [m for m in sorted(messages) if not any(words in m for words in known)] == []

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from protocol_helpers import fallback_is_expected
 from raised_messages import raised
 from torch.nn import Parameter
@@ -34,7 +35,18 @@ ELSEWHERE = {
     "weights and biases that FSDP made into one": "tests/param_groups/test_param_groups_shards.py",
     "cannot use this GPU": "backend='reference', by the scene of 'cannot serve'",
     "Triton cannot compile": "the same",
+    "share of a ZeroRedundancyOptimizer": "tests/distributed/test_engines_ddp.py",
+    "would see scaled gradients": "tests/distributed/test_engines_scalers.py",
+    "their scales may differ": "fuse_scaler, by the same",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def trained(data: torch.Tensor) -> Parameter:
@@ -148,11 +160,7 @@ def broken_containers(s: Training) -> Iterator[str]:
     s.fails = lambda: torch.func.vmap(lambda x: (s.optimizer.step(), x)[1])(torch.zeros(3))
     yield "cannot be traced or faked"
     s.start(max_grad_norm=1.0)
-    s.param._fsdp_flattened, s.max_norm = True, 1.0
-    clip = functools.partial(torch.nn.utils.clip_grad_norm_, s.params)
-    s.model = SimpleNamespace(clip_grad_norm_=clip)
-    step = s.helps
-    s.helps = lambda: s.optimizer.max_grad_norm is None and step()
+    s.param._fsdp_flattened, s.model = True, SimpleNamespace(process_group=dist.group.WORLD)
     yield "cannot be honoured for FSDP1 shards"
 
 
