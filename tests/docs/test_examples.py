@@ -28,7 +28,7 @@ Table = list[dict[str, str]]
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """Import an example afresh, as a script would find its neighbours."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("common", "train_digits", "train_char_transformer")
+    names = ("common", "characters", "train_digits", "train_char_transformer")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny models: a second thread gains nothing and may have to wait
     for name in names:
