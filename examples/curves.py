@@ -65,7 +65,7 @@ def report_agreement(curves: Sequence[Curve]) -> int:
     steps = min(10, len(ours.losses))
     print()
     header = "run,loss,grad norm,skipped,iteration ms,optimizer ms,loss off,norm off"
-    print_table(header.split(","), [curve.row(first) for curve in curves])
+    print_table(header.split(","), [curve.row(first, steps) for curve in curves])
     print(
         "loss: mean of the last 10 steps; grad norm: last step, unscaled, before clipping; off: how"
     )
