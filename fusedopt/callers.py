@@ -1,4 +1,4 @@
-"""Who has called us: the line of the user's code for a warning, or a function or object of torch."""
+"""Who has called us: a line of the user's code for a warning, or a function or object of torch."""
 
 from __future__ import annotations
 
