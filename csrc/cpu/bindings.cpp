@@ -81,7 +81,7 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("groups"), py::arg("state"), py::arg("kinds"), py::arg("dtensor") = py::none())
       .def("refresh", &Watch::refresh, py::arg("groups"), py::arg("state"), py::arg("grads"));
   m.def("use_torch", &use_torch, py::arg("tensor_type"), py::arg("parameter_type"),
-        py::arg("is_neg"), py::arg("exchange"));
+        py::arg("is_neg"), py::arg("disable_subclasses"), py::arg("exchange"));
   m.def("simd_levels", &simd_levels, "Levels in this build that this CPU runs, best first.");
   m.def("simd", [] { return std::string(current_kernels().name); });
   m.def("set_simd", &set_simd);

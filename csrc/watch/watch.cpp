@@ -1,5 +1,9 @@
 #include "watch.h"
 
+#include <structmember.h>
+
+#include <algorithm>
+
 #include "../check.h"
 #include "dlpack.h"
 
@@ -11,6 +15,7 @@ struct Torch {
   PyObject* tensor_type = nullptr;
   PyObject* parameter_type = nullptr;
   PyObject* is_neg = nullptr;
+  PyObject* disable_subclasses = nullptr;
   const PyGetSetDef* grad = nullptr;  // of torch.Tensor; null: look it up by name
 } torch;
 
@@ -58,13 +63,27 @@ PyObject* grad_of(PyObject* param, bool torchs_own) {
   return PyObject_GetAttr(param, kGrad);
 }
 
-// An attribute of a DTensor; None if it has none.
-py::object attribute(PyObject* object, PyObject* name) {
-  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
-  if (value) return value;
-  PyErr_Clear();
-  return py::none();
-}
+// While it lives, torch does not search a DTensor for a `__torch_function__` of its own before it
+// reads `.grad`. DTensor has none, and the search takes as long as the read.
+class WithoutSubclasses {
+ public:
+  explicit WithoutSubclasses(bool wanted) {
+    if (!wanted) return;
+    guard_ = py::reinterpret_borrow<py::object>(torch.disable_subclasses)();
+    guard_.attr("__enter__")();
+  }
+  WithoutSubclasses(const WithoutSubclasses&) = delete;
+  WithoutSubclasses& operator=(const WithoutSubclasses&) = delete;
+  ~WithoutSubclasses() {
+    if (!guard_) return;
+    PyObject* const none = Py_None;
+    Py_XDECREF(PyObject_CallMethod(guard_.ptr(), "__exit__", "OOO", none, none, none));
+    PyErr_Clear();
+  }
+
+ private:
+  py::object guard_;
+};
 
 const void* address(const dlpack::Tensor& t) {
   return static_cast<const char*>(t.data) + t.byte_offset;
@@ -144,7 +163,8 @@ SecondOwner second_owner(PyObject* tensor) {
 }  // namespace
 
 void use_torch(const py::object& tensor_type, const py::object& parameter_type,
-               const py::object& is_neg, const py::object& exchange) {
+               const py::object& is_neg, const py::object& disable_subclasses,
+               const py::object& exchange) {
   constexpr const char* kCapsule = "dlpack_exchange_api";
   FUSEDOPT_CHECK(PyCapsule_IsValid(exchange.ptr(), kCapsule),
                  "torch's __dlpack_c_exchange_api__ is not a ", kCapsule, " capsule");
@@ -153,25 +173,45 @@ void use_torch(const py::object& tensor_type, const py::object& parameter_type,
   FUSEDOPT_CHECK(api && api->dltensor_from_py_object,
                  "this torch offers no DLPack 1.x C exchange; use torch 2.11 or newer");
   // These references are never released: the module lives as long as the process.
-  torch = {api, tensor_type.inc_ref().ptr(), parameter_type.inc_ref().ptr(), is_neg.inc_ref().ptr(),
+  torch = {api,
+           tensor_type.inc_ref().ptr(),
+           parameter_type.inc_ref().ptr(),
+           is_neg.inc_ref().ptr(),
+           disable_subclasses.inc_ref().ptr(),
            getset_named(tensor_type, "grad")};
+}
+
+Watch::Slot::Slot(const py::object& type, const char* name) : name_(name) {
+  const py::object found = py::getattr(type, name, py::none());
+  if (Py_TYPE(found.ptr()) != &PyMemberDescr_Type) return;
+  const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member;
+  if (member->type == T_OBJECT_EX) offset_ = member->offset;
+}
+
+py::object Watch::Slot::of(PyObject* object) const {
+  if (offset_ > 0) {
+    auto* value = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+    return borrowed(value ? value : Py_None);
+  }
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name_.ptr()));
+  if (value) return value;
+  PyErr_Clear();
+  return py::none();
+}
+
+bool Watch::sharded(PyObject* object) const {
+  return reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_.ptr();
 }
 
 // What the kernels see of a tensor: a DTensor's local part, or the tensor itself.
 py::object Watch::part_of(PyObject* object) const {
-  static PyObject* const kLocal = interned("_local_tensor");
-  if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_.ptr()) {
-    return attribute(object, kLocal);
-  }
-  return borrowed(object);
+  return sharded(object) ? local_.of(object) : borrowed(object);
 }
 
 // A DTensor's mesh and placements are those of the plan; a plain tensor has none.
 bool Watch::same_spec(const WatchedRow& row, PyObject* tensor) const {
-  static PyObject* const kSpec = interned("_spec");
-  const bool sharded = reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == dtensor_.ptr();
-  if (!row.spec) return !sharded;
-  return sharded && attribute(tensor, kSpec).is(row.spec);
+  if (!row.spec) return !sharded(tensor);
+  return sharded(tensor) && spec_.of(tensor).is(row.spec);
 }
 
 Placement Watch::place(py::handle object) {
@@ -186,8 +226,10 @@ Placement Watch::place(py::handle object) {
 
 Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds,
              const py::object& dtensor)
-    : dtensor_(dtensor), state_(state.ptr()) {
-  static PyObject* const kSpec = interned("_spec");
+    : dtensor_(dtensor),
+      local_(dtensor, "_local_tensor"),
+      spec_(dtensor, "_spec"),
+      state_(state.ptr()) {
   FUSEDOPT_CHECK(torch.exchange, "use_torch() has not been called");
   for (const py::handle group : groups) {
     const size_t g = group_sizes_.size();
@@ -205,11 +247,13 @@ Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<in
                        " is not a strided tensor");
         row.single_element = numel(row.placement) == 1;
       }
-      if (py::type::handle_of(row.param).is(dtensor_)) row.spec = attribute(row.param.ptr(), kSpec);
+      if (sharded(row.param.ptr())) row.spec = spec_.of(row.param.ptr());
       rows_.push_back(std::move(row));
     }
   }
   FUSEDOPT_CHECK(rows_.size() == kinds.size(), "more row kinds than params");
+  only_sharded_ = std::all_of(rows_.begin(), rows_.end(),
+                              [](const WatchedRow& row) { return static_cast<bool>(row.spec); });
 
   int64_t bytes_left = kSmallInAll;
   for (const auto& [key, value] : state) {
@@ -314,6 +358,7 @@ py::object Watch::refresh(const py::object& groups, const py::object& state,
   FUSEDOPT_CHECK(grads != 0, "grads must not be null");
   py::list odd, absent, held(rows_.size() + n_held_);
   if (!same_groups(groups.ptr()) || !same_state(state.ptr(), held.ptr())) return py::none();
+  const WithoutSubclasses without(only_sharded_);
   for (size_t r = 0; r < rows_.size(); ++r) {
     fetch_row(r + kAhead);
     const WatchedRow& row = rows_[r];

@@ -104,6 +104,7 @@ def _set_up(module: Any) -> str | None:
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         is_neg=torch.Tensor.is_neg,
+        disable_subclasses=torch._C.DisableTorchFunctionSubclass,
         exchange=torch.Tensor.__dlpack_c_exchange_api__,
     )
     level = os.environ.get(SIMD_VARIABLE)
