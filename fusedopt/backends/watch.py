@@ -49,11 +49,11 @@ def _place(value: object) -> Place | None:
 
 
 def _part(value: object) -> object:
-    return value._local_tensor if is_dtensor(value) else value  # type: ignore[attr-defined]
+    return getattr(value, "_local_tensor", None) if is_dtensor(value) else value
 
 
 def _spec(value: object) -> object:
-    return value._spec if is_dtensor(value) else None  # type: ignore[attr-defined]
+    return getattr(value, "_spec", None) if is_dtensor(value) else None
 
 
 def _param_lists(groups: object) -> Iterator[Sequence[Any]]:
