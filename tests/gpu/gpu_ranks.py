@@ -190,6 +190,16 @@ class Pairs:
         assert self.ours.errors == self.twin.errors == [None, None]
         self.check()
 
+    def alone(self, grads: Sequence[Grads]) -> None:
+        """A step of optimizers that share no norm."""
+        shared = [opt._shared for pair in self.both for opt in pair.opts]
+        ranks = [each.ranks for each in shared]
+        for each in shared:
+            each.ranks = None
+        self.step(grads)
+        for each, own in zip(shared, ranks, strict=True):
+            each.ranks = own
+
     def set(self, name: str, values: Sequence[float | None]) -> None:
         for pair in self.both:
             pair.set(name, values)

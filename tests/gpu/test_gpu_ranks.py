@@ -103,6 +103,9 @@ def test_several_devices_are_one_rank(norm_type: float, monkeypatch: pytest.Monk
         pairs.run(spoilt(step))
     assert len(pairs.ours.opts[0]._shared.plan.parts) == 2
     assert len(pairs.ours.meeting.messages) == 6
+    pairs.alone(grads_of_ranks(6))  # leaves the words of each device on the other
+    pairs.run(grads_of_ranks(7))
+    assert len(pairs.ours.meeting.messages) == 7
     check_refusal(pairs, monkeypatch, lambda pair: fail(pair, 1), 1)
 
 
@@ -234,6 +237,7 @@ def test_what_kernels_write_to_is_never_freed() -> None:
     assert first.is_pinned() == other.is_pinned() == real()
     del first, other
     assert where not in {words.taken_over(None).data_ptr() for _ in range(2000)}
+    assert any(0 <= where - page.data_ptr() < page.nbytes for page in words._pages)
 
 
 # ---- launches -----------------------------------------------------------------------------------
