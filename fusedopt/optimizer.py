@@ -143,7 +143,8 @@ class FusedOptimizer(AmpAttributes):
         """The step has failed: the ranks that still wait for its message have to raise, too."""
         ranks = self._shared.ranks
         if isinstance(ranks, Ranks) and self._asks() and not ranks.joined:
-            ranks.abort(self._shared.scalars.device, self._shared.options.norm_type)
+            device = self._flag_device(self._shared.scalars.device)  # of the other ranks' words
+            ranks.abort(device, self._shared.options.norm_type)
 
     # ---- the verbs -------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class Met(Ranks):
     def __init__(self, meeting: Meeting, number: int, uncounted: Sequence[int] = ()) -> None:
         self.meeting, self.number, self.size = meeting, number, meeting.size
         self.uncounted, self.is_mixed = frozenset(uncounted), False
-        self.compares_groups, self.joined = True, False
+        self.compares_groups, self.joined, self.device_type = True, False, None
 
     def add_up(self, words: Tensor, largest: bool) -> None:
         self.joined = True
