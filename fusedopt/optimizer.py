@@ -164,7 +164,8 @@ class FusedOptimizer(AmpAttributes):
         except (AttributeError, KeyError, TypeError):  # the groups are what this rank failed for
             ranks = shared.ranks
         if isinstance(ranks, Ranks):
-            ranks.abort(shared.scalars.device, shared.options.norm_type)
+            device = self._flag_device(shared.scalars.device)  # of the other ranks' words
+            ranks.abort(device, shared.options.norm_type)
 
     def _abort_unbegun(self) -> None:
         """A pre-hook has failed: the ranks whose hooks have not wait for the step's message."""

@@ -75,11 +75,20 @@ class Ranks:
         uncounted: indices of the params, in the order of the groups, that other ranks count.
         is_mixed: torch's GradScaler, which asks one mesh only, may miss another rank's inf.
         compares_groups: the options of the param groups are the same on all ranks.
+        device_type: by which words travel; None: where they are. A group may have a backend for the
+            CPU and another for GPUs, and all ranks have to use the same.
     """
 
-    def __init__(self, group: Any, uncounted: frozenset[int], mixed: bool, alike: bool) -> None:
+    def __init__(
+        self,
+        group: Any,
+        uncounted: frozenset[int],
+        mixed: bool,
+        alike: bool,
+        device_type: str | None = None,
+    ) -> None:
         self.group, self.uncounted, self.is_mixed = group, uncounted, mixed
-        self.compares_groups = alike
+        self.compares_groups, self.device_type = alike, device_type
         self.joined = False  # this step's message
         self._known: tuple[Any, int] = (None, 0)  # options, and their part of the fingerprint
         self.size = torch.distributed.get_world_size(group)
@@ -98,8 +107,11 @@ class Ranks:
         import torch.distributed as dist
 
         self.joined = True
-        elsewhere = words.device.type not in self._device_types
-        message = words.to(self._device_types[0]) if elsewhere else words
+        kind = self.device_type or words.device.type
+        if kind not in self._device_types:
+            kind = self._device_types[0]
+        elsewhere = kind != words.device.type
+        message = words.to(kind) if elsewhere else words
         op = dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM
         work = dist.all_reduce(message, op=op, group=self.group, async_op=True)
         work.wait()  # of NCCL: the stream waits, the host does not
@@ -213,7 +225,15 @@ def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | Non
     shardings = {(each.mesh, each.sharded_dims) for each in sharded.values()}
     everyone = frozenset(torch.distributed.get_process_group_ranks(group))
     mixed = len(shardings) != 1 or widest != everyone or len(sharded) != len(served)
-    return Ranks(group, frozenset(elsewhere), mixed, alike=given is None)
+    device_type = None if served else _device_type_of(given)
+    return Ranks(group, frozenset(elsewhere), mixed, given is None, device_type)
+
+
+def _device_type_of(given: Any) -> str | None:
+    """Where other ranks probably have their parameters; this one has none."""
+    accelerator = "cuda" if torch.cuda.is_available() else None
+    device_type: str | None = getattr(given, "device_type", accelerator)
+    return device_type
 
 
 def _check_known(one_of_each_mesh: Iterable[_Sharded], widest: frozenset[int]) -> None:

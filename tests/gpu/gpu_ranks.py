@@ -54,7 +54,7 @@ class Met(Ranks):
     def __init__(self, meeting: Meeting, number: int, uncounted: Sequence[int] = ()) -> None:
         self.meeting, self.number, self.size = meeting, number, meeting.size
         self.uncounted, self.is_mixed = frozenset(uncounted), False
-        self.compares_groups, self.joined = True, False
+        self.compares_groups, self.joined, self.device_type = True, False, None
 
     def add_up(self, words: Tensor, norm_type: float) -> None:
         self.joined = True
@@ -191,6 +191,16 @@ class Pairs:
         self.step(grads)
         assert self.ours.errors == self.twin.errors == [None, None]
         self.check()
+
+    def alone(self, grads: Sequence[Grads]) -> None:
+        """A step of optimizers that share no norm."""
+        shared = [opt._shared for pair in self.both for opt in pair.opts]
+        ranks = [each.ranks for each in shared]
+        for each in shared:
+            each.ranks = None
+        self.step(grads)
+        for each, own in zip(shared, ranks, strict=True):
+            each.ranks = own
 
     def set(self, name: str, values: Sequence[float | None]) -> None:
         for pair in self.both:

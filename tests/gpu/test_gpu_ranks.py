@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from gpu_helpers import (
     backend,
-    device,
     device_work,
     module_of,
     real,
@@ -27,9 +25,8 @@ from gpu_ranks import Pair, Pairs, grads_of_ranks, lengths
 from tolerances import assert_norm, assert_same_bits
 from torch import Tensor
 
-from fusedopt.backends import records
 from fusedopt.backends.device import DevicePlan
-from fusedopt.plan.exchange import LATE, Ranks
+from fusedopt.plan.exchange import LATE
 
 runner = runners()
 every_norm = pytest.mark.parametrize("norm_type", [2.0, math.inf])
@@ -103,6 +100,9 @@ def test_several_devices_are_one_rank(norm_type: float, monkeypatch: pytest.Monk
         pairs.run(spoilt(step))
     assert len(pairs.ours.opts[0]._shared.plan.parts) == 2
     assert len(pairs.ours.meeting.messages) == 6
+    pairs.alone(grads_of_ranks(6))  # leaves the words of each device on the other
+    pairs.run(grads_of_ranks(7))
+    assert len(pairs.ours.meeting.messages) == 7
     check_refusal(pairs, monkeypatch, lambda pair: fail(pair, 1), 1)
 
 
@@ -234,6 +234,7 @@ def test_what_kernels_write_to_is_never_freed() -> None:
     assert first.is_pinned() == other.is_pinned() == real()
     del first, other
     assert where not in {words.taken_over(None).data_ptr() for _ in range(2000)}
+    assert any(0 <= where - page.data_ptr() < page.nbytes for page in words._pages)
 
 
 # ---- launches -----------------------------------------------------------------------------------
@@ -265,76 +266,3 @@ def test_nobody_asks_so_there_is_no_message(
     pairs.ours.step()
     assert kernels(pairs.ours.step, tmp_path) == ["finalize", "update"]
     assert not pairs.ours.meeting.messages
-
-
-# ---- the message itself -------------------------------------------------------------------------
-
-
-class Sent(NamedTuple):
-    device: str
-    op: Any
-
-
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
-    """What goes through ``all_reduce``; another rank sends a one in every word."""
-    messages: list[Sent] = []
-
-    class Work:
-        def wait(self) -> None:
-            pass
-
-    def all_reduce(words: Tensor, op: Any, group: Any, async_op: bool) -> Work:
-        assert async_op
-        messages.append(Sent(words.device.type, op))
-        words.add_(1)
-        return Work()
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
-    return messages
-
-
-def group_for(*device_types: str) -> Any:
-    return SimpleNamespace(_device_types=[torch.device(name) for name in device_types])
-
-
-@pytest.mark.parametrize("types", [("cpu",), ("cpu", "cuda"), ("cuda", "cpu")])
-def test_words_go_through_a_device_that_the_group_serves(
-    types: tuple[str, ...], sent: list[Sent]
-) -> None:
-    ranks = Ranks(group_for(*types), frozenset(), False, True)
-    words = torch.arange(records.WORDS, device=device())
-    ranks.add_up(words, 2.0)
-    assert words.tolist() == list(range(1, records.WORDS + 1))
-    where = device().type if device().type in types else "cpu"
-    assert sent == [(where, torch.distributed.ReduceOp.SUM)]
-
-
-def test_words_on_a_device_that_the_group_does_not_serve(sent: list[Sent]) -> None:
-    """On the CPU a stand-in for such a tensor."""
-
-    class Elsewhere:
-        device = SimpleNamespace(type="elsewhere")
-        value = torch.zeros(records.WORDS, dtype=torch.int64)
-        to = staticmethod(lambda kind: Elsewhere.value.to(kind, copy=True))
-        copy_ = value.copy_
-
-    ranks = Ranks(group_for("cpu"), frozenset(), False, True)
-    ranks.add_up(Elsewhere, float("inf"))  # type: ignore[arg-type]
-    assert Elsewhere.value.tolist() == [1] * records.WORDS
-    assert sent == [("cpu", torch.distributed.ReduceOp.MAX)]
-
-
-@pytest.mark.parametrize("capturing", [False, True])
-def test_no_abort_in_a_capture(
-    capturing: bool, sent: list[Sent], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would be sent by no replay, and the graph is lost."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(Ranks, "add_up", lambda self, words, norm_type: sent.append(words))
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda n, dtype, device: zeros(n, dtype=dtype))
-    ranks = Ranks(group_for("cuda"), frozenset(), False, True)
-    ranks.abort(torch.device("cuda"), 2.0)
-    assert [words[records.VOTES] for words in sent] == ([] if capturing else [records.ABORT])
