@@ -109,7 +109,7 @@ class ReferencePlan(Plan):
         words[records.NAN_CHUNKS] = int(self.norms.isnan().sum())
         if step.norm_is_largest:
             largest = vector_norm(self.norms, math.inf).float()  # an inf is counted above
-            words[records.LARGEST] = int(largest.view(torch.int32))
+            words[records.LARGEST] = int(largest.view(torch.int32)) & 0x7FFFFFFF  # a NaN's sign
             words[records.DIGITS - 2 : records.DIGITS] = (
                 step.fingerprint,
                 records.FINGERPRINTS - step.fingerprint,

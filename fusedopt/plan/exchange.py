@@ -36,10 +36,6 @@ BY_OPTIONS = (
     "nothing has been changed on any rank; give all ranks the same: compare "
     "`torch.distributed.all_gather_object(found, str(optimizer))`"
 )
-WITHOUT_GROUP = (
-    "norm_group was set when this optimizer was pickled or copied, and a group of processes cannot "
-    "be; say again which ranks share the norm: `optimizer.norm_group = group`"
-)
 
 
 class _Sharded(NamedTuple):
@@ -153,9 +149,12 @@ def ranks_of(
     sharded = {n: _Sharded(label, p, key) for n, label, p, key in served if is_dtensor(p)}
     if not sharded and options.norm_group is None:
         return None
-    if options.norm_group == NOT_PICKLED:
-        return WITHOUT_GROUP
     try:
+        if options.norm_group == NOT_PICKLED:
+            raise RuntimeError(
+                "this optimizer was pickled or copied, and its norm_group, a group of processes, "
+                "was not; say again which ranks share the norm: `optimizer.norm_group = group`"
+            )
         for _, label, _, key in served:
             if key is not None and not is_flag(key):
                 raise RuntimeError(
@@ -188,10 +187,7 @@ def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | Non
         group = _group_of(next(s.param.device_mesh for s in sharded.values() if s.ranks == widest))
     own = torch.distributed.get_rank(group)
     if own < 0:
-        raise RuntimeError(
-            "norm_group has no member on this rank; give each rank the group that it belongs to: "
-            "`optimizer.norm_group = group`"
-        )
+        raise _no_member()
     elsewhere = set()
     for index, label, _, replicated in served:
         if index in sharded:
@@ -265,6 +261,13 @@ def _is_counted(each: _Sharded, widest: frozenset[int]) -> bool:
     return each.is_first_replica and place is not None and all(place[d] == 0 for d in outside)
 
 
+def _no_member() -> RuntimeError:
+    return RuntimeError(
+        "norm_group has no member on this rank; give each rank the group that it belongs to: "
+        "`optimizer.norm_group = group`"
+    )
+
+
 def _group_of(given: Any) -> Any:
     """The process group of all ranks of ``given``, a group or a mesh."""
     import torch.distributed as dist
@@ -274,6 +277,8 @@ def _group_of(given: Any) -> Any:
     ranks = given.mesh.flatten().tolist()
     if sorted(ranks) == list(range(dist.get_world_size())):
         return dist.group.WORLD
+    if given.get_coordinate() is None:
+        raise _no_member()
     for dim in range(given.ndim):
         if given.size(dim) == len(ranks):
             return given.get_group(dim)

@@ -85,9 +85,7 @@ def reduced_alike(params: Sequence[Any], grads: Sequence[Any]) -> list[Tensor]:
         have, want = grad._spec.placements, param._spec.placements
         if have == want:
             parts[i] = local_of(grad)
-        elif all(
-            a == b or (a.is_partial() and b.is_replicate()) for a, b in zip(have, want, strict=True)
-        ):
+        elif _is_only_to_add(have, want):
             together.setdefault((grad.device_mesh, have, grad.dtype), []).append(i)
         else:
             parts[i] = local_of(grad.redistribute(placements=want))

@@ -154,7 +154,7 @@ class _Collectives(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         space, name = function.namespace, function._opname
-        if "c10d" in space and "wait" not in name:
+        if "c10d" in space and "wait" not in name and not name.startswith("_wrap"):
             self.names.append(name)
         return function(*args, **(kwargs or {}))
 

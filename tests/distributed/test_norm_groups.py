@@ -63,6 +63,14 @@ def helped(optimizer: Any, error: RuntimeError, lines: slice = slice(None), **na
     return norm
 
 
+def group_in(error: RuntimeError) -> Any:
+    """The argument that the message names."""
+    names: dict[str, Any] = {"torch": torch}
+    for line in remedies(error):
+        exec(line, names)
+    return names["norm_group"]
+
+
 # ---- stages of a pipeline ------------------------------------------------------------------------
 
 
@@ -77,8 +85,7 @@ def stages(rank: int) -> None:
         return [trained(grad, root["dp"], ROWS) for grad in grads[stage]]
 
     optimizer, error = refused(params(), "'pp'", "norm_group")
-    assert "`" not in str(error) or remedies(error) == ["norm_group=torch.distributed.group.WORLD"]
-    optimizer.norm_group = dist.group.WORLD
+    optimizer.norm_group = group_in(error)
     optimizer.step()
     alike_everywhere(optimizer.grad_norm)
     assert_rational(optimizer.grad_norm, all_grads)
@@ -158,7 +165,10 @@ def experts(rank: int) -> None:
     # On meshes none of which has all ranks of the others.
     rows, columns = expert_mesh["efsdp"], expert_mesh["ep"]
     two = [trained(own[0], rows, ROWS), trained(own[1], columns, ROWS)]
-    refused(two, "lies on ranks", "norm_group=torch.distributed.group.WORLD")
+    optimizer, error = refused(two, "lies on a part of its mesh", "'ep'")
+    optimizer.norm_group = group_in(error)
+    with pytest.raises(RuntimeError, match="a smaller mesh"):
+        optimizer.step()
 
 
 def test_experts() -> None:
@@ -243,13 +253,14 @@ def kinds_of_groups(rank: int) -> None:
     others = dist.new_group([2, 3])
     mine = pair if rank < 2 else others
     assert_rational(norm_of([trained(grad)], norm_group=mine), [grad, grad])
-    column = DeviceMesh("cpu", [[0], [1]]) if rank < 2 else DeviceMesh("cpu", [[2], [3]])
-    assert_rational(norm_of([trained(grad)], norm_group=column), [grad, grad])
+    columns = [DeviceMesh("cpu", [[each], [each + 1]]) for each in (0, 2)]
+    assert_rational(norm_of([trained(grad)], norm_group=columns[rank // 2]), [grad, grad])
     # A group of other ranks only.
     given = DeviceMesh("cpu", [0, 1])
     if rank >= 2:
-        optimizer, _ = refused([trained(grad)], "no member on this rank", norm_group=given)
-        optimizer.norm_group = others
+        optimizer, error = refused([trained(grad)], "no member on this rank", norm_group=given)
+        for line in remedies(error):
+            exec(line, {"optimizer": optimizer, "group": others})
         optimizer.step()
     else:
         norm_of([trained(grad)], norm_group=given)
@@ -262,6 +273,9 @@ def kinds_of_groups(rank: int) -> None:
 
 def test_groups_and_meshes() -> None:
     ranks.run(4, kinds_of_groups)
+
+
+PARTS = [0, 1], [0, 2, 4]
 
 
 def a_part_of_the_world(rank: int) -> None:
@@ -278,6 +292,9 @@ def a_part_of_the_world(rank: int) -> None:
     exec(remedies(error)[0], {"optimizer": optimizer, "mesh": mesh})
     found = optimizer._ranks()
     assert dist.get_process_group_ranks(found.group) == [0, 1, 2, 3]
+    two = [trained(randn((6,), i), DeviceMesh("cpu", ranks), ROWS) for i, ranks in enumerate(PARTS)]
+    optimizer, error = refused(two, "param 0 of group 0 lies on ranks [0, 1]", "[0, 2, 4]")
+    assert group_in(error) is dist.group.WORLD
     with torch.device("meta"):  # a default device is none of ours
         optimizer, _ = refused(params, "'pp'")
 

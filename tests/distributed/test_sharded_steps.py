@@ -11,6 +11,7 @@ from sharded import CLIPPED, Twins, Whole, all_of, collectives, part
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.profiler import ProfilerActivity, profile
 
 from fusedopt import FusedAdamW, FusedLion, FusedSGD
 
@@ -133,6 +134,11 @@ def versions_and_hooks(rank: int) -> None:
         assert q._version == versions[2], "a parameter without gradient is not written"
         assert seen[-1] == step + 1 and torch.equal(seen[-2], twins.whole[0].grad)
     assert part(p) is locals_before
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        twins.step(2)
+    twins.check()
+    names = [event.name for event in record.events()]
+    assert names.count("Optimizer.step#FusedAdamW.step") == 2  # over ranks, and alone
     saved.backward()  # the gradient of 2 * p needs no p
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_ranks import fake_ranks
 from protocol_helpers import fallback_is_expected
 from raised_messages import raised
 from torch.nn import Parameter
@@ -27,12 +28,32 @@ from fusedopt import FusedAdamW, FusedLion, FusedSGD
 
 pytestmark = fallback_is_expected
 
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    with fake_ranks(1):
+        yield
+
+
 # Messages whose code is run by other tests.
 ELSEWHERE = {
     "serves instead": "`python -m fusedopt`, by tests/installation/test_report.py",
     "weights and biases that FSDP made into one": "tests/param_groups/test_param_groups_shards.py",
     "cannot use this GPU": "backend='reference', by the scene of 'cannot serve'",
     "Triton cannot compile": "the same",
+    # Of several ranks.
+    "is a plain tensor beside DTensors": "tests/distributed/test_norm_groups.py",
+    "lies on a smaller mesh": "the same",
+    "lies on ranks": "the same",
+    "lies on a part of its mesh": "the same",
+    "has several dimensions and not all ranks": "the same",
+    "norm_group has no member on this rank": "the same",
+    "was pickled or copied, and its norm_group": "the same",
+    "another rank refused this step": "tests/distributed/test_ranks_agree.py",
+    "the ranks' options differ": "the same",
+    "a parameter that is a partial sum": "the same",
+    "both have to be DTensors": "the same",
+    "clear it after resharding": "the same",
 }
 
 
@@ -147,11 +168,8 @@ def broken_containers(s: Training) -> Iterator[str]:
     s.fails = lambda: torch.func.vmap(lambda x: (s.optimizer.step(), x)[1])(torch.zeros(3))
     yield "cannot be traced or faked"
     s.start(max_grad_norm=1.0)
-    s.param._fsdp_flattened, s.max_norm = True, 1.0
-    clip = functools.partial(torch.nn.utils.clip_grad_norm_, s.params)
-    s.model = SimpleNamespace(clip_grad_norm_=clip)
-    step = s.helps
-    s.helps = lambda: s.optimizer.max_grad_norm is None and step()
+    s.param._fsdp_flattened = True
+    s.model = SimpleNamespace(process_group=torch.distributed.group.WORLD)
     yield "cannot be honoured for FSDP1 shards"
 
 
