@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .modes import durable
 from .options import OPTION_NAMES, literal
 from .plan.checks import check_param, is_served
+from .plan.exchange import REPLICATED
 from .plan.groups import check_group, refuse_differentiable
 from .plan.local import local_of, part_for, wrapped
 from .plan.memory import unfilled_state
@@ -49,11 +50,15 @@ def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
         replaced = pre_hook(optimizer, state_dict)
         if replaced is not None:
             state_dict = dict(replaced)
-    # A wrapper may have put options of the whole optimizer there; those stay as constructed.
+    # A wrapper may have put options of the whole optimizer there; those stay as constructed. How
+    # parameters lie on ranks is a matter of this run, and not of the one that saved.
+    stays = {*OPTION_NAMES, REPLICATED}
     groups = [
-        {name: value for name, value in group.items() if name not in OPTION_NAMES}
+        {name: value for name, value in group.items() if name not in stays}
         for group in state_dict["param_groups"]
     ]
+    for own, saved in zip(optimizer.param_groups, groups, strict=False):
+        saved.update({name: own[name] for name in (REPLICATED,) if name in own})
     state_dict["param_groups"] = groups
     wanted = _check(optimizer, groups, state_dict)
     optimizer._check_loaded_groups(groups)

@@ -62,6 +62,16 @@ def part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def _as_fsdp_leaves_it(grad: Tensor, param: Any) -> Tensor:
+    """Of the parameter's own spec, and a view of a buffer."""
+    if not isinstance(grad, DTensor):
+        return grad
+    local = grad._local_tensor
+    buffer = torch.empty(3 + local.numel(), dtype=local.dtype)
+    view = buffer[3:].view(local.shape).copy_(local)
+    return DTensor(view, param._spec, requires_grad=False)
+
+
 class Twins:
     """An optimizer over ranks, and its twin over the whole tensors in this process alone."""
 
@@ -89,10 +99,11 @@ class Twins:
     def give(self, step: int, without: Sequence[int] = (), scale: float = 1.0) -> None:
         """A gradient to each parameter but those of ``without``."""
         for i, (p, q, whole) in enumerate(zip(self.params, self.whole, self.wholes, strict=True)):
-            grad = randn(whole.shape, 1000 * step + i, whole.dtype, scale)
-            none = i in without
-            p.grad = None if none else spread(grad, self.mesh, whole.placements)
-            q.grad = None if none else grad.clone()
+            p.grad = q.grad = None
+            if i not in without:
+                q.grad = randn(whole.shape, 1000 * step + i, whole.dtype, scale)
+                grad = spread(q.grad, self.mesh, whole.placements)
+                p.grad = _as_fsdp_leaves_it(grad, p) if i % 2 == 0 else grad
 
     def step(self, step: int, **how: Any) -> None:
         self.give(step, **how)

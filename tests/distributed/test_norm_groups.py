@@ -216,8 +216,36 @@ def plain_beside_sharded(rank: int) -> None:
     assert norm_of(given, skip_nonfinite=True).isnan()
 
 
-def test_plain_tensors_beside_dtensors() -> None:
-    ranks.run(2, plain_beside_sharded)
+def loaded(rank: int) -> None:
+    """The key is of this run: one process has none, and another run may have had another."""
+    mesh = init_device_mesh("cpu", (2,))
+    sharded, plain = randn((5, 3), 1), randn((4,), 2)
+
+    def optimizer_of(mesh: Any, placements: Any, **key: Any) -> Any:
+        groups = [
+            {"params": [trained(sharded, mesh, placements)]},
+            {"params": [trained(plain)], **key},
+        ]
+        optimizer = FusedAdamW(groups, max_grad_norm=INF)
+        optimizer.init_state()
+        return optimizer
+
+    for saved in (optimizer_of(None, None), optimizer_of(mesh, ROWS, replicated=False)):
+        optimizer = optimizer_of(mesh, ROWS, replicated=True)
+        optimizer.load_state_dict(saved.state_dict())
+        optimizer.step()
+        assert_rational(optimizer.grad_norm, [sharded, plain])
+        assert [group.get("replicated") for group in optimizer.param_groups] == [None, True]
+        copied = copy.deepcopy(optimizer)
+        for group, own in zip(copied.param_groups, optimizer.param_groups, strict=True):
+            group["params"][0].grad = own["params"][0].grad.clone()
+        copied.step()
+        assert_rational(copied.grad_norm, [sharded, plain])
+
+
+@pytest.mark.parametrize("check", [plain_beside_sharded, loaded])
+def test_plain_tensors_beside_dtensors(check: Any) -> None:
+    ranks.run(2, check)
 
 
 def one_rank(rank: int) -> None:
