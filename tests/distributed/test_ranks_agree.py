@@ -158,7 +158,7 @@ FAILURES = [
     (bad_gradient, RuntimeError, "does not go with parameter dtype"),
     (edited_state, RuntimeError, "not a plain tensor of floating-point numbers"),
     (bad_option, RuntimeError, "Invalid eps value"),
-    (interrupted, KeyboardInterrupt, ""),
+    (interrupted, KeyboardInterrupt, None),
 ]
 
 

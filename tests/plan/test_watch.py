@@ -450,8 +450,6 @@ def kept_with_dtensors(s: ShardedScene) -> Iterator[tuple[str, list[int], int]]:
     yield "a DTensor as gradient of a plain tensor", [3], 0
     s.matrix.grad._local_tensor = TwoTensor(torch.ones(3, 3), torch.ones(3, 3))
     yield "a gradient whose local tensor keeps its values elsewhere", [0], 0
-    s.matrix.grad._local_tensor = torch.ones(3, 3).t()
-    yield "a transposed local gradient", [], 0
     s.matrix.grad._local_tensor = transposed(torch.ones(3, 3))
     yield "a local gradient of other strides", [0], 0
     s.matrix.grad._local_tensor = torch.ones(2, 3)
