@@ -9,7 +9,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from harness import randn
-from sharded import Twins, Whole, alike_everywhere, assert_rational, collectives, part
+from sharded import Twins, Whole, alike_everywhere, assert_rational, collectives, contents, part
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -67,6 +67,33 @@ def test_partial_sums(world: int) -> None:
     ranks.run(world, partial_sums)
 
 
+def a_rank_fails(rank: int) -> None:
+    """It takes part in the sums for which the others wait, and then says so."""
+    mesh = init_device_mesh("cpu", (2,))
+    for backend in ("auto", "reference"):
+        twins = Twins(
+            mesh, [Whole((8, 2), [Shard(0)]), Whole((6,), [Replicate()])], backend=backend
+        )
+        p, q = twins.params[1], twins.whole[1]
+        groups = twins.optimizer.param_groups
+        for step in range(3):  # before there is a plan, and after
+            twins.give(step)
+            q.grad = (q.grad * 64).round() / 64
+            p.grad = partial(q.grad, mesh, rank, 2)
+            before = contents(twins.optimizer)
+            if rank == 0:
+                groups[0]["eps"] = "small"
+            words = "another rank refused" if rank else "Invalid eps value"
+            with collectives() as called, pytest.raises(RuntimeError, match=words):
+                twins.optimizer.step()
+            assert called == ["all_reduce", "allreduce_"], called
+            groups[0]["eps"] = 1e-8
+            assert step == 0 or contents(twins.optimizer) == before
+            twins.optimizer.step()
+            twins.single.step()
+            twins.check()
+
+
 def sequence_parallel(rank: int) -> None:
     """A real model, whose norm's weights get partial sums."""
     from torch.distributed.tensor.parallel import (
@@ -114,5 +141,6 @@ def sequence_parallel(rank: int) -> None:
         single.zero_grad()
 
 
-def test_sequence_parallelism() -> None:
-    ranks.run(2, sequence_parallel)
+@pytest.mark.parametrize("check", [sequence_parallel, a_rank_fails])
+def test_two_ranks(check: Any) -> None:
+    ranks.run(2, check)
