@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from harness import randn
@@ -180,3 +181,50 @@ def collectives() -> Iterator[list[str]]:
 def remedies(error: BaseException) -> list[str]:
     """The lines of code in an error's message."""
     return str(error).split("`")[1::2]
+
+
+def trained(value: Tensor, mesh: Any = None, placements: Sequence[Any] | None = None) -> Any:
+    """A parameter whose gradient is ``value``."""
+    param = torch.nn.Parameter(spread(torch.zeros_like(value), mesh, placements))
+    param.grad = spread(value, mesh, placements)
+    return param
+
+
+def norm_of(groups: Any, **options: Any) -> Tensor:
+    """The norm that a step finds; one message."""
+    optimizer = fusedopt.FusedAdamW(groups, max_grad_norm=INF, **options)
+    with collectives() as called:
+        optimizer.step()
+    assert called == ["allreduce_"], called
+    assert optimizer.grad_norm is not None
+    return optimizer.grad_norm
+
+
+def refused(groups: Any, *words: str, **options: Any) -> tuple[Any, RuntimeError]:
+    """Nothing moves, and nothing is sent; steps without a norm are done."""
+    optimizer = fusedopt.FusedAdamW(groups, max_grad_norm=INF, **options)
+    before = contents(optimizer)
+    with collectives() as called, pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    assert called == [] and contents(optimizer) == before
+    for each in words:
+        assert each in str(caught.value), (each, str(caught.value))
+    return optimizer, caught.value
+
+
+def helped(optimizer: Any, error: RuntimeError, lines: slice = slice(None), **names: Any) -> Tensor:
+    """The norm of the step after the line in the message."""
+    for line in remedies(error)[lines]:
+        exec(line, {"torch": torch, "optimizer": optimizer, **names})
+    optimizer.step()
+    norm: Tensor = optimizer.grad_norm
+    alike_everywhere(norm)
+    return norm
+
+
+def group_in(error: RuntimeError) -> Any:
+    """The argument that the message names."""
+    names: dict[str, Any] = {"torch": torch}
+    for line in remedies(error):
+        exec(line, names)
+    return names["norm_group"]

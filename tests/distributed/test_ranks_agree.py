@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from sharded import INF, Twins, Whole, alike_everywhere, contents, part, remedies
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 
 from fusedopt import FusedAdamW, FusedSGD
 
@@ -280,65 +280,3 @@ def fails_alone(rank: int) -> None:
 
 def test_a_rank_may_fail_alone_where_nobody_shares_a_norm() -> None:
     ranks.run(2, fails_alone)
-
-
-# ---- gradients and parameters that are refused ---------------------------------------------------
-
-
-def two_tensor(values: torch.Tensor) -> Any:
-    from torch.testing._internal.two_tensor import TwoTensor
-
-    return TwoTensor(values, values.clone())
-
-
-def refusals(rank: int) -> None:
-    """Each on all ranks, before anything moves; and the line in the message helps."""
-    mesh = init_device_mesh("cpu", (2,))
-
-    def refused(param: Any, words: str, error: type[Exception], fails: Callable[[], Any]) -> None:
-        with pytest.raises(error, match=words) as caught:
-            fails()
-        for line in remedies(caught.value)[:1]:
-            names = {"torch": torch, "param": param, "optimizer": None}
-            exec(line, names)
-            param = names["param"]
-        FusedAdamW([param], max_grad_norm=INF).step()
-
-    twins = Twins(mesh, WHOLES[:1])
-    p = twins.params[0]
-    twins.give(0)
-    p.grad_dtype = None
-    grad = p.grad
-    p.grad = None
-    with torch._C.DisableTorchFunctionSubclass():
-        p.grad = torch.ones(5, 3)
-    refused(
-        p,
-        "gradient is a Tensor and the parameter a Parameter|gradient is a Tensor",
-        RuntimeError,
-        twins.optimizer.step,
-    )
-    assert not twins.optimizer.state
-    # The gradient of before the parameter was moved to another mesh.
-    other = init_device_mesh("cpu", (1, 2))
-    p.grad = torch.distributed.tensor.distribute_tensor(
-        torch.ones(5, 3), other, [Replicate(), Shard(0)], src_data_rank=None
-    )
-    refused(p, "clear it after resharding", RuntimeError, twins.optimizer.step)
-    p.grad = grad
-    # Float8, NF4 and the like keep values elsewhere than in their memory.
-    inner = DTensor.from_local(two_tensor(torch.ones(3)), mesh, ROWS, run_check=False)
-    wrapped = torch.nn.Parameter(inner)
-    with pytest.raises(
-        TypeError, match=r"param 0 of group 0.*TwoTensor is not supported, its memory"
-    ):
-        FusedAdamW([wrapped])
-    p._local_tensor = two_tensor(torch.ones(3 - rank, 3))
-    with pytest.raises(RuntimeError, match=r"param 0 of group 0.*TwoTensor is not supported"):
-        twins.optimizer.step()
-    partial = torch.nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
-    refused(partial, "partial sum", TypeError, lambda: FusedAdamW([partial]))
-
-
-def test_what_is_refused() -> None:
-    ranks.run(2, refusals)
