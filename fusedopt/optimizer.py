@@ -31,6 +31,7 @@ from .plan.groups import (
     take_out_options,
     torch_defaults,
 )
+from .plan.local import join_sums
 from .plan.options_table import Line, pack
 from .plan.plan import N_STEP_SCALARS, Plan, StepInputs
 from .plan.rows import checked_rows, complete_rows, label_of
@@ -108,7 +109,7 @@ class FusedOptimizer(AmpAttributes):
                 self._take(plan, inputs)
             except BaseException:
                 torch.set_grad_enabled(grad_mode)  # a signal may interrupt torch.no_grad's exit
-                self._abort_message()
+                self._abort_message(inputs)
                 raise
             finally:
                 if inputs is not None:
@@ -154,16 +155,18 @@ class FusedOptimizer(AmpAttributes):
         inputs.ranks, inputs.measured = ranks, True
         inputs.fingerprint = ranks.fingerprint(self.rule.name, inputs.options, inputs.table)
 
-    def _abort_message(self) -> None:
+    def _abort_message(self, inputs: StepInputs | None) -> None:
         """The step has failed: the ranks that still wait for its message have to raise, too."""
         shared = self._shared
-        if not self._asks() or (isinstance(shared.ranks, Ranks) and shared.ranks.joined):
+        ranks = shared.ranks
+        if isinstance(ranks, str) or (isinstance(ranks, Ranks) and ranks.joined):
             return
-        try:  # the plan may be of other groups: this step was to build the next one
+        with suppress(AttributeError, KeyError, TypeError):  # of groups that this rank failed for
+            # The plan may be of other groups: this step was to build the next one.
             ranks = ranks_of(self.param_groups, shared.options, shared.names)
-        except (AttributeError, KeyError, TypeError):  # the groups are what this rank failed for
-            ranks = shared.ranks
-        if isinstance(ranks, Ranks):
+            if inputs is None or inputs.held is None:
+                join_sums(served_params(self.param_groups))
+        if isinstance(ranks, Ranks) and self._asks():
             device = self._flag_device(shared.scalars.device)  # of the other ranks' words
             ranks.abort(device, shared.options.norm_type)
 
@@ -171,7 +174,7 @@ class FusedOptimizer(AmpAttributes):
         """A pre-hook has failed: the ranks whose hooks have not wait for the step's message."""
         with suppress(RuntimeError):  # the hook's own error is being raised
             self._begin_message()
-            self._abort_message()
+            self._abort_message(None)
 
     # ---- the verbs -------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ class ReferencePlan(Plan):
         words[records.NAN_CHUNKS] = int(self.norms.isnan().sum())
         if step.options.norm_type == math.inf:
             largest = vector_norm(self.norms, math.inf).float()  # an inf is counted above
-            words[records.LARGEST] = int(largest.view(torch.int32))
+            words[records.LARGEST] = int(largest.view(torch.int32)) & 0x7FFFFFFF  # a NaN's sign
             words[records.DIGITS - 2 : records.DIGITS] = (
                 step.fingerprint,
                 records.FINGERPRINTS - step.fingerprint,

@@ -36,10 +36,6 @@ BY_OPTIONS = (
     "nothing has been changed on any rank; give all ranks the same: compare "
     "`torch.distributed.all_gather_object(found, str(optimizer))`"
 )
-WITHOUT_GROUP = (
-    "norm_group was set when this optimizer was pickled or copied, and a group of processes cannot "
-    "be; say again which ranks share the norm: `optimizer.norm_group = group`"
-)
 
 
 LATE = "of this step or one before it (the host does not wait for a device; other steps count): "
@@ -164,9 +160,12 @@ def ranks_of(
     sharded = {n: _Sharded(label, p, key) for n, label, p, key in served if is_dtensor(p)}
     if not sharded and options.norm_group is None:
         return None
-    if options.norm_group == NOT_PICKLED:
-        return WITHOUT_GROUP
     try:
+        if options.norm_group == NOT_PICKLED:
+            raise RuntimeError(
+                "this optimizer was pickled or copied, and its norm_group, a group of processes, "
+                "was not; say again which ranks share the norm: `optimizer.norm_group = group`"
+            )
         for _, label, _, key in served:
             if key is not None and not is_flag(key):
                 raise RuntimeError(
@@ -200,10 +199,7 @@ def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | Non
     group = _group_of(widest_mesh if given is None else given)
     own = torch.distributed.get_rank(group)
     if own < 0:
-        raise RuntimeError(
-            "norm_group has no member on this rank; give each rank the group that it belongs to: "
-            "`optimizer.norm_group = group`"
-        )
+        raise _no_member()
     partly = {mesh for mesh in meshes if _ranks_on(mesh) != widest}
     elsewhere = set()
     for index, label, _, replicated in served:
@@ -239,6 +235,9 @@ def _device_type_of(given: Any) -> str | None:
 def _check_known(one_of_each_mesh: Iterable[_Sharded], widest: frozenset[int]) -> None:
     """Without ``norm_group`` the meshes have to tell which ranks there are."""
     for each in one_of_each_mesh:
+        root = each.mesh._get_root_mesh()
+        names = root.mesh_dim_names or ()
+        missing = [names[d] if names else d for d in _dims_outside(root, widest)]
         if not _ranks_on(each.mesh) <= widest:
             raise RuntimeError(
                 f"{each.label} lies on {each.mesh}, and other parameters on other ranks: it is not "
@@ -246,10 +245,6 @@ def _check_known(one_of_each_mesh: Iterable[_Sharded], widest: frozenset[int]) -
                 "`norm_group=torch.distributed.group.WORLD`, or the group or DeviceMesh of the "
                 "ranks that do"
             )
-    for each in one_of_each_mesh:
-        root = each.mesh._get_root_mesh()
-        names = root.mesh_dim_names or ()
-        missing = [names[d] if names else d for d in _dims_outside(root, widest)]
         if missing:
             raise RuntimeError(
                 f"{each.label} lies on a part of its mesh, whose other dimensions are "
@@ -290,6 +285,13 @@ def _is_counted(each: _Sharded, has_fewer_ranks: bool) -> bool:
     return each.is_first_replica and place is not None and all(place[d] == 0 for d in outside)
 
 
+def _no_member() -> RuntimeError:
+    return RuntimeError(
+        "norm_group has no member on this rank; give each rank the group that it belongs to: "
+        "`optimizer.norm_group = group`"
+    )
+
+
 def _group_of(given: Any) -> Any:
     """The process group of all ranks of ``given``, a group or a mesh."""
     import torch.distributed as dist
@@ -299,6 +301,8 @@ def _group_of(given: Any) -> Any:
     ranks = _ranks_on(given)
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
+    if given.get_coordinate() is None:
+        raise _no_member()
     for dim in range(given.ndim):
         if given.size(dim) == len(ranks):
             return given.get_group(dim)

@@ -7,7 +7,8 @@ reads and writes is local.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -123,9 +124,7 @@ def reduced_alike(params: Sequence[Any], grads: Sequence[Any]) -> list[Tensor]:
         have, want = grad._spec.placements, param._spec.placements
         if have == want:
             parts[i] = local_of(grad)
-        elif all(
-            a == b or (a.is_partial() and b.is_replicate()) for a, b in zip(have, want, strict=True)
-        ):
+        elif _is_only_to_add(have, want):
             together.setdefault((grad.device_mesh, have, grad.dtype), []).append(i)
         else:
             parts[i] = local_of(grad.redistribute(placements=want))
@@ -134,6 +133,16 @@ def reduced_alike(params: Sequence[Any], grads: Sequence[Any]) -> list[Tensor]:
             zip(indices, _added_up(mesh, have, [local_of(grads[i]) for i in indices]), strict=True)
         )
     return [parts[i] for i in range(len(grads))]
+
+
+def join_sums(params: Iterable[Any]) -> None:
+    """Take part in the collectives of ``reduced_alike``, for a step that has failed before them.
+
+    Where a gradient itself is at fault, the ranks cannot meet, and wait for the group's timeout.
+    """
+    with suppress(Exception):
+        pairs = [(p, p.grad) for p in params if is_dtensor(p) and is_dtensor(p.grad)]
+        reduced_alike([p for p, _ in pairs], [grad for _, grad in pairs])
 
 
 def _is_only_to_add(have: Any, want: Any) -> bool:

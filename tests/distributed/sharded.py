@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from harness import randn
@@ -62,6 +63,16 @@ def part(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def _as_fsdp_leaves_it(grad: Tensor, param: Any) -> Tensor:
+    """Of the parameter's own spec, and a view of a buffer."""
+    if not isinstance(grad, DTensor):
+        return grad
+    local = grad._local_tensor
+    buffer = torch.empty(3 + local.numel(), dtype=local.dtype)
+    view = buffer[3:].view(local.shape).copy_(local)
+    return DTensor(view, param._spec, requires_grad=False)
+
+
 class Twins:
     """An optimizer over ranks, and its twin over the whole tensors in this process alone."""
 
@@ -89,10 +100,11 @@ class Twins:
     def give(self, step: int, without: Sequence[int] = (), scale: float = 1.0) -> None:
         """A gradient to each parameter but those of ``without``."""
         for i, (p, q, whole) in enumerate(zip(self.params, self.whole, self.wholes, strict=True)):
-            grad = randn(whole.shape, 1000 * step + i, whole.dtype, scale)
-            none = i in without
-            p.grad = None if none else spread(grad, self.mesh, whole.placements)
-            q.grad = None if none else grad.clone()
+            p.grad = q.grad = None
+            if i not in without:
+                q.grad = randn(whole.shape, 1000 * step + i, whole.dtype, scale)
+                grad = spread(q.grad, self.mesh, whole.placements)
+                p.grad = _as_fsdp_leaves_it(grad, p) if i % 2 == 0 else grad
 
     def step(self, step: int, **how: Any) -> None:
         self.give(step, **how)
@@ -154,7 +166,7 @@ class _Collectives(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         space, name = function.namespace, function._opname
-        if "c10d" in space and "wait" not in name:
+        if "c10d" in space and "wait" not in name and not name.startswith("_wrap"):
             self.names.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -169,3 +181,50 @@ def collectives() -> Iterator[list[str]]:
 def remedies(error: BaseException) -> list[str]:
     """The lines of code in an error's message."""
     return str(error).split("`")[1::2]
+
+
+def trained(value: Tensor, mesh: Any = None, placements: Sequence[Any] | None = None) -> Any:
+    """A parameter whose gradient is ``value``."""
+    param = torch.nn.Parameter(spread(torch.zeros_like(value), mesh, placements))
+    param.grad = spread(value, mesh, placements)
+    return param
+
+
+def norm_of(groups: Any, **options: Any) -> Tensor:
+    """The norm that a step finds; one message."""
+    optimizer = fusedopt.FusedAdamW(groups, max_grad_norm=INF, **options)
+    with collectives() as called:
+        optimizer.step()
+    assert called == ["allreduce_"], called
+    assert optimizer.grad_norm is not None
+    return optimizer.grad_norm
+
+
+def refused(groups: Any, *words: str, **options: Any) -> tuple[Any, RuntimeError]:
+    """Nothing moves, and nothing is sent; steps without a norm are done."""
+    optimizer = fusedopt.FusedAdamW(groups, max_grad_norm=INF, **options)
+    before = contents(optimizer)
+    with collectives() as called, pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    assert called == [] and contents(optimizer) == before
+    for each in words:
+        assert each in str(caught.value), (each, str(caught.value))
+    return optimizer, caught.value
+
+
+def helped(optimizer: Any, error: RuntimeError, lines: slice = slice(None), **names: Any) -> Tensor:
+    """The norm of the step after the line in the message."""
+    for line in remedies(error)[lines]:
+        exec(line, {"torch": torch, "optimizer": optimizer, **names})
+    optimizer.step()
+    norm: Tensor = optimizer.grad_norm
+    alike_everywhere(norm)
+    return norm
+
+
+def group_in(error: RuntimeError) -> Any:
+    """The argument that the message names."""
+    names: dict[str, Any] = {"torch": torch}
+    for line in remedies(error):
+        exec(line, names)
+    return names["norm_group"]

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import math
-import pickle
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,53 +9,24 @@ import ranks
 import torch
 import torch.distributed as dist
 from harness import randn
-from sharded import INF, alike_everywhere, assert_rational, collectives, contents, remedies, spread
-from torch import Tensor
+from sharded import (
+    INF,
+    alike_everywhere,
+    assert_rational,
+    collectives,
+    group_in,
+    helped,
+    norm_of,
+    refused,
+    remedies,
+    trained,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 from fusedopt import FusedAdamW
 
 ROWS, COPIES = [Shard(0)], [Replicate()]
-
-
-def trained(value: Tensor, mesh: Any = None, placements: Sequence[Any] | None = None) -> Any:
-    """A parameter whose gradient is ``value``."""
-    param = torch.nn.Parameter(spread(torch.zeros_like(value), mesh, placements))
-    param.grad = spread(value, mesh, placements)
-    return param
-
-
-def norm_of(groups: Any, **options: Any) -> Tensor:
-    """The norm that a step finds; one message."""
-    optimizer = FusedAdamW(groups, max_grad_norm=INF, **options)
-    with collectives() as called:
-        optimizer.step()
-    assert called == ["allreduce_"], called
-    assert optimizer.grad_norm is not None
-    return optimizer.grad_norm
-
-
-def refused(groups: Any, *words: str, **options: Any) -> tuple[Any, RuntimeError]:
-    """Nothing moves, and nothing is sent; steps without a norm are done."""
-    optimizer = FusedAdamW(groups, max_grad_norm=INF, **options)
-    before = contents(optimizer)
-    with collectives() as called, pytest.raises(RuntimeError) as caught:
-        optimizer.step()
-    assert called == [] and contents(optimizer) == before
-    for each in words:
-        assert each in str(caught.value), (each, str(caught.value))
-    return optimizer, caught.value
-
-
-def helped(optimizer: Any, error: RuntimeError, lines: slice = slice(None), **names: Any) -> Tensor:
-    """The norm of the step after the line in the message."""
-    for line in remedies(error)[lines]:
-        exec(line, {"torch": torch, "optimizer": optimizer, **names})
-    optimizer.step()
-    norm: Tensor = optimizer.grad_norm
-    alike_everywhere(norm)
-    return norm
 
 
 # ---- stages of a pipeline ------------------------------------------------------------------------
@@ -77,8 +43,7 @@ def stages(rank: int) -> None:
         return [trained(grad, root["dp"], ROWS) for grad in grads[stage]]
 
     optimizer, error = refused(params(), "'pp'", "norm_group")
-    assert "`" not in str(error) or remedies(error) == ["norm_group=torch.distributed.group.WORLD"]
-    optimizer.norm_group = dist.group.WORLD
+    optimizer.norm_group = group_in(error)
     optimizer.step()
     alike_everywhere(optimizer.grad_norm)
     assert_rational(optimizer.grad_norm, all_grads)
@@ -158,56 +123,80 @@ def experts(rank: int) -> None:
     # On meshes none of which has all ranks of the others.
     rows, columns = expert_mesh["efsdp"], expert_mesh["ep"]
     two = [trained(own[0], rows, ROWS), trained(own[1], columns, ROWS)]
-    refused(two, "and other parameters on other ranks", "norm_group=torch.distributed.group.WORLD")
+    optimizer, error = refused(two, "lies on a part of its mesh", "'ep'")
+    optimizer.norm_group = group_in(error)
+    with pytest.raises(RuntimeError, match="a smaller mesh"):
+        optimizer.step()
 
 
 def test_experts() -> None:
     ranks.run(4, experts)
 
 
-# ---- plain tensors beside DTensors ---------------------------------------------------------------
+# ---- groups and meshes ---------------------------------------------------------------------------
 
 
-def plain_beside_sharded(rank: int) -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    sharded, plain = randn((5, 3), 1), randn((4,), 2)
-    mine = [randn((3,), 5 + each) for each in range(2)]
-
-    def groups(second: Tensor, **key: Any) -> list[dict[str, Any]]:
-        return [
-            {"params": [("w", trained(sharded, mesh, ROWS))]},
-            {"params": [("router", trained(second))], **key},
-        ]
-
-    optimizer, error = refused(groups(plain), "param 0 of group 1 ('router')", "plain tensor")
-    assert_rational(helped(optimizer, error), [sharded, plain])
-    # A plan of steps without a norm is none with one, and the line still helps.
-    for key in (None, "both"):
-        optimizer = FusedAdamW(groups(plain, replicated=key), max_grad_norm=None)
+def kinds_of_groups(rank: int) -> None:
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    grad = randn((9, 3), 1)
+    flat = square._flatten("all")
+    assert_rational(norm_of([trained(grad, flat, ROWS)]), [grad])
+    both = [trained(grad, flat, ROWS), trained(grad, square, [Shard(0), Shard(1)])]
+    assert_rational(norm_of(both), [grad, grad])
+    pair = dist.new_group([0, 1])
+    others = dist.new_group([2, 3])
+    mine = pair if rank < 2 else others
+    assert_rational(norm_of([trained(grad)], norm_group=mine), [grad, grad])
+    columns = [DeviceMesh("cpu", [[each], [each + 1]]) for each in (0, 2)]
+    assert_rational(norm_of([trained(grad)], norm_group=columns[rank // 2]), [grad, grad])
+    # A group of other ranks only.
+    given = DeviceMesh("cpu", [0, 1])
+    if rank >= 2:
+        optimizer, error = refused([trained(grad)], "no member on this rank", norm_group=given)
+        for line in remedies(error):
+            exec(line, {"optimizer": optimizer, "group": others})
         optimizer.step()
-        optimizer.max_grad_norm = INF
-        with pytest.raises(
-            RuntimeError, match=r"plain tensor beside|'both'; use True or False"
-        ) as caught:
-            optimizer.step()
-        optimizer.param_groups[-1]["replicated"] = True
-        assert_rational(helped(optimizer, caught.value), [sharded, plain])
-    assert_rational(norm_of(groups(plain, replicated=True)), [sharded, plain])
-    assert_rational(norm_of(groups(mine[rank], replicated=False)), [sharded, *mine])
-    refused(groups(plain, replicated="yes"), "'router'", "replicated='yes'", "use True or False")
-    # Frozen ones have no part in a step.
-    frozen = groups(plain)
-    frozen[1]["params"][0][1].requires_grad_(False).grad = None
-    assert_rational(norm_of(frozen), [sharded])
-    # An inf in the copy of a rank that does not count it is seen by all.
-    given = groups(plain, replicated=True)
-    if rank == 1:
-        given[1]["params"][0][1].grad[0] = math.nan
-    assert norm_of(given, skip_nonfinite=True).isnan()
+    else:
+        norm_of([trained(grad)], norm_group=given)
+    with pytest.raises(ValueError, match="Invalid norm_group value: 3; use a ProcessGroup"):
+        FusedAdamW([trained(grad)], norm_group=3)
+    optimizer = FusedAdamW([trained(grad)])
+    with pytest.raises(ValueError, match="Invalid norm_group value"):
+        optimizer.norm_group = [0, 1]
 
 
-def test_plain_tensors_beside_dtensors() -> None:
-    ranks.run(2, plain_beside_sharded)
+def test_groups_and_meshes() -> None:
+    ranks.run(4, kinds_of_groups)
+
+
+PARTS = [0, 1], [0, 2, 4]
+
+
+def a_part_of_the_world(rank: int) -> None:
+    """A mesh of two dimensions that has no group of its own, in a world of eight."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    root = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
+    mesh = root["dp", "tp"]
+    params = [trained(randn((8, 4), 1), mesh, [Shard(0), Shard(1)])]
+    optimizer, error = refused(params, "several dimensions and not all ranks", norm_group=mesh)
+    assert remedies(error) == ["optimizer.norm_group = mesh._flatten()"]
+    exec(remedies(error)[0], {"optimizer": optimizer, "mesh": mesh})
+    found = optimizer._ranks()
+    assert dist.get_process_group_ranks(found.group) == [0, 1, 2, 3]
+    two = [trained(randn((6,), i), DeviceMesh("cpu", ranks), ROWS) for i, ranks in enumerate(PARTS)]
+    optimizer, error = refused(
+        two, "param 0 of group 0 lies on DeviceMesh", "and other parameters on other ranks"
+    )
+    assert group_in(error) is dist.group.WORLD
+    with torch.device("meta"):  # a default device is none of ours
+        optimizer, _ = refused(params, "'pp'")
+
+
+def test_a_mesh_without_a_group_of_its_own() -> None:
+    ranks.run(1, a_part_of_the_world)
 
 
 def one_rank(rank: int) -> None:
@@ -227,106 +216,3 @@ def one_rank(rank: int) -> None:
 
 def test_a_world_of_one() -> None:
     ranks.run(1, one_rank)
-
-
-# ---- groups and meshes ---------------------------------------------------------------------------
-
-
-def kinds_of_groups(rank: int) -> None:
-    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    grad = randn((9, 3), 1)
-    flat = square._flatten("all")
-    assert_rational(norm_of([trained(grad, flat, ROWS)]), [grad])
-    both = [trained(grad, flat, ROWS), trained(grad, square, [Shard(0), Shard(1)])]
-    assert_rational(norm_of(both), [grad, grad])
-    pair = dist.new_group([0, 1])
-    others = dist.new_group([2, 3])
-    mine = pair if rank < 2 else others
-    assert_rational(norm_of([trained(grad)], norm_group=mine), [grad, grad])
-    column = DeviceMesh("cpu", [[0], [1]]) if rank < 2 else DeviceMesh("cpu", [[2], [3]])
-    assert_rational(norm_of([trained(grad)], norm_group=column), [grad, grad])
-    # A group of other ranks only.
-    given = DeviceMesh("cpu", [0, 1])
-    if rank >= 2:
-        optimizer, _ = refused([trained(grad)], "no member on this rank", norm_group=given)
-        optimizer.norm_group = others
-        optimizer.step()
-    else:
-        norm_of([trained(grad)], norm_group=given)
-    with pytest.raises(ValueError, match="Invalid norm_group value: 3; use a ProcessGroup"):
-        FusedAdamW([trained(grad)], norm_group=3)
-    optimizer = FusedAdamW([trained(grad)])
-    with pytest.raises(ValueError, match="Invalid norm_group value"):
-        optimizer.norm_group = [0, 1]
-
-
-def test_groups_and_meshes() -> None:
-    ranks.run(4, kinds_of_groups)
-
-
-def a_part_of_the_world(rank: int) -> None:
-    """A mesh of two dimensions that has no group of its own, in a world of eight."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    root = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
-    mesh = root["dp", "tp"]
-    params = [trained(randn((8, 4), 1), mesh, [Shard(0), Shard(1)])]
-    optimizer, error = refused(params, "several dimensions and not all ranks", norm_group=mesh)
-    assert remedies(error) == ["optimizer.norm_group = mesh._flatten()"]
-    exec(remedies(error)[0], {"optimizer": optimizer, "mesh": mesh})
-    found = optimizer._ranks()
-    assert dist.get_process_group_ranks(found.group) == [0, 1, 2, 3]
-    with torch.device("meta"):  # a default device is none of ours
-        optimizer, _ = refused(params, "'pp'")
-
-
-def test_a_mesh_without_a_group_of_its_own() -> None:
-    ranks.run(1, a_part_of_the_world)
-
-
-# ---- pickles and copies --------------------------------------------------------------------------
-
-
-def pickled(optimizer: Any) -> Any:
-    file = io.BytesIO()
-    pickle.dump(optimizer, file)
-    file.seek(0)
-    return pickle.load(file)
-
-
-def without_its_group(rank: int) -> None:
-    """A group of processes is of this process: a copy has none, and does not go on without."""
-    grad, world = randn((5, 3), 1 + rank), dist.group.WORLD
-    for copied in (copy.deepcopy, pickled):
-        optimizer = FusedAdamW([trained(grad)], max_grad_norm=INF, norm_group=world)
-        optimizer.step()
-        assert optimizer.norm_group is world, "the optimizer itself keeps its own"
-        twice = copied(copied(optimizer))
-        for p in twice.param_groups[0]["params"]:
-            p.grad = grad.clone()
-        before = contents(twice)
-        twice.skip_nonfinite = True  # options can be set as ever
-        with pytest.raises(RuntimeError, match="pickled or copied") as caught:
-            twice.step()
-        assert contents(twice) == before
-        assert remedies(caught.value) == ["optimizer.norm_group = group"]
-        exec(remedies(caught.value)[0], {"optimizer": twice, "group": world})
-        with collectives() as called:
-            twice.step()
-        assert called == ["allreduce_"]
-        assert_rational(twice.grad_norm, [randn((5, 3), 1 + each) for each in range(2)])
-        again = copied(optimizer)
-        again.norm_group = None  # from now on alone
-        again.param_groups[0]["params"][0].grad = grad.clone()
-        again.step()
-        assert_rational(again.grad_norm, [grad])
-        again = copied(optimizer)
-        again.max_grad_norm = None
-        again.param_groups[0]["params"][0].grad = grad.clone()
-        again.step()
-
-
-def test_copies_have_no_group() -> None:
-    ranks.run(2, without_its_group)

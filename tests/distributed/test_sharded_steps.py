@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from sharded import CLIPPED, Twins, Whole, all_of, collectives, part
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.profiler import ProfilerActivity, profile
 
 from fusedopt import FusedAdamW, FusedLion, FusedSGD
 
@@ -54,7 +57,7 @@ def three_steps(twins: Twins) -> None:
 
 
 def as_in_one_process(rank: int) -> None:
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for cls, options in RULES:
         three_steps(Twins(mesh, WHOLES, cls, **options))
 
@@ -133,6 +136,11 @@ def versions_and_hooks(rank: int) -> None:
         assert q._version == versions[2], "a parameter without gradient is not written"
         assert seen[-1] == step + 1 and torch.equal(seen[-2], twins.whole[0].grad)
     assert part(p) is locals_before
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        twins.step(2)
+    twins.check()
+    names = [event.name for event in record.events()]
+    assert names.count("Optimizer.step#FusedAdamW.step") == 2  # over ranks, and alone
     saved.backward()  # the gradient of 2 * p needs no p
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
@@ -140,7 +148,7 @@ def versions_and_hooks(rank: int) -> None:
 
 def frozen_and_without_gradients(rank: int) -> None:
     """Also on one rank alone: its peers go on, and no rank waits."""
-    world = torch.distributed.get_world_size()
+    world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
     twins = Twins(mesh, [Whole((5, 3), ROWS), Whole((4,), ROWS), Whole((6,), ROWS)])
     p, q, r = twins.params
@@ -160,7 +168,7 @@ def frozen_and_without_gradients(rank: int) -> None:
     assert torch.equal(before, part(r)) is (rank > 0)
     assert twins.optimizer.state[r]["step"] == (2.0 if rank == 0 else 1.0)
     squares = mine[0].double().square().sum() + mine[1].double().square().sum() * (rank == 0)
-    torch.distributed.all_reduce(squares)
+    dist.all_reduce(squares)
     assert twins.optimizer.grad_norm.item() == pytest.approx(squares.sqrt().item(), rel=1e-6)
     if rank == 0:
         p.grad = r.grad = None
@@ -168,7 +176,7 @@ def frozen_and_without_gradients(rank: int) -> None:
     twins.optimizer.step()
     assert torch.equal(before, part(p)) is (rank == 0)
     squares = mine[0].double().square().sum() * (rank > 0)
-    torch.distributed.all_reduce(squares)
+    dist.all_reduce(squares)
     assert twins.optimizer.grad_norm.item() == pytest.approx(squares.sqrt().item(), rel=1e-6)
 
 
@@ -189,6 +197,22 @@ def a_replaced_local_tensor(rank: int) -> None:
                     state._local_tensor = former.clone()
                     former.fill_(float("nan"))
             twins.check()
+
+
+def a_gradient_that_is_still_on_its_way(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    twins = Twins(mesh, [Whole((6, 3), ROWS)])
+    for step in range(2):
+        twins.give(step)
+        p = twins.params[0]
+        local = all_reduce(
+            part(p.grad), "sum", dist.new_group([rank], use_local_synchronization=True)
+        )
+        assert type(local) is AsyncCollectiveTensor
+        p.grad = DTensor(local, p._spec, requires_grad=False)
+        twins.optimizer.step()
+        twins.single.step()
+        twins.check()
 
 
 def groups_that_are_added(rank: int) -> None:
@@ -219,6 +243,7 @@ def groups_that_are_added(rank: int) -> None:
         versions_and_hooks,
         frozen_and_without_gradients,
         a_replaced_local_tensor,
+        a_gradient_that_is_still_on_its_way,
         groups_that_are_added,
     ],
 )

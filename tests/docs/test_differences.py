@@ -75,8 +75,21 @@ REFUSALS = {
     "has no memory": "a parameter, state or gradient without memory",
     "storage was resized to nothing": "a parameter, state or gradient without memory",
     "parameter dtype … is not supported": "parameters of an integer or 8-bit dtype",
-    "is not supported, its memory": "DTensor and other wrapper subclasses, as parameter",
-    "gradients of type … are not supported": "wrapper subclasses, as parameter or gradient",
+    "is not supported, its memory": "wrapper subclasses (float8, NF4), as parameter or gradient",
+    "gradients of type … are not supported": "wrapper subclasses (float8, NF4), as parameter",
+    "a parameter that is a partial sum": "a DTensor parameter that is a partial sum",
+    "both have to be DTensors": "a plain gradient of a DTensor",
+    "clear it after resharding": "a gradient that lies on another mesh than its parameter",
+    "another rank refused this step": "a rank that fails in `step()`",
+    "the ranks' options differ": "options that differ between ranks",
+    "use True or False": "plain tensors beside DTensors",
+    "is a plain tensor beside DTensors": "plain tensors beside DTensors",
+    "lies on a smaller mesh": "DTensors on a smaller mesh than others",
+    "and other parameters on other ranks": "DTensors on meshes of different ranks",
+    "lies on a part of its mesh": "parameters on a part of a mesh",
+    "has several dimensions and not all ranks": "a `norm_group` that this rank cannot use",
+    "norm_group has no member on this rank": "a `norm_group` that this rank cannot use",
+    "was pickled or copied, and its norm_group": "a pickled or copied optimizer that had a",
     "does not support sparse gradients": "sparse gradients",
     "does not go with parameter dtype": "a gradient of another dtype",
     "is not initialized; run a forward pass": "a lazy module's parameter",
@@ -109,7 +122,7 @@ AS_IN_TORCH = (
 def test_every_refusal_is_named() -> None:
     text = read("differences.md")
     assert [word for word in REFUSALS.values() if word not in text] == []
-    checking = ("checks.py", "groups.py", "rows.py", "shards.py", "state.py")
+    checking = ("checks.py", "exchange.py", "groups.py", "rows.py", "shards.py", "state.py")
     messages = set(raised("optimizer.py", "loadable.py", "plan.py", *checking)) - {"…"}
     known = (*REFUSALS, *AS_IN_TORCH)
     assert [m for m in sorted(messages) if not any(words in m for words in known)] == []

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from fake_ranks import fake_ranks
 from protocol_helpers import fallback_is_expected
 from raised_messages import raised
 from torch.nn import Parameter
@@ -27,6 +27,13 @@ import fusedopt
 from fusedopt import FusedAdamW, FusedLion, FusedSGD
 
 pytestmark = fallback_is_expected
+
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    with fake_ranks(1):
+        yield
+
 
 # Messages whose code is run by other tests.
 ELSEWHERE = {
@@ -38,15 +45,20 @@ ELSEWHERE = {
     "share of a ZeroRedundancyOptimizer": "tests/distributed/test_engines_ddp.py",
     "would see scaled gradients": "tests/distributed/test_engines_scalers.py",
     "their scales may differ": "fuse_scaler, by the same",
+    # Of several ranks.
+    "is a plain tensor beside DTensors": "tests/distributed/test_replicated.py",
+    "was pickled or copied, and its norm_group": "the same",
+    "lies on a smaller mesh": "tests/distributed/test_norm_groups.py",
+    "and other parameters on other ranks": "the same",
+    "lies on a part of its mesh": "the same",
+    "has several dimensions and not all ranks": "the same",
+    "norm_group has no member on this rank": "the same",
+    "another rank refused this step": "tests/distributed/test_ranks_agree.py",
+    "the ranks' options differ": "the same",
+    "a parameter that is a partial sum": "tests/distributed/test_refused_dtensors.py",
+    "both have to be DTensors": "the same",
+    "clear it after resharding": "the same",
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def alone() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def trained(data: torch.Tensor) -> Parameter:
@@ -160,7 +172,8 @@ def broken_containers(s: Training) -> Iterator[str]:
     s.fails = lambda: torch.func.vmap(lambda x: (s.optimizer.step(), x)[1])(torch.zeros(3))
     yield "cannot be traced or faked"
     s.start(max_grad_norm=1.0)
-    s.param._fsdp_flattened, s.model = True, SimpleNamespace(process_group=dist.group.WORLD)
+    s.param._fsdp_flattened = True
+    s.model = SimpleNamespace(process_group=torch.distributed.group.WORLD)
     yield "cannot be honoured for FSDP1 shards"
 
 
