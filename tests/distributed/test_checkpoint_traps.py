@@ -134,7 +134,7 @@ def state_at_once(rank: int) -> None:
 
 
 def refused(load: Any, optimizer: Any, match: str) -> str:
-    """The first remedy. Groups are as before, and the state is at most what torch made to load into."""
+    """The first remedy. Groups are as before; state is at most what torch made to load into."""
     groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
     with pytest.raises(KeyError, match=match) as why:
         load()
