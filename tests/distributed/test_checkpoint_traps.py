@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 import threading
@@ -173,6 +174,17 @@ def lost_states(rank: int) -> None:
     train(other, other_optimizer, 2)
     assert all("master_param" in own for own in other_optimizer.state.values())
 
+    # In a full one torch leaves in place what the file has not: here, of a state that is new.
+    whole = get_optimizer_state_dict(
+        model, optimizer, options=dataclasses.replace(FULL, flatten_optimizer_state_dict=True)
+    )
+    lacking = {key: value for key, value in whole.items() if not key.startswith("state.1.weight")}
+    other, other_optimizer = build("adamw", torch.bfloat16, 7)
+    set_optimizer_state_dict(other, other_optimizer, lacking, options=FULL)
+    own = other_optimizer.state[other[1].weight]
+    assert float(own["step"]) == 0 and full(own["exp_avg"]).count_nonzero() == 0
+    assert float(other_optimizer.state[other[1].bias]["step"]) == 2
+
     # 2. An optimizer without state: torch makes none where there are gradients.
     other, other_optimizer = build("adamw", torch.bfloat16, 7)
     give_grads(other, 0)
@@ -241,12 +253,27 @@ def counts_that_differ(rank: int, folder: str) -> None:
     assert float(other_optimizer.state[other[0].weight]["step"]) == 2 - rank
 
 
+def of_the_optimizer_itself(rank: int, folder: str) -> None:
+    """torch saves and loads what is there: a new optimizer needs its state first."""
+    model, optimizer = build("lion", torch.bfloat16, 0)
+    train(model, optimizer, 0, 1)
+    dcp.save({"optimizer": optimizer}, checkpoint_id=f"{folder}/itself")
+    for ready in (False, True):
+        other, other_optimizer = build("lion", torch.bfloat16, 7)
+        if ready:
+            other_optimizer.init_state()
+        dcp.load({"optimizer": other_optimizer}, checkpoint_id=f"{folder}/itself")
+        found = states(values(other, other_optimizer))
+        assert_same(found, states(values(model, optimizer)) if ready else {})
+
+
 def traps(rank: int, folder: str) -> None:
     saved_before_the_first_step(rank)
     state_at_once(rank)
     lost_states(rank)
     turned_on(rank)
-    counts_that_differ(rank, folder)
+    counts_that_differ(rank, f"{folder}/counts")
+    of_the_optimizer_itself(rank, folder)
 
 
 def test_nothing_is_lost_in_silence(tmp_path: Path) -> None:
