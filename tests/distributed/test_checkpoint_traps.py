@@ -316,47 +316,60 @@ def test_async_save(tmp_path: Path) -> None:
     ranks.run(2, saved_meanwhile, str(tmp_path))
 
 
-# ---- strided shards, from 4 ranks to 2 -----------------------------------------------------------
+# ---- meshes of two dimensions, from 4 ranks to 2 -------------------------------------------------
+
+# Tensor parallelism makes _StridedShard, also with rows that are not shared evenly.
+LAYOUTS = [("tp", 8), ("tp", 7), ("tp", 5), ("hsdp", 7)]
+Found = dict[tuple[str, int], Values]
 
 
-def two_dimensions(rows: int) -> tuple[Any, Any]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+def two_dimensions(layout: str, rows: int) -> tuple[Any, Any]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", layout))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, rows))
-    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
-    fully_shard(model, mesh=mesh["dp"])
+    if layout == "tp":
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+    else:
+        fully_shard(model, mesh=mesh)
     return model, fusedopt.FusedAdamW(model.parameters(), lr=0.1)
 
 
-def save_strided(rank: int, folder: str) -> dict[int, Values]:
+def save_from_4(rank: int, folder: str) -> Found:
     found = {}
-    for rows in (8, 7, 5):
-        model, optimizer = two_dimensions(rows)
+    for layout, rows in LAYOUTS:
+        model, optimizer = two_dimensions(layout, rows)
         train(model, optimizer, 0, 1)
         saved = get_optimizer_state_dict(model, optimizer)
-        dcp.save({"optimizer": saved}, checkpoint_id=f"{folder}/{rows}")
-        found[rows] = states(values(model, optimizer))
-        other, other_optimizer = two_dimensions(rows)
+        dcp.save({"optimizer": saved}, checkpoint_id=f"{folder}/{layout}{rows}")
+        found[layout, rows] = states(values(model, optimizer))
+        other, other_optimizer = two_dimensions(layout, rows)
         loaded = get_optimizer_state_dict(other, other_optimizer)
-        dcp.load({"optimizer": loaded}, checkpoint_id=f"{folder}/{rows}")
+        dcp.load({"optimizer": loaded}, checkpoint_id=f"{folder}/{layout}{rows}")
         set_optimizer_state_dict(other, other_optimizer, loaded)
-        assert_same(states(values(other, other_optimizer)), found[rows])
+        assert_same(states(values(other, other_optimizer)), found[layout, rows])
     return found
 
 
-def load_strided(rank: int, folder: str, wanted: dict[int, Values]) -> None:
-    for rows, expected in wanted.items():
+def load_on_2(rank: int, folder: str, wanted: Found) -> None:
+    for (layout, rows), expected in wanted.items():
         model = fully_shard(torch.nn.Sequential(torch.nn.Linear(3, rows)))
         optimizer = fusedopt.FusedAdamW(model.parameters(), lr=0.1)
         loaded = get_optimizer_state_dict(model, optimizer)
-        dcp.load({"optimizer": loaded}, checkpoint_id=f"{folder}/{rows}")
+        dcp.load({"optimizer": loaded}, checkpoint_id=f"{folder}/{layout}{rows}")
         set_optimizer_state_dict(model, optimizer, loaded)
         assert_same(states(values(model, optimizer)), expected)
 
 
-def test_strided_shards(tmp_path: Path) -> None:
-    wanted = ranks.run(4, save_strided, str(tmp_path))[0]
-    ranks.run(2, load_strided, str(tmp_path), wanted)
+def test_two_dimensions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 7))
+    optimizer = fusedopt.FusedAdamW(plain.parameters(), lr=0.1)
+    train(plain, optimizer, 0, 1)
+    found = ranks.run(4, save_from_4, str(tmp_path))[0]
+    for layout in ("tp", "hsdp"):
+        assert_same(found[layout, 7], states(values(plain, optimizer)))
+    ranks.run(2, load_on_2, str(tmp_path), found)
 
 
 # ---- what the documents say ----------------------------------------------------------------------
