@@ -253,6 +253,22 @@ def counts_that_differ(rank: int, folder: str) -> None:
     assert float(other_optimizer.state[other[0].weight]["step"]) == 2 - rank
 
 
+def orders_that_differ(rank: int) -> None:
+    """A state is made with the first gradient; to gather, ranks have to meet at the same tensor."""
+    model = fully_shard(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)))
+    optimizer = fusedopt.FusedLion(model.parameters(), lr=0.1)
+    give_grads(model, 0)
+    if rank == 1:
+        model[0].zero_grad()
+    optimizer.step()
+    train(model, optimizer, 1)
+    assert next(iter(optimizer.state)) is model[rank].weight
+    saved: Any = get_optimizer_state_dict(model, optimizer, options=FULL)
+    for (name, kind), value in states(values(model, optimizer)).items():
+        if kind != "step":
+            assert torch.equal(saved["state"][name][kind], value)
+
+
 def of_the_optimizer_itself(rank: int, folder: str) -> None:
     """torch saves and loads what is there: a new optimizer needs its state first."""
     model, optimizer = build("lion", torch.bfloat16, 0)
@@ -274,6 +290,7 @@ def traps(rank: int, folder: str) -> None:
     turned_on(rank)
     counts_that_differ(rank, f"{folder}/counts")
     of_the_optimizer_itself(rank, folder)
+    orders_that_differ(rank)
 
 
 def test_nothing_is_lost_in_silence(tmp_path: Path) -> None:
