@@ -79,7 +79,7 @@ def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wa
             state[key] = copy.deepcopy(value)
     # Ranks that exchange parts have to meet at each: their dicts may be in different orders.
     place = {param: number for number, (param, _) in enumerate(wanted.values())}
-    list(fills).sort(key=lambda fill: (place[fill[2]], fill[1]))
+    fills.sort(key=lambda fill: (place[fill[2]], fill[1]))
     with unfilled_state([like for *_, like in fills]) as new:
         for (own, name, param, _), tensor in zip(fills, new, strict=True):
             tensor.copy_(part_for(param, own[name]))  # one at a time: a part may be a copy

@@ -172,6 +172,21 @@ class SharingOptimizer(Optimizer):
     norm_group = _option("norm_group")
     norm_bits = _option("norm_bits")
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with states in the order of the parameters.
+
+        A state is made when its parameter first has a gradient, which may be in another order on
+        another rank. Ranks that gather a checkpoint would meet at different tensors.
+        """
+        saved: dict[str, Any] = super().state_dict()
+        if "state" not in saved or "param_groups" not in saved:  # a hook has returned another
+            return saved
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        state = saved["state"]
+        in_order = {key: state[key] for key in keys if key in state}
+        saved["state"] = {**in_order, **{k: v for k, v in state.items() if k not in in_order}}
+        return saved
+
     # ---- pickles and copies ----------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:

@@ -160,17 +160,19 @@ def with_other_placements(rank: int) -> None:
     model, optimizer = build("adamw", torch.float32, 7)
     mesh = next(model.parameters()).device_mesh
     other = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("other",))
-    for placement in (Replicate(), Shard(0)):
+    for placement in (Replicate(), Shard(0), Shard(1)):
         for stated in (False, True):  # the second time there is a state to write to
             loaded = copy.deepcopy(saved)
             for own in loaded["state"].values():
                 for name in ("exp_avg", "exp_avg_sq"):
-                    own[name] = distribute_tensor(own[name], mesh, [placement])
+                    fits = placement == Replicate() or placement.dim < own[name].dim()
+                    own[name] = distribute_tensor(
+                        own[name], mesh, [placement if fits else Shard(0)]
+                    )
             if stated:
                 train(model, optimizer, 5)
-            if rank == 1:  # dicts may be in another order
-                turned = {key: dict(reversed(own.items())) for key, own in loaded["state"].items()}
-                loaded["state"] = dict(reversed(turned.items()))
+            if rank == 1:  # the order of a dict is the rank's own
+                loaded["state"] = dict(reversed(loaded["state"].items()))
             optimizer.load_state_dict(loaded)
             assert_same(states(values(model, optimizer)), wanted)
     loaded["state"][0]["exp_avg"] = distribute_tensor(

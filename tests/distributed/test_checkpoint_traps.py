@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 import threading
@@ -134,7 +135,7 @@ def state_at_once(rank: int) -> None:
 
 
 def refused(load: Any, optimizer: Any, match: str) -> str:
-    """The first remedy. Groups are as before; the state is at most what torch made to load into."""
+    """The first remedy. Groups are as before; state is at most what torch made to load into."""
     groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
     with pytest.raises(KeyError, match=match) as why:
         load()
@@ -172,6 +173,17 @@ def lost_states(rank: int) -> None:
     assert all("master_param" not in own for own in other_optimizer.state.values())
     train(other, other_optimizer, 2)
     assert all("master_param" in own for own in other_optimizer.state.values())
+
+    # In a full one torch leaves in place what the file has not: here, of a state that is new.
+    whole = get_optimizer_state_dict(
+        model, optimizer, options=dataclasses.replace(FULL, flatten_optimizer_state_dict=True)
+    )
+    lacking = {key: value for key, value in whole.items() if not key.startswith("state.1.weight")}
+    other, other_optimizer = build("adamw", torch.bfloat16, 7)
+    set_optimizer_state_dict(other, other_optimizer, lacking, options=FULL)
+    own = other_optimizer.state[other[1].weight]
+    assert float(own["step"]) == 0 and full(own["exp_avg"]).count_nonzero() == 0
+    assert float(other_optimizer.state[other[1].bias]["step"]) == 2
 
     # 2. An optimizer without state: torch makes none where there are gradients.
     other, other_optimizer = build("adamw", torch.bfloat16, 7)
@@ -241,12 +253,44 @@ def counts_that_differ(rank: int, folder: str) -> None:
     assert float(other_optimizer.state[other[0].weight]["step"]) == 2 - rank
 
 
+def orders_that_differ(rank: int) -> None:
+    """A state is made with the first gradient; to gather, ranks have to meet at the same tensor."""
+    model = fully_shard(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)))
+    optimizer = fusedopt.FusedLion(model.parameters(), lr=0.1)
+    give_grads(model, 0)
+    if rank == 1:
+        model[0].zero_grad()
+    optimizer.step()
+    train(model, optimizer, 1)
+    assert next(iter(optimizer.state)) is model[rank].weight
+    saved: Any = get_optimizer_state_dict(model, optimizer, options=FULL)
+    for (name, kind), value in states(values(model, optimizer)).items():
+        if kind != "step":
+            assert torch.equal(saved["state"][name][kind], value)
+
+
+def of_the_optimizer_itself(rank: int, folder: str) -> None:
+    """torch saves and loads what is there: a new optimizer needs its state first."""
+    model, optimizer = build("lion", torch.bfloat16, 0)
+    train(model, optimizer, 0, 1)
+    dcp.save({"optimizer": optimizer}, checkpoint_id=f"{folder}/itself")
+    for ready in (False, True):
+        other, other_optimizer = build("lion", torch.bfloat16, 7)
+        if ready:
+            other_optimizer.init_state()
+        dcp.load({"optimizer": other_optimizer}, checkpoint_id=f"{folder}/itself")
+        found = states(values(other, other_optimizer))
+        assert_same(found, states(values(model, optimizer)) if ready else {})
+
+
 def traps(rank: int, folder: str) -> None:
     saved_before_the_first_step(rank)
     state_at_once(rank)
     lost_states(rank)
     turned_on(rank)
-    counts_that_differ(rank, folder)
+    counts_that_differ(rank, f"{folder}/counts")
+    of_the_optimizer_itself(rank, folder)
+    orders_that_differ(rank)
 
 
 def test_nothing_is_lost_in_silence(tmp_path: Path) -> None:
@@ -289,47 +333,60 @@ def test_async_save(tmp_path: Path) -> None:
     ranks.run(2, saved_meanwhile, str(tmp_path))
 
 
-# ---- strided shards, from 4 ranks to 2 -----------------------------------------------------------
+# ---- meshes of two dimensions, from 4 ranks to 2 -------------------------------------------------
+
+# Tensor parallelism makes _StridedShard, also with rows that are not shared evenly.
+LAYOUTS = [("tp", 8), ("tp", 7), ("tp", 5), ("hsdp", 7)]
+Found = dict[tuple[str, int], Values]
 
 
-def two_dimensions(rows: int) -> tuple[Any, Any]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+def two_dimensions(layout: str, rows: int) -> tuple[Any, Any]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", layout))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, rows))
-    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
-    fully_shard(model, mesh=mesh["dp"])
+    if layout == "tp":
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+    else:
+        fully_shard(model, mesh=mesh)
     return model, fusedopt.FusedAdamW(model.parameters(), lr=0.1)
 
 
-def save_strided(rank: int, folder: str) -> dict[int, Values]:
+def save_from_4(rank: int, folder: str) -> Found:
     found = {}
-    for rows in (8, 7, 5):
-        model, optimizer = two_dimensions(rows)
+    for layout, rows in LAYOUTS:
+        model, optimizer = two_dimensions(layout, rows)
         train(model, optimizer, 0, 1)
         saved = get_optimizer_state_dict(model, optimizer)
-        dcp.save({"optimizer": saved}, checkpoint_id=f"{folder}/{rows}")
-        found[rows] = states(values(model, optimizer))
-        other, other_optimizer = two_dimensions(rows)
+        dcp.save({"optimizer": saved}, checkpoint_id=f"{folder}/{layout}{rows}")
+        found[layout, rows] = states(values(model, optimizer))
+        other, other_optimizer = two_dimensions(layout, rows)
         loaded = get_optimizer_state_dict(other, other_optimizer)
-        dcp.load({"optimizer": loaded}, checkpoint_id=f"{folder}/{rows}")
+        dcp.load({"optimizer": loaded}, checkpoint_id=f"{folder}/{layout}{rows}")
         set_optimizer_state_dict(other, other_optimizer, loaded)
-        assert_same(states(values(other, other_optimizer)), found[rows])
+        assert_same(states(values(other, other_optimizer)), found[layout, rows])
     return found
 
 
-def load_strided(rank: int, folder: str, wanted: dict[int, Values]) -> None:
-    for rows, expected in wanted.items():
+def load_on_2(rank: int, folder: str, wanted: Found) -> None:
+    for (layout, rows), expected in wanted.items():
         model = fully_shard(torch.nn.Sequential(torch.nn.Linear(3, rows)))
         optimizer = fusedopt.FusedAdamW(model.parameters(), lr=0.1)
         loaded = get_optimizer_state_dict(model, optimizer)
-        dcp.load({"optimizer": loaded}, checkpoint_id=f"{folder}/{rows}")
+        dcp.load({"optimizer": loaded}, checkpoint_id=f"{folder}/{layout}{rows}")
         set_optimizer_state_dict(model, optimizer, loaded)
         assert_same(states(values(model, optimizer)), expected)
 
 
-def test_strided_shards(tmp_path: Path) -> None:
-    wanted = ranks.run(4, save_strided, str(tmp_path))[0]
-    ranks.run(2, load_strided, str(tmp_path), wanted)
+def test_two_dimensions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 7))
+    optimizer = fusedopt.FusedAdamW(plain.parameters(), lr=0.1)
+    train(plain, optimizer, 0, 1)
+    found = ranks.run(4, save_from_4, str(tmp_path))[0]
+    for layout in ("tp", "hsdp"):
+        assert_same(found[layout, 7], states(values(plain, optimizer)))
+    ranks.run(2, load_on_2, str(tmp_path), found)
 
 
 # ---- what the documents say ----------------------------------------------------------------------
