@@ -57,7 +57,7 @@ class Training:
         groups = [{"params": self.params[:2]}, {"params": self.params[2:], "replicated": True}]
         self.opt = fusedopt.FusedAdamW(groups[: 2 if scene == "beside" else 1], **own, **options)
         self.scaler = make("cpu", init_scale=SCALE, growth_interval=2)
-        self.bad = (3,)
+        self.bad: tuple[int, ...] = (3,)
 
     def with_equal_replicas(self) -> Training:
         """An engine gives both ranks of a part the same gradients."""
@@ -155,6 +155,8 @@ def hooks(rank: int) -> None:
     """A pre-hook finds unscaled gradients, whichever scaler is used."""
     for scene in (*AGREE, *DISAGREE):
         for make in (fusedopt.GradScaler, torch.amp.GradScaler):
+            if make is torch.amp.GradScaler and scene == "beside":
+                continue  # torch's own check fails there
             training = Training(scene, make).with_equal_replicas()
             seen: list[bool] = []
 
@@ -164,8 +166,7 @@ def hooks(rank: int) -> None:
 
             training.opt.register_step_pre_hook(look)
             if make is torch.amp.GradScaler and scene in DISAGREE:
-                if scene != "beside":  # where torch's own check fails
-                    hook_refused(training)
+                hook_refused(training)
             else:
                 assert training.scaler.__class__ is torch.amp.GradScaler or training.scaler.sweeps(
                     training.opt
