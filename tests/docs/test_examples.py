@@ -296,6 +296,21 @@ def test_sharded_in_one_process(run, load, tmp_path, capsys) -> None:
         assert message in capsys.readouterr().err
 
 
+def test_sharded_notices_what_a_checkpoint_forgot(run, load, monkeypatch) -> None:
+    sharded = load("train_sharded").Sharded
+    restore = sharded.load_state_dict
+
+    def forget_the_moments(self: object, state: dict[str, dict]) -> None:
+        for moments in state["optimizer"]["state"].values():
+            moments["exp_avg"].zero_()
+        restore(self, state)
+
+    monkeypatch.setattr(sharded, "load_state_dict", forget_the_moments)
+    printed = run("train_sharded", *SMALL, "--batch", "2", status=1)
+    assert "NOT identical" in printed
+    assert "1 rank, FSDP2: agrees with one process" in printed
+
+
 ALONE = """
 import sys
 import fusedopt.optimizer
