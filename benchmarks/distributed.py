@@ -118,7 +118,8 @@ def _measure(case: Case, rounds: int, quick: bool, report: rows.Report) -> None:
         pair = _checked(model, names)
         messages = [_messages(one) for one in pair]
         clock, (own, reference) = sharded.RanksClock(), pair
-        trials = sandwich(reference, {"": own}, clock, rounds, 2 * rounds)[""]
+        attempts = rounds if quick else 2 * rounds
+        trials = sandwich(reference, {"": own}, clock, rounds, attempts)[""]
         columns: dict[str, Any] = {
             "case": case.name, "params": sum(map(math.prod, shapes)), "tensors": len(shapes),
             "dtype": "float32", "grads": "views", "pipeline": names[0], "reference": names[1],
@@ -145,7 +146,7 @@ def _checked(model: Any, names: Sequence[str]) -> list[Any]:
     pair = [sharded.PIPELINES[name](model) for name in names]
     for one in pair:
         take_checked_steps(one, model.grads)
-    start = [param.detach() for param in model.plain()]
+    start = sharded.parts(model.plain())
     told = ""
     try:
         compare_steps(start, *map(sharded.Parts, pair))

@@ -108,12 +108,16 @@ def local(tensor: Any) -> Tensor:
     return part.detach()
 
 
+def parts(tensors: Sequence[Any]) -> list[Tensor]:
+    """The local ones of them that are not empty."""
+    return [part for part in map(local, tensors) if part.numel() > 0]
+
+
 class Parts:
     """This rank's parts of a pipeline, as `compare_steps` wants them."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self.params = [local(param) for param in pipeline.params]
-        self._updated = [local(tensor) for tensor in pipeline.updated()]
+        self.params, self._updated = parts(pipeline.params), parts(pipeline.updated())
 
     def updated(self) -> list[Tensor]:
         return self._updated
