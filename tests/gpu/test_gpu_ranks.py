@@ -255,6 +255,12 @@ def test_three_launches_and_one_message(tmp_path: Path, monkeypatch: pytest.Monk
     assert kernels(pairs.ours.step, tmp_path) == ["reduce", "finalize", "update"]
     assert len(pairs.ours.meeting.messages) == before + 1
     assert pairs.ours.errors == [None, None]
+    if not real():  # what a capture would hold: the table, too (test_gpu_processes.py has graphs)
+        monkeypatch.setattr(module_of(backend()).driver(), "capturing", lambda device: True)
+        write = ["write"] if backend() == "cuda" else []
+        assert kernels(pairs.ours.step, tmp_path) == [*write, "reduce", "finalize", "update"]
+        assert len(pairs.ours.meeting.messages) == before + 2
+        assert pairs.ours.opts[0]._shared.plan.captured
 
 
 def test_nobody_asks_so_there_is_no_message(
