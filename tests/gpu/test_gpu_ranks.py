@@ -14,6 +14,7 @@ import pytest
 import torch
 from gpu_helpers import (
     backend,
+    device,
     device_work,
     module_of,
     real,
@@ -222,6 +223,17 @@ def test_a_new_plan_has_heard_what_the_former_one_was_told(
     pairs.step()
     assert "another rank refused" in str(pairs.ours.errors[0])
     pairs.check()
+
+
+def test_a_scaler_reads_nothing_from_a_refused_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its flag has the answer of the step before until a step writes it."""
+    pairs = Pairs(monkeypatch)
+    pairs.run(grads_of_ranks(1))
+    answers_late(monkeypatch, 1)
+    flag = torch.ones((), device=device())
+    pairs.ours.opts[0]._shared.amp.due = flag
+    differ(pairs.ours)
+    assert pairs.ours.errors[0] is None and flag.item() == 0.0
 
 
 def test_what_kernels_write_to_is_never_freed() -> None:
