@@ -81,6 +81,7 @@ FUSEDOPT_FN void decide(const StepRecord& step, const uint64_t* words, StepScala
   if (refused != Refusal::kNone) {
     *step.refusal = static_cast<int32_t>(refused);
     s.skip = 2.0f;
+    if (step.inf_flag) *step.inf_flag = 0.0f;  // as after any step that fails
     return;
   }
   const bool measured = step.has(StepRecord::kMeasured);

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -45,15 +45,17 @@ class HostWords:
         self._driver = driver
         self._pages: list[Tensor] = []
         self._free: list[Tensor] = []
+        self._lock = threading.Lock()
 
     def taken_over(self, word: Tensor | None) -> Tensor:
         """``word`` if it is one of these, otherwise a new one of the same value."""
         if word is not None and any(lies_in(word, page) for page in self._pages):
             return word
-        if not self._free:
-            self._pages.append(self._driver.host_buffer(4096).zero_().view(torch.int32))
-            self._free = list(self._pages[-1].view(-1, 1).unbind())
-        new = self._free.pop()
+        with self._lock:  # optimizers of several threads
+            if not self._free:
+                self._pages.append(self._driver.host_buffer(4096).zero_().view(torch.int32))
+                self._free = list(self._pages[-1].view(-1, 1).unbind())
+            new = self._free.pop()
         return new if word is None else new.copy_(word)
 
 
@@ -83,9 +85,10 @@ class Driver(ABC):
         """Tell the allocator not to reuse ``tensor`` before the current stream is done with it."""
         tensor.record_stream(torch.cuda.current_stream(device))
 
-    @cached_property
+    @property
     def host_words(self) -> HostWords:
-        return HostWords(self)
+        words: HostWords = vars(self).setdefault("_host_words", HostWords(self))  # of one thread
+        return words
 
     def host_buffer(self, n_bytes: int) -> Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.pins)

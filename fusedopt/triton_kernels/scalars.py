@@ -129,6 +129,8 @@ def decide(step, words):
     if refused != 0:
         store(step.refusal, refused)
         store(fields_at(STEP_SCALARS, step.scalars).skip, tl.full([], 2.0, tl.float32))
+        if step.inf_flag != 0:  # as after any step that fails
+            store(step.inf_flag, tl.full([], 0.0, tl.float32))
         skip = tl.full([], 1, tl.int1)
     else:
         skip = decide_alike(step, words)

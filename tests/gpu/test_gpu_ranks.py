@@ -14,6 +14,7 @@ import pytest
 import torch
 from gpu_helpers import (
     backend,
+    device,
     device_work,
     module_of,
     real,
@@ -224,6 +225,17 @@ def test_a_new_plan_has_heard_what_the_former_one_was_told(
     pairs.check()
 
 
+def test_a_scaler_reads_nothing_from_a_refused_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its flag has the answer of the step before until a step writes it."""
+    pairs = Pairs(monkeypatch)
+    pairs.run(grads_of_ranks(1))
+    answers_late(monkeypatch, 1)
+    flag = torch.ones((), device=device())
+    pairs.ours.opts[0]._shared.amp.due = flag
+    differ(pairs.ours)
+    assert pairs.ours.errors[0] is None and flag.item() == 0.0
+
+
 def test_what_kernels_write_to_is_never_freed() -> None:
     """A kernel of a plan that is gone may still be on its way."""
     words = module_of(backend()).driver().host_words
@@ -255,6 +267,12 @@ def test_three_launches_and_one_message(tmp_path: Path, monkeypatch: pytest.Monk
     assert kernels(pairs.ours.step, tmp_path) == ["reduce", "finalize", "update"]
     assert len(pairs.ours.meeting.messages) == before + 1
     assert pairs.ours.errors == [None, None]
+    if not real():  # what a capture would hold: the table, too (test_gpu_processes.py has graphs)
+        monkeypatch.setattr(module_of(backend()).driver(), "capturing", lambda device: True)
+        write = ["write"] if backend() == "cuda" else []
+        assert kernels(pairs.ours.step, tmp_path) == [*write, "reduce", "finalize", "update"]
+        assert len(pairs.ours.meeting.messages) == before + 2
+        assert pairs.ours.opts[0]._shared.plan.captured
 
 
 def test_nobody_asks_so_there_is_no_message(
