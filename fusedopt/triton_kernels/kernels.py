@@ -1,4 +1,5 @@
-"""The kernels: the one file that knows of grids (csrc/cuda/kernels.cu in Triton).
+"""The kernels: the one file that knows of grids (csrc/cuda/kernels.cu and exact.cu in
+Triton).
 
 Every argument is an address or a count, and no value is compiled in: one binary of each kernel
 serves every step.
