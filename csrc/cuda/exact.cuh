@@ -83,39 +83,42 @@ FUSEDOPT_DEVICE Squares squares(const ChunkOfGrads& c, int t, float inv_scale, i
   return s;
 }
 
-// The number that a chunk adds to word t. A digit gets less than 2^32 from each of three windows at
+// Adds a chunk to the words of the block. A digit gets less than 2^32 from each of three windows at
 // most. `guess` is the highest exponent to look for first, and is left for the next chunk.
-FUSEDOPT_DEVICE uint64_t word_of_exact_chunk(const ChunkOfGrads& c, int t, bool counted,
-                                             float inv_scale, int& guess) {
-  uint64_t word = 0;
+FUSEDOPT_DEVICE void add_exactly(const ChunkOfGrads& c, int t, bool counted, float inv_scale,
+                                 int& guess, Word* words) {
   int top = guess;
   for (bool first = true;; first = false) {
     const Squares s = squares(c, t, inv_scale, top);
-    if (s.largest >= kInf) return t == (s.largest > kInf ? kNanChunks : kInfChunks) ? 1 : 0;
+    if (s.largest >= kInf) {
+      return add_word(words, t, t == (s.largest > kInf ? kNanChunks : kInfChunks) ? 1 : 0);
+    }
     const int highest = field_of(s.largest);
     if (first && highest > top) {
       top = highest;
       continue;
     }
-    guess = highest + kMargin < kHighestField ? highest + kMargin : kHighestField;
-    word += digit_of(s.sum, 32 * t - lowest_bit_of(top));
-    if (s.below == 0) return counted ? word : 0;
+    if (s.largest != 0) {
+      guess = highest + kMargin < kHighestField ? highest + kMargin : kHighestField;
+    }
+    if (counted) add_word(words, t, digit_of(s.sum, 32 * t - lowest_bit_of(top)));
+    if (s.below == 0) return;
     top = field_of(s.below);
   }
 }
 
-// Word t of all chunks of this warp.
-FUSEDOPT_DEVICE uint64_t exact_word_of_warp(const DeviceStep& step, int t, float inv_scale) {
+// All chunks of this warp.
+FUSEDOPT_DEVICE void add_chunks_exactly(const DeviceStep& step, int t, float inv_scale,
+                                        Word* words) {
   const PlanView& plan = step.plan;
-  uint64_t word = 0;
   int guess = 127;
-  int64_t c = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  for (; c < plan.n_chunks; c += static_cast<int64_t>(gridDim.x) * kWarps) {
+  const int n_chunks = static_cast<int>(plan.n_chunks), by = static_cast<int>(gridDim.x) * kWarps;
+  int c = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
+  for (; c < n_chunks; c += by) {
     const ChunkOfGrads grads = chunk_of_grads(plan, plan.chunks[c]);
     const bool counted = step.record.counts(plan.rows[plan.chunks[c].row]);
-    word += word_of_exact_chunk(grads, t, counted, inv_scale, guess);
+    add_exactly(grads, t, counted, inv_scale, guess, words);
   }
-  return word;
 }
 
 }  // namespace fusedopt

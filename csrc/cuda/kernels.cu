@@ -1,8 +1,8 @@
-// The kernels and their launches; the one file that knows of grids.
+// The kernels and their launches; with exact.cu, the files that know of grids.
 #include <cstring>
 
-#include "exact.cuh"
 #include "finalize.cuh"
+#include "grid.cuh"
 #include "launch.h"
 #include "reduce.cuh"
 #include "update.cuh"
@@ -22,15 +22,15 @@ __global__ void __launch_bounds__(kThreads)
 // One warp for each chunk, so that chunks need no barrier. Warps add their words to the block's,
 // blocks to the sums. The last block copies the sums and leaves zeros for the next launch. Where no
 // other device or rank has words to add, it finalizes.
-template <class WordOfWarp>
-FUSEDOPT_DEVICE void reduce_by_warps(const DeviceStep& step, const WordOfWarp& word_of_warp) {
+__global__ void __launch_bounds__(kThreads, 4)
+    reduce_kernel(const __grid_constant__ DeviceStep step) {
   __shared__ float inv_scale;
   __shared__ Word block_words[kWords];
   const int t = threadIdx.x;
   if (t == 0) inv_scale = inverse_scale(step.record.grad_scale);
   if (t < kWords) block_words[t] = 0;
   __syncthreads();
-  add_word(block_words, t % kWarp, word_of_warp(t % kWarp, inv_scale));
+  add_word(block_words, t % kWarp, word_of_warp(step, t % kWarp, inv_scale));
   __syncthreads();
   if (t < kWords) add_word(step.sums, t, block_words[t]);
   if (!is_last_block(step.ticket)) return;
@@ -40,16 +40,6 @@ FUSEDOPT_DEVICE void reduce_by_warps(const DeviceStep& step, const WordOfWarp& w
     step.sums[t] = 0;
   }
   if (step.n_devices == 1 && step.record.n_ranks == 0) finalize_step(step);
-}
-
-__global__ void __launch_bounds__(kThreads, 4)
-    reduce_kernel(const __grid_constant__ DeviceStep step) {
-  reduce_by_warps(step, [&](int t, float scale) { return word_of_warp(step, t, scale); });
-}
-
-__global__ void __launch_bounds__(kThreads, 4)
-    reduce_exactly_kernel(const __grid_constant__ DeviceStep step) {
-  reduce_by_warps(step, [&](int t, float scale) { return exact_word_of_warp(step, t, scale); });
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -101,22 +91,6 @@ UpdateKernel update_kernel_of(const DeviceStep& step) {
   return kernel;
 }
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int blocks, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-// As many blocks as there is work for, one at least.
-int grid(int64_t chunks, int chunks_per_block, int most) {
-  const int64_t wanted = (chunks + chunks_per_block - 1) / chunks_per_block;
-  return static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most);
-}
-
 }  // namespace
 
 cudaError_t write_page(void* destination, const void* source, size_t bytes, cudaStream_t stream) {
@@ -127,8 +101,8 @@ cudaError_t write_page(void* destination, const void* source, size_t bytes, cuda
 }
 
 cudaError_t reduce(const DeviceStep& step, int blocks, cudaStream_t stream) {
-  const auto kernel = step.record.has(StepRecord::kExact) ? reduce_exactly_kernel : reduce_kernel;
-  return launch(kernel, grid(step.plan.n_chunks, kWarps, blocks), stream, step);
+  if (step.record.has(StepRecord::kExact)) return reduce_exactly(step, blocks, stream);
+  return launch(reduce_kernel, grid(step.plan.n_chunks, kWarps, blocks), stream, step);
 }
 
 cudaError_t finalize(const DeviceStep& step, cudaStream_t stream) {

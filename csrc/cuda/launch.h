@@ -38,6 +38,9 @@ cudaError_t write_page(void* destination, const void* source, size_t bytes, cuda
 // also does the work of finalize().
 cudaError_t reduce(const DeviceStep& step, int blocks, cudaStream_t stream);
 
+// What reduce() launches for norm_bits="exact".
+cudaError_t reduce_exactly(const DeviceStep& step, int blocks, cudaStream_t stream);
+
 // The words of all devices to StepScalars, and a RowStep for each row.
 cudaError_t finalize(const DeviceStep& step, cudaStream_t stream);
 

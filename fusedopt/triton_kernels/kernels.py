@@ -1,4 +1,5 @@
-"""The kernels: the one file that knows of grids (csrc/cuda/kernels.cu in Triton).
+"""The kernels: the one file that knows of grids (csrc/cuda/kernels.cu and exact.cu in
+Triton).
 
 Every argument is an address or a count, and no value is compiled in: one binary of each kernel
 serves every step.
@@ -10,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .exact import FIRST_GUESS, reduce_chunk_exactly
 from .finalize import ROWS, finalize_step, words_of_devices
 from .reduce import reduce_chunk
 from .scalars import inverse_scale, words_of_rank
@@ -30,6 +32,36 @@ def reduce_kernel(
     own = no_words()
     for c in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         own = reduce_chunk(chunks, c, rows, grads, inv_scale, record.flags, own)
+    add_words(sums, own)
+    tl.debug_barrier()
+    drawn = ticket.to(tl.pointer_type(tl.int32))
+    if tl.atomic_add(drawn, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        total = load_words(sums)
+        tl.debug_barrier()
+        store_words(sums, no_words())
+        tl.store(drawn, 0)
+        if own_number == 0:
+            total += words_of_rank(record)
+        store_words(words + own_number * WORDS * 8, total)
+        if (n_devices == 1) & (record.n_ranks == 0):
+            finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, RULE)
+
+
+@triton.jit
+def reduce_exactly_kernel(
+    step, options, numbers, grads, rows, chunks, row_steps, sums, words, ticket,
+    n_rows, n_chunks, n_devices, own_number,
+    RULE: tl.constexpr,
+):  # fmt: skip
+    """As ``reduce_kernel``, for ``norm_bits="exact"``."""
+    record = read(STEP, step)
+    inv_scale = inverse_scale(record.grad_scale)
+    own = no_words()
+    guess = tl.full([], FIRST_GUESS, tl.int32)
+    for c in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        own, guess = reduce_chunk_exactly(
+            chunks, c, rows, grads, inv_scale, record.flags, own, guess
+        )
     add_words(sums, own)
     tl.debug_barrier()
     drawn = ticket.to(tl.pointer_type(tl.int32))

@@ -90,8 +90,10 @@ def test_no_spills_and_accesses_of_16_bytes(name, target):
     (code,) = sass.parse_code(listing.splitlines()).values()
     if name.startswith("update"):
         assert_update_is_wide(VARIANTS[name], target, wide_loops(code))
-    if name.startswith("reduce"):
+    if name.startswith("reduce-"):
         assert_reduce_is_wide(wide_loops(code))
+    if name.startswith("reduce_exactly-"):
+        assert_reduce_exactly_is_wide(wide_loops(code))
 
 
 def assert_update_is_wide(
@@ -125,6 +127,14 @@ def assert_reduce_is_wide(loops: list[list[sass.Instruction]]) -> None:
         assert all(i.is_wide for i in loop if i.is_load)
         # 512 elements of a warp: fp32, and in the other branch of 16 bits
         assert sum(i.is_load for i in loop) == 4 + 2
+        assert not [i for i in loop if i.is_generic_or_local or i.is_store]
+
+
+def assert_reduce_exactly_is_wide(loops: list[list[sass.Instruction]]) -> None:
+    assert len(loops) == 1
+    for loop in loops:
+        # 128 elements of a warp: fp32, and in the other branch of 16 bits
+        assert sorted(i.bits for i in loop if i.is_load) == [64, 128]
         assert not [i for i in loop if i.is_generic_or_local or i.is_store]
 
 
