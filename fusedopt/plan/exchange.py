@@ -200,11 +200,12 @@ def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | Non
     own = torch.distributed.get_rank(group)
     if own < 0:
         raise _no_member()
+    everyone = frozenset(torch.distributed.get_process_group_ranks(group))
     partly = {mesh for mesh in meshes if _ranks_on(mesh) != widest}
     elsewhere = set()
     for index, label, _, replicated in served:
         if index in sharded:
-            counted = _is_counted(sharded[index], sharded[index].mesh in partly)
+            counted = _is_counted(sharded[index], sharded[index].mesh in partly, everyone)
         elif sharded and replicated is None:
             raise RuntimeError(
                 f"{label} is a plain tensor beside DTensors, and the norm has to count each "
@@ -219,7 +220,6 @@ def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | Non
     if torch.distributed.get_world_size(group) == 1:
         return None
     shardings = {(each.mesh, each.sharded_dims) for each in sharded.values()}
-    everyone = frozenset(torch.distributed.get_process_group_ranks(group))
     mixed = len(shardings) != 1 or widest != everyone or len(sharded) != len(served)
     device_type = None if served else _device_type_of(given)
     return Ranks(group, frozenset(elsewhere), mixed, given is None, device_type)
@@ -249,8 +249,9 @@ def _check_known(one_of_each_mesh: Iterable[_Sharded], widest: frozenset[int]) -
             raise RuntimeError(
                 f"{each.label} lies on a part of its mesh, whose other dimensions are "
                 f"{', '.join(map(repr, missing))}: it is not known whether their ranks share the "
-                "norm; pass `norm_group=torch.distributed.group.WORLD`, or the group or DeviceMesh "
-                "of the ranks that do"
+                "norm; where they hold other parameters, as stages of a pipeline do, pass "
+                "`norm_group=torch.distributed.group.WORLD`, or the group or DeviceMesh of all "
+                "stages; where they hold the same, the mesh: `norm_group=param.device_mesh`"
             )
 
 
@@ -260,18 +261,24 @@ def _ranks_on(mesh: Any) -> frozenset[int]:
     return frozenset(mesh.mesh.flatten().tolist())
 
 
+def _places(root: Any, ranks: frozenset[int]) -> Tensor:
+    """The coordinates of ``ranks`` in a root mesh, a row for each."""
+    wanted = torch.tensor(sorted(ranks), dtype=root.mesh.dtype, device="cpu")
+    return torch.isin(root.mesh, wanted).nonzero()
+
+
 @lru_cache(maxsize=64)
 def _dims_outside(root: Any, ranks: frozenset[int]) -> list[int]:
     """The dimensions of a root mesh that ``ranks`` do not span."""
     if root.size() <= len(ranks):
         return []
-    inside = torch.isin(root.mesh, torch.tensor(sorted(ranks), dtype=root.mesh.dtype, device="cpu"))
-    at = inside.nonzero()
+    at = _places(root, ranks)
     return [d for d in range(root.ndim) if root.size(d) > len(set(at[:, d].tolist()))]
 
 
-def _is_counted(each: _Sharded, has_fewer_ranks: bool) -> bool:
-    if not has_fewer_ranks or each.replicated is False:
+def _is_counted(each: _Sharded, has_fewer_ranks: bool, everyone: frozenset[int]) -> bool:
+    """Whether this rank counts a DTensor, in a norm of the ranks ``everyone``."""
+    if each.replicated is False or (each.replicated is None and not has_fewer_ranks):
         return each.is_first_replica
     if each.replicated is None:
         raise RuntimeError(
@@ -282,7 +289,10 @@ def _is_counted(each: _Sharded, has_fewer_ranks: bool) -> bool:
         )
     root = each.mesh._get_root_mesh()
     place, outside = root.get_coordinate(), _dims_outside(root, _ranks_on(each.mesh))
-    return each.is_first_replica and place is not None and all(place[d] == 0 for d in outside)
+    if not each.is_first_replica or not outside:
+        return each.is_first_replica
+    first = _places(root, everyone).amin(0).tolist()
+    return place is not None and all(place[d] == first[d] for d in outside)
 
 
 def _no_member() -> RuntimeError:

@@ -222,9 +222,8 @@ def helped(optimizer: Any, error: RuntimeError, lines: slice = slice(None), **na
     return norm
 
 
-def group_in(error: RuntimeError) -> Any:
-    """The argument that the message names."""
-    names: dict[str, Any] = {"torch": torch}
-    for line in remedies(error):
-        exec(line, names)
-    return names["norm_group"]
+def group_in(error: RuntimeError, line: int = 0, **names: Any) -> Any:
+    """The argument that a line in the message names."""
+    found: dict[str, Any] = {"torch": torch, **names}
+    exec(remedies(error)[line], found)
+    return found["norm_group"]

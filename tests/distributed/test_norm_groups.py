@@ -8,6 +8,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from fake_ranks import fake_ranks
 from harness import randn
 from sharded import (
     INF,
@@ -80,8 +81,49 @@ def stages(rank: int) -> None:
     assert_rational(norm_of(groups, norm_group=root), everything)
 
 
-def test_stages_of_a_pipeline() -> None:
-    ranks.run(4, stages)
+def copies(rank: int) -> None:
+    """Ranks along a dimension of the mesh that the parameters do not know hold the same ones."""
+    root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    grads = [randn((5, 3), 1), randn((4,), 2)]
+
+    def params() -> list[Any]:
+        return [trained(grad, root["dp"], ROWS) for grad in grads]
+
+    optimizer, error = refused(params(), "'cp'", "norm_group")
+    optimizer.norm_group = group_in(error, 1, param=optimizer.param_groups[0]["params"][0])
+    optimizer.step()
+    assert_rational(optimizer.grad_norm, grads)
+    # A norm of all ranks, so that they skip together.
+    groups = [{"params": params(), "replicated": True}]
+    if rank == 3:
+        groups[0]["params"][0].grad._local_tensor[0] = INF
+    optimizer = FusedAdamW(groups, max_grad_norm=INF, norm_group=root, skip_nonfinite=True)
+    optimizer.step()
+    assert optimizer.found_inf == 1
+    optimizer.param_groups[0]["params"][0].grad = trained(grads[0], root["dp"], ROWS).grad
+    optimizer.step()
+    alike_everywhere(optimizer.grad_norm)
+    assert_rational(optimizer.grad_norm, grads)
+
+
+@pytest.mark.parametrize("rank", range(8))
+def test_copies_in_each_stage_of_a_pipeline(rank: int) -> None:
+    """The first copy of the norm's own ranks counts, and not the first one of the whole mesh."""
+    names = f"pp{rank}", f"dp{rank}", f"cp{rank}"  # torch remembers equal meshes, of another rank
+    with fake_ranks(8, rank):
+        root = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=names)
+        stage = root[names[1:]]._flatten()
+        counts = {stage: rank % 2 == 0, dist.group.WORLD: rank in (0, 2)}
+        for given, counted in counts.items():
+            param = trained(randn((8, 4), 1), root[names[1]], ROWS)
+            groups = [{"params": [param], "replicated": True}]
+            found = FusedAdamW(groups, max_grad_norm=INF, norm_group=given)._ranks()
+            assert found.uncounted == (frozenset() if counted else {0}), given
+
+
+@pytest.mark.parametrize("check", [stages, copies])
+def test_dimensions_that_the_parameters_do_not_know(check: Any) -> None:
+    ranks.run(4, check)
 
 
 # ---- experts -------------------------------------------------------------------------------------
@@ -169,34 +211,22 @@ def test_groups_and_meshes() -> None:
     ranks.run(4, kinds_of_groups)
 
 
-PARTS = [0, 1], [0, 2, 4]
-
-
-def a_part_of_the_world(rank: int) -> None:
-    """A mesh of two dimensions that has no group of its own, in a world of eight."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    root = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
-    mesh = root["dp", "tp"]
-    params = [trained(randn((8, 4), 1), mesh, [Shard(0), Shard(1)])]
-    optimizer, error = refused(params, "several dimensions and not all ranks", norm_group=mesh)
-    assert remedies(error) == ["optimizer.norm_group = mesh._flatten()"]
-    exec(remedies(error)[0], {"optimizer": optimizer, "mesh": mesh})
-    found = optimizer._ranks()
-    assert dist.get_process_group_ranks(found.group) == [0, 1, 2, 3]
-    two = [trained(randn((6,), i), DeviceMesh("cpu", ranks), ROWS) for i, ranks in enumerate(PARTS)]
-    optimizer, error = refused(
-        two, "param 0 of group 0 lies on DeviceMesh", "and other parameters on other ranks"
-    )
-    assert group_in(error) is dist.group.WORLD
-    with torch.device("meta"):  # a default device is none of ours
-        optimizer, _ = refused(params, "'pp'")
-
-
 def test_a_mesh_without_a_group_of_its_own() -> None:
-    ranks.run(1, a_part_of_the_world)
+    """Of two dimensions, in a world of eight."""
+    with fake_ranks(8):
+        root = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
+        mesh = root["dp", "tp"]
+        params = [trained(randn((8, 4), 1), mesh, [Shard(0), Shard(1)])]
+        optimizer, error = refused(params, "several dimensions and not all ranks", norm_group=mesh)
+        assert remedies(error) == ["optimizer.norm_group = mesh._flatten()"]
+        exec(remedies(error)[0], {"optimizer": optimizer, "mesh": mesh})
+        assert dist.get_process_group_ranks(optimizer._ranks().group) == [0, 1, 2, 3]
+        meshes = [DeviceMesh("cpu", part) for part in ([0, 1], [0, 2, 4])]
+        two = [trained(randn((6,), i), part, ROWS) for i, part in enumerate(meshes)]
+        optimizer, error = refused(two, "lies on DeviceMesh", "and other parameters on other ranks")
+        assert group_in(error) is dist.group.WORLD
+        with torch.device("meta"):  # a default device is none of ours
+            refused(params, "'pp'")
 
 
 def one_rank(rank: int) -> None:
