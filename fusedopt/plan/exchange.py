@@ -71,6 +71,7 @@ class Ranks:
         self.group, self.uncounted, self.is_mixed = group, uncounted, mixed
         self.compares_groups = alike
         self.joined = False  # this step's message
+        self.replicated: list[bool | None] = []  # the groups' keys
         self.size = torch.distributed.get_world_size(group)
         self._late: tuple[Tensor, Any] | None = None  # a device's answer on its way, and its event
 
@@ -78,7 +79,9 @@ class Ranks:
         """32 bits of all that has to be the same on every rank."""
         own = [getattr(options, name) for name in sorted(OPTION_NAMES - _OF_A_RANK)]
         text = f"{rule} {own}".encode()
-        return zlib.crc32(table, zlib.crc32(text)) if self.compares_groups else zlib.crc32(text)
+        if not self.compares_groups:
+            return zlib.crc32(text)
+        return zlib.crc32(table, zlib.crc32(f"{self.replicated}".encode(), zlib.crc32(text)))
 
     def add_up(self, words: Tensor, largest: bool) -> None:
         """Replace ``words``, int64 of any device, by the ranks' words together."""
@@ -160,9 +163,13 @@ def ranks_of(
                 raise RuntimeError(
                     f"{label}: its group has {REPLICATED}={key!r}; use True or False"
                 )
-        return _found(served, sharded, options.norm_group)
+        found = _found(served, sharded, options.norm_group)
     except RuntimeError as error:
         return str(error)
+    if found is not None:
+        keys = [group.get(REPLICATED) for group in groups]
+        found.replicated = [bool(key) if is_flag(key) else None for key in keys]
+    return found
 
 
 def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
