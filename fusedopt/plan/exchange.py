@@ -87,13 +87,15 @@ class Ranks:
         self.compares_groups, self.device_type = alike, device_type
         self.joined = False  # this step's message
         self._known: tuple[Any, int] = (None, 0)  # options, and their part of the fingerprint
+        self.replicated: list[bool | None] = []  # the groups' keys
         self.size = torch.distributed.get_world_size(group)
         self._device_types = [device.type for device in group._device_types]  # that it serves
 
     def fingerprint(self, rule: str, options: Options, table: bytearray) -> int:
         """32 bits of all that has to be the same on every rank."""
         if self._known[0] is not options:
-            own = [getattr(options, name) for name in sorted(OPTION_NAMES - _OF_A_RANK)]
+            own: list[Any] = [getattr(options, name) for name in sorted(OPTION_NAMES - _OF_A_RANK)]
+            own += self.replicated if self.compares_groups else []
             self._known = options, zlib.crc32(f"{rule} {own}".encode())
         of_all = self._known[1]
         return zlib.crc32(table, of_all) if self.compares_groups else of_all
@@ -171,9 +173,13 @@ def ranks_of(
                 raise RuntimeError(
                     f"{label}: its group has {REPLICATED}={key!r}; use True or False"
                 )
-        return _found(served, sharded, options.norm_group)
+        found = _found(served, sharded, options.norm_group)
     except RuntimeError as error:
         return str(error)
+    if found is not None:
+        keys = [group.get(REPLICATED) for group in groups]
+        found.replicated = [bool(key) if is_flag(key) else None for key in keys]
+    return found
 
 
 def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:

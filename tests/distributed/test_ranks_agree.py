@@ -48,6 +48,7 @@ def set_lr(optimizer: Any, value: Any) -> None:
 DIFFERENT: list[tuple[Callable[[Any, Any], None], Any, Any]] = [
     (set_lr, 0.1, 0.2),
     (lambda o, value: o.param_groups[0].update(weight_decay=value), 0.01, 0.02),
+    (lambda o, value: o.param_groups[0].update(replicated=value), None, True),
     (lambda o, value: setattr(o, "max_grad_norm", value), INF, 1.0),
     (lambda o, value: setattr(o, "max_grad_value", value), None, 1.0),
     (lambda o, value: setattr(o, "norm_type", value), 2.0, INF),
