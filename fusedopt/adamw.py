@@ -44,7 +44,8 @@ class FusedAdamW(FusedOptimizer):
         master_weights: None or True: keep fp32 masters of fp16/bf16 parameters; False: none.
         skip_nonfinite: without a GradScaler, skip a step whose gradients are not all finite. If
             False, they propagate as in torch. With a scaler such a step is always skipped.
-        amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first).
+        amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first),
+            unless ranks have to agree about a skip. True: leave that to the step.
         backend: "cuda", "triton", "cpu", "reference" or "auto"; default: ``FUSEDOPT_BACKEND``, else
             "auto".
         norm_group: ProcessGroup or DeviceMesh of the ranks that share the norm and the decision to
