@@ -87,15 +87,15 @@ class FusedOptimizer(AmpAttributes):
             RuntimeError: a gradient or a state cannot be used, or another rank refuses the step;
                 nothing has been changed, on any rank that shares the norm.
         """
-        if self._only_inits_state():
+        shared = self._shared
+        if shared.plan is None and self._only_inits_state():
             self.init_state()
             return None
         loss = None
-        self._shared.begun = True
+        shared.begun = True
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        shared = self._shared
         with shared.turn:
             grad_mode = torch.is_grad_enabled()
             inputs = None
@@ -119,8 +119,7 @@ class FusedOptimizer(AmpAttributes):
     def _only_inits_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` calls, which wants state to load into, or to
         save. Its way is a step with lr=0 on gradients of zero, which would count as the first."""
-        first = self._shared.plan is None and not self.state
-        return first and is_called_by("_init_optim_state", checkpoint.OF_TORCH)
+        return not self.state and is_called_by("_init_optim_state", checkpoint.OF_TORCH)
 
     # ---- the message of the ranks ----------------------------------------------------------------
 
