@@ -66,10 +66,8 @@ def report_agreement(curves: Sequence[Curve]) -> int:
     print()
     header = "run,loss,grad norm,skipped,iteration ms,optimizer ms,loss off,norm off"
     print_table(header.split(","), [curve.row(first, steps) for curve in curves])
-    print(
-        "loss: mean of the last 10 steps; grad norm: last step, unscaled, before clipping; off: how"
-    )
-    print("far a step's loss or norm is from the first row's, relative to it, where it is farthest")
+    print(f"loss: mean of the last {steps} steps; grad norm: last step, unscaled, before clipping;")
+    print("off: how far a step's are from the first row's, relative to those, where it is most")
     bounds = [ALLOWANCE * max(distance, LEAST) for distance in second.distances(first)]
     pairs = list(zip(ours.distances(first), bounds, strict=True))
     agrees = all(distance <= bound for distance, bound in pairs)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -273,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             before = load(run, args, args.checkpoint)
         else:
             run = (Replicated if args.ddp else Sharded)(args, text)
+            if run.rank == 0:
+                shutil.rmtree(args.checkpoint, ignore_errors=True)  # an earlier run's
         start = run.steps
         saved = train(run, args, group)
         curves = [*curves_of_one_process(args, text, group), curve_of_ranks(run, group)]
