@@ -212,7 +212,9 @@ class FusedOptimizer(AmpAttributes):
         clips = options.max_grad_norm is not None
         try:
             if options.norm_group is None and (clips or options.skip_nonfinite):
-                refuse_own_norm(options, self._is_fsdp1_sharded(), shared.made_by_zero)
+                is_fsdp1 = self._is_fsdp1_sharded()
+                if is_fsdp1 or shared.made_by_zero:
+                    refuse_own_norm(options, is_fsdp1)
             device = self._flag_device(shared.scalars.device)
             if shared.scalars.device != device:
                 with durable():

@@ -31,8 +31,12 @@ def made_by_zero() -> bool:
     return zero is not None and torch.distributed.get_world_size(zero.process_group) > 1
 
 
-def refuse_own_norm(options: Options, fsdp1: bool, zero: bool) -> None:
-    """Raise where each rank would go by its own shards in clipping or skipping."""
+def refuse_own_norm(options: Options, fsdp1: bool) -> None:
+    """Raise where each rank would go by its own shards, FSDP1's or ZeRO's, in clipping or skipping.
+
+    Raises:
+        RuntimeError: always.
+    """
     asked = (
         "skip_nonfinite=True"
         if options.max_grad_norm is None
@@ -45,8 +49,7 @@ def refuse_own_norm(options: Options, fsdp1: bool, zero: bool) -> None:
             "or, with NO_SHARD, that all hold the same: "
             "`optimizer.param_groups[0]['replicated'] = True`"
         )
-    if zero:
-        raise RuntimeError(
-            f"{asked} cannot be honoured for one rank's share of a ZeroRedundancyOptimizer; say "
-            "which ranks have the rest: `optimizer.optim.norm_group = optimizer.process_group`"
-        )
+    raise RuntimeError(
+        f"{asked} cannot be honoured for one rank's share of a ZeroRedundancyOptimizer; say "
+        "which ranks have the rest: `optimizer.optim.norm_group = optimizer.process_group`"
+    )

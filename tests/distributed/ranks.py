@@ -155,6 +155,7 @@ def _one_call(where: tuple[str, str, str], store: str, rank: int, world: int, ar
         world_size=world,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
+    dist.barrier()  # a fast rank that ends its group would disturb others that still connect
     torch.manual_seed(0)
     try:
         return getattr(sys.modules[module], name)(rank, *args)
