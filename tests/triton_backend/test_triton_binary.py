@@ -168,7 +168,7 @@ def test_no_spills_and_accesses_of_16_bytes_on_amd(name, target):
     assert used.get("agpr_count", 0) == 0, used  # a spill by another name
     if name.startswith("update"):
         assert_update_is_wide_on_amd(VARIANTS[name], target, amdgcn.parse_code(text))
-    if name.startswith("reduce"):
+    if name.startswith("reduce-"):
         assert_reduce_is_wide_on_amd(target, amdgcn.parse_code(text))
 
 
