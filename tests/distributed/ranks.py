@@ -157,6 +157,7 @@ def _one_call(where: tuple[str, str, str], store: str, rank: int, world: int, ar
     )
     torch.manual_seed(0)
     try:
+        dist.barrier()  # a rank that fails at once closes connections that others still make
         return getattr(sys.modules[module], name)(rank, *args)
     finally:
         dist.destroy_process_group()
