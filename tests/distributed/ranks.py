@@ -158,6 +158,7 @@ def _one_call(where: tuple[str, str, str], store: str, rank: int, world: int, ar
     dist.barrier()  # a fast rank that ends its group would disturb others that still connect
     torch.manual_seed(0)
     try:
+        dist.barrier()  # a rank that fails at once closes connections that others still make
         return getattr(sys.modules[module], name)(rank, *args)
     finally:
         dist.destroy_process_group()
