@@ -155,7 +155,6 @@ def _one_call(where: tuple[str, str, str], store: str, rank: int, world: int, ar
         world_size=world,
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
-    dist.barrier()  # a fast rank that ends its group would disturb others that still connect
     torch.manual_seed(0)
     try:
         dist.barrier()  # a rank that fails at once closes connections that others still make
