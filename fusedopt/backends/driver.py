@@ -5,15 +5,12 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .records import address
-
-if TYPE_CHECKING:
-    from .device import DeviceTables
 
 
 class Launches(Protocol):
@@ -70,8 +67,12 @@ class Driver(ABC):
     pins = True  # pin host memory: copies from it are asynchronous, and kernels can write to it
 
     @abstractmethod
-    def launches(self, tables: DeviceTables) -> Launches:
-        """Raises ``RuntimeError`` if the device cannot run them."""
+    def launches(self, tables: Any) -> Launches:
+        """Of the ``DeviceTables`` of one device.
+
+        Raises:
+            RuntimeError: the device cannot run them.
+        """
 
     def stream(self, device: torch.device) -> int:
         stream: int = torch.cuda.current_stream(device).cuda_stream

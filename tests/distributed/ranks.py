@@ -79,7 +79,8 @@ class Pool:
                 try:
                     answers[rank] = pipe.recv()
                 except (EOFError, OSError):
-                    answers[rank] = False, f"the process ended: {self._processes[rank].exitcode}"
+                    exitcode = self._processes[rank].exitcode
+                    answers[rank] = False, f"the process ended: {exitcode}\n{self._written(rank)}"
             if any(not ok for ok, _ in answers.values()):
                 end = min(end, time.monotonic() + COLLECTIVE_SECONDS + 2)
             if time.monotonic() > end:
@@ -91,9 +92,12 @@ class Pool:
     def _trace(self, rank: int) -> str:
         import signal
 
-        traces = Path(self._folder, f"rank{rank}")
         os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
+        return self._written(rank)
+
+    def _written(self, rank: int) -> str:
+        traces = Path(self._folder, f"rank{rank}")
         return traces.read_text() if traces.exists() else ""
 
     def stop(self) -> None:
@@ -122,6 +126,7 @@ def _serve(pipe: Any, traces: str) -> None:
     import torch
 
     with open(traces, "w") as file:
+        faulthandler.enable(file)
         faulthandler.register(signal.SIGUSR1, file=file)
         torch.set_num_threads(1)
         while True:

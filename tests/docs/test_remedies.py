@@ -45,6 +45,7 @@ ELSEWHERE = {
     "share of a ZeroRedundancyOptimizer": "tests/distributed/test_engines_ddp.py",
     "would see scaled gradients": "tests/distributed/test_engines_scalers.py",
     "their scales may differ": "fuse_scaler, by the same",
+    "its states in the checkpoint depend on": "tests/distributed/test_checkpoint_traps.py",
     # Of several ranks.
     "is a plain tensor beside DTensors": "tests/distributed/test_replicated.py",
     "was pickled or copied, and its norm_group": "the same",

@@ -55,6 +55,7 @@ class Met(Ranks):
         self.meeting, self.number, self.size = meeting, number, meeting.size
         self.uncounted, self.is_mixed = frozenset(uncounted), False
         self.compares_groups, self.joined, self.device_type = True, False, None
+        self._known, self.replicated = (None, 0), []
 
     def add_up(self, words: Tensor, norm_type: float) -> None:
         self.joined = True
