@@ -7,7 +7,6 @@ copy, as the verbs of a cached plan. Every refusal comes before anything is chan
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from . import checkpoint
+from .agreement import AgreeingOptimizer
 from .backends.registry import choose, prepare
 from .callers import is_called_by
 from .modes import durable, marked_untraced, refuse_tracing, untraced
@@ -31,20 +31,19 @@ from .plan.groups import (
     take_out_options,
     torch_defaults,
 )
-from .plan.local import join_sums
 from .plan.options_table import Line, pack
 from .plan.plan import N_STEP_SCALARS, Plan, StepInputs
 from .plan.rows import checked_rows, complete_rows, label_of
 from .plan.shards import has_fsdp1_shards, made_by_zero, refuse_own_norm
 from .rules.declaration import Group
-from .scaler.attributes import AmpAttributes, ours
+from .scaler.attributes import ours
 from .shared import Shared
 
 # Attempts to build a plan: another thread may change gradients and states meanwhile.
 BUILDS = 8
 
 
-class FusedOptimizer(AmpAttributes):
+class FusedOptimizer(AgreeingOptimizer):
     """Base class of the optimizers, such as ``FusedAdamW``.
 
     A subclass names its rule, and torch's class with the same arguments. Otherwise it is a
@@ -120,60 +119,6 @@ class FusedOptimizer(AmpAttributes):
         """Whether ``torch.distributed.checkpoint`` calls, which wants state to load into, or to
         save. Its way is a step with lr=0 on gradients of zero, which would count as the first."""
         return not self.state and is_called_by("_init_optim_state", checkpoint.OF_TORCH)
-
-    # ---- the message of the ranks ----------------------------------------------------------------
-
-    def _begin_message(self) -> None:
-        ranks = self._waiting_ranks()
-        if ranks is not None:
-            ranks.joined = False
-
-    def _waiting_ranks(self) -> Ranks | None:
-        """The ranks that wait for this step's message; None where nobody asks for an agreement.
-
-        Raises:
-            RuntimeError: they cannot share a norm. All ranks raise, and none waits.
-        """
-        ranks = self._ranks() if self._asks() else None
-        if isinstance(ranks, str):
-            raise RuntimeError(ranks)
-        return ranks
-
-    def _asks(self) -> bool:
-        """Whether the step computes a norm or decides about a skip."""
-        options, amp = self._shared.options, self._shared.amp
-        clips_or_skips = options.max_grad_norm is not None or options.skip_nonfinite
-        return clips_or_skips or amp.due is not None or "found_inf" in amp.values
-
-    def _join(self, inputs: StepInputs) -> None:
-        """Let the step take part in the ranks' message, which the verb ``exchange`` sends."""
-        ranks = self._waiting_ranks()
-        if ranks is None:
-            return
-        self._warn_of_scale(ranks)
-        inputs.ranks, inputs.measured = ranks, True
-        inputs.fingerprint = ranks.fingerprint(self.rule.name, inputs.options, inputs.table)
-
-    def _abort_message(self, inputs: StepInputs | None) -> None:
-        """The step has failed: the ranks that still wait for its message have to raise, too."""
-        shared = self._shared
-        ranks = shared.ranks
-        if isinstance(ranks, str) or (isinstance(ranks, Ranks) and ranks.joined):
-            return
-        with suppress(AttributeError, KeyError, TypeError):  # of groups that this rank failed for
-            # The plan may be of other groups: this step was to build the next one.
-            ranks = ranks_of(self.param_groups, shared.options, shared.names)
-            if inputs is None or inputs.held is None:
-                join_sums(served_params(self.param_groups))
-        if isinstance(ranks, Ranks) and self._asks():
-            device = self._flag_device(shared.scalars.device)  # of the other ranks' words
-            ranks.abort(device, shared.options.norm_type)
-
-    def _abort_unbegun(self) -> None:
-        """A pre-hook has failed: the ranks whose hooks have not wait for the step's message."""
-        with suppress(RuntimeError):  # the hook's own error is being raised
-            self._begin_message()
-            self._abort_message(None)
 
     # ---- the verbs -------------------------------------------------------------------------------
 
