@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from .plan.checks import served_params
-from .plan.exchange import Ranks, ranks_of
+from .plan.exchange import Ranks, Refusal, ranks_of
 from .plan.local import join_sums
 from .plan.plan import StepInputs
 from .scaler.attributes import AmpAttributes
@@ -15,19 +15,20 @@ class AgreeingOptimizer(AmpAttributes):
     """Every rank joins each message exactly once, also where its step fails before."""
 
     def _begin_message(self) -> None:
-        ranks = self._waiting_ranks()
-        if ranks is not None:
+        ranks = self._ranks()
+        if isinstance(ranks, Ranks):
             ranks.joined = False
+        self._waiting_ranks()
 
     def _waiting_ranks(self) -> Ranks | None:
         """The ranks that wait for this step's message; None where nobody asks for an agreement.
 
         Raises:
-            RuntimeError: they cannot share a norm. All ranks raise, and none waits.
+            RuntimeError: they cannot share a norm.
         """
         ranks = self._ranks() if self._asks() else None
-        if isinstance(ranks, str):
-            raise RuntimeError(ranks)
+        if isinstance(ranks, Refusal):
+            raise RuntimeError(ranks.why)
         return ranks
 
     def _asks(self) -> bool:
@@ -49,16 +50,22 @@ class AgreeingOptimizer(AmpAttributes):
         """The step has failed: the ranks that still wait for its message have to raise, too."""
         shared = self._shared
         ranks = shared.ranks
-        if isinstance(ranks, str) or (isinstance(ranks, Ranks) and ranks.joined):
+        if isinstance(ranks, Refusal):
+            self._abort(ranks.ranks)
+            return
+        if isinstance(ranks, Ranks) and ranks.joined:
             return
         with suppress(AttributeError, KeyError, TypeError):  # of groups that this rank failed for
             # The plan may be of other groups: this step was to build the next one.
             ranks = ranks_of(self.param_groups, shared.options, shared.names)
             if inputs is None or inputs.held is None:
                 join_sums(served_params(self.param_groups))
+        self._abort(ranks)
+
+    def _abort(self, ranks: Ranks | Refusal | None) -> None:
         if isinstance(ranks, Ranks) and self._asks():
-            device = self._flag_device(shared.scalars.device)  # of the other ranks' words
-            ranks.abort(device, shared.options.norm_type)
+            device = self._flag_device(self._shared.scalars.device)  # of the other ranks' words
+            ranks.abort(device, self._shared.options.norm_type)
 
     def _abort_unbegun(self) -> None:
         """A pre-hook has failed: the ranks whose hooks have not wait for the step's message."""

@@ -21,7 +21,7 @@ from .callers import is_called_by
 from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options
 from .plan.checks import check_param, is_served, served_params
-from .plan.exchange import Ranks, ranks_of, refuse, refuse_late, uncounted
+from .plan.exchange import REPLICATED, Ranks, ranks_of, refuse, refuse_late, uncounted
 from .plan.groups import (
     check_containers,
     check_group,
@@ -87,7 +87,7 @@ class FusedOptimizer(AgreeingOptimizer):
                 nothing has been changed, on any rank that shares the norm.
         """
         shared = self._shared
-        if shared.plan is None and self._only_inits_state():
+        if not self.state and self._only_inits_state():
             self.init_state()
             return None
         loss = None
@@ -118,7 +118,7 @@ class FusedOptimizer(AgreeingOptimizer):
     def _only_inits_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` calls, which wants state to load into, or to
         save. Its way is a step with lr=0 on gradients of zero, which would count as the first."""
-        return not self.state and is_called_by("_init_optim_state", checkpoint.OF_TORCH)
+        return is_called_by("_init_optim_state", checkpoint.OF_TORCH)
 
     # ---- the verbs -------------------------------------------------------------------------------
 
@@ -251,6 +251,7 @@ class FusedOptimizer(AgreeingOptimizer):
                 plan = backend.plan(self.rule, rows, layout)
                 plan.backend = backend.name
             plan.ranks, plan.fsdp1_sharded = ranks, has_fsdp1_shards(groups)
+            shared.replicated = [group.get(REPLICATED) for group in groups]
             if isinstance(ranks, Ranks):
                 plan.hear(shared.told)
                 shared.told = plan.told

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .modes import untraced
 from .options import NOT_PICKLED, Options
 from .plan.checks import served_params
-from .plan.exchange import REPLICATED, Ranks, ranks_of, same_objects
+from .plan.exchange import REPLICATED, Ranks, Refusal, ranks_of, same_objects
 from .plan.local import local_of
 from .plan.options_table import Line
 from .plan.plan import CLIP_COEF, GRAD_NORM, SKIPPED_STEPS, Plan
@@ -41,8 +41,8 @@ class Shared:
     begun: bool = False  # the step, after its pre-hooks
     made_by_zero: bool = False  # by a ZeroRedundancyOptimizer, for one rank's share
     plan: Plan | None = None
-    # That share a norm with this process; a text says why they cannot.
-    ranks: Ranks | str | None = None
+    # That share a norm with this process.
+    ranks: Ranks | Refusal | None = None
     replicated: list[Any] = field(default_factory=list)  # the groups' keys that were asked for it
     told: Tensor | None = None  # see Plan.told
     # Names of parameters in messages, once a checkpoint has replaced the names in the groups.
@@ -121,12 +121,12 @@ class SharingOptimizer(Optimizer):
         """Steps skipped because of non-finite gradients: 0-dim int64, a copy. Not checkpointed."""
         return self._shared.scalars[SKIPPED_STEPS].to(torch.int64)
 
-    def _ranks(self) -> Ranks | str | None:
+    def _ranks(self) -> Ranks | Refusal | None:
         """The ranks that share a norm with this process, or why they cannot."""
         shared = self._shared
         with suppress(AttributeError, KeyError, TypeError):  # no param groups: the step says so
             keys = [group.get(REPLICATED) for group in self.param_groups]
-            stale = isinstance(shared.ranks, str) or not same_objects(keys, shared.replicated)
+            stale = isinstance(shared.ranks, Refusal) or not same_objects(keys, shared.replicated)
             if shared.ranks is not None and stale:
                 shared.drop_plans()
             if shared.plan is None:
@@ -200,6 +200,7 @@ class SharingOptimizer(Optimizer):
             "_options": options,
             "_scalars": shared.scalars,
             "_measured": shared.measured,
+            "_made_by_zero": shared.made_by_zero,
             "_names": [(p, names[p]) for p in params if p in names],
         }
 
@@ -211,6 +212,7 @@ class SharingOptimizer(Optimizer):
                 state.pop("_scalars"),
                 Line(self.rule),
                 measured=state.pop("_measured"),
+                made_by_zero=state.pop("_made_by_zero", False),
             )
             self._shared.names.update(state.pop("_names", ()))
         super().__setstate__(state)

@@ -11,6 +11,7 @@ import math
 import operator
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -34,11 +35,14 @@ BY_ABORT = (
 BY_OPTIONS = (
     "the ranks' options differ (clipping, skipping, or an option of a param group such as lr), so "
     "nothing has been changed on any rank; give all ranks the same: compare "
-    "`torch.distributed.all_gather_object(found, str(optimizer))`"
+    "`found = [None] * torch.distributed.get_world_size(); "
+    "torch.distributed.all_gather_object(found, str(optimizer))`"
 )
-
-
-LATE = "of this step or one before it (the host does not wait for a device; other steps count): "
+# The host does not wait for a device, so it may hear of a refusal when later steps are done.
+LATE = (
+    "this step or one before it was refused and has changed nothing on any rank; the others count, "
+    "so put the cause right and go on, without repeating a step. The cause: "
+)
 
 
 class _Sharded(NamedTuple):
@@ -88,6 +92,7 @@ class Ranks:
         self.joined = False  # this step's message
         self._known: tuple[Any, int] = (None, 0)  # options, and their part of the fingerprint
         self.replicated: list[bool | None] = []  # the groups' keys
+        self.n_held_by_all = 0  # plain parameters with replicated=True
         self.size = torch.distributed.get_world_size(group)
         self._device_types = [device.type for device in group._device_types]  # that it serves
 
@@ -95,7 +100,7 @@ class Ranks:
         """32 bits of all that has to be the same on every rank."""
         if self._known[0] is not options:
             own: list[Any] = [getattr(options, name) for name in sorted(OPTION_NAMES - _OF_A_RANK)]
-            own += self.replicated if self.compares_groups else []
+            own += self.replicated if self.compares_groups else [self.n_held_by_all]
             self._known = options, zlib.crc32(f"{rule} {own}".encode())
         of_all = self._known[1]
         return zlib.crc32(table, of_all) if self.compares_groups else of_all
@@ -125,6 +130,13 @@ class Ranks:
         self.add_up(words, norm_type)
 
 
+class Refusal(NamedTuple):
+    """Why this rank cannot share a norm; and the ranks that may wait for it, if it knows them."""
+
+    why: str
+    ranks: Ranks | None
+
+
 def refuse(refusal: int) -> None:
     """Raise if a rank refuses the step that is being done."""
     if refusal:
@@ -138,7 +150,8 @@ def refuse_late(refusal: int) -> None:
     other, and no rank that hears of it at another time is refused a step once more.
     """
     if refusal:
-        raise RuntimeError(LATE + (BY_ABORT if refusal == records.BY_ABORT else BY_OPTIONS))
+        cause = BY_ABORT if refusal == records.BY_ABORT else BY_OPTIONS
+        raise RuntimeError(LATE + cause.split(", so ")[0])
 
 
 _OF_A_RANK = {"norm_group", "backend"}
@@ -146,11 +159,10 @@ _OF_A_RANK = {"norm_group", "backend"}
 
 def ranks_of(
     groups: Sequence[Group], options: Options, names: Mapping[Tensor, str | None]
-) -> Ranks | str | None:
+) -> Ranks | Refusal | None:
     """The ranks that the step over ``groups`` shares its norm with; None if it is alone.
 
-    A text says why the ranks cannot share a norm; a step that needs one raises it. It depends on
-    meshes and options alone, so all ranks raise, and none waits.
+    A ``Refusal`` says why they cannot share a norm; a step that needs one raises it.
 
     Plain parameters alone are those of one process, or of DDP, where all gradients are the same.
     """
@@ -175,18 +187,29 @@ def ranks_of(
                 )
         found = _found(served, sharded, options.norm_group)
     except RuntimeError as error:
-        return str(error)
+        return Refusal(str(error), _reachable(sharded, options.norm_group))
     if found is not None:
         keys = [group.get(REPLICATED) for group in groups]
         found.replicated = [bool(key) if is_flag(key) else None for key in keys]
+        # Ranks with other groups have to agree at least on what all of them hold.
+        found.n_held_by_all = sum(bool(key) for n, _, _, key in served if n not in sharded)
     return found
+
+
+def _reachable(sharded: dict[int, _Sharded], given: Any) -> Ranks | None:
+    """The ranks that may wait for one that refuses, as far as it knows them."""
+    with suppress(RuntimeError):
+        group = None if given == NOT_PICKLED else _group_among(sharded, given)
+        if group is not None and torch.distributed.get_rank(group) >= 0:
+            return Ranks(group, frozenset(), False, alike=given is None)
+    return None
 
 
 def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-def uncounted(ranks: Ranks | str | None) -> frozenset[int]:
+def uncounted(ranks: Ranks | Refusal | None) -> frozenset[int]:
     return ranks.uncounted if isinstance(ranks, Ranks) else frozenset()
 
 
@@ -198,15 +221,13 @@ def _params(groups: Sequence[Group]) -> Iterator[tuple[int, int, Group, Tensor]]
 
 def _found(served: Any, sharded: dict[int, _Sharded], given: Any) -> Ranks | None:
     meshes = {each.mesh: each for each in sharded.values()}
-    widest_mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
-    widest = frozenset() if widest_mesh is None else _ranks_on(widest_mesh)
-    if given is None:
-        _check_known(meshes.values(), widest)
-    group = _group_of(widest_mesh if given is None else given)
+    widest = max(map(_ranks_on, meshes), key=len, default=frozenset())
+    group = _group_among(sharded, given)
     own = torch.distributed.get_rank(group)
     if own < 0:
         raise _no_member()
     everyone = frozenset(torch.distributed.get_process_group_ranks(group))
+    _check_all_inside(meshes.values(), everyone)
     partly = {mesh for mesh in meshes if _ranks_on(mesh) != widest}
     elsewhere = set()
     for index, label, _, replicated in served:
@@ -236,6 +257,26 @@ def _device_type_of(given: Any) -> str | None:
     accelerator = "cuda" if torch.cuda.is_available() else None
     device_type: str | None = getattr(given, "device_type", accelerator)
     return device_type
+
+
+def _group_among(sharded: dict[int, _Sharded], given: Any) -> Any:
+    """The group of the ranks that share the norm."""
+    if given is not None:
+        return _group_of(given)
+    meshes = {each.mesh: each for each in sharded.values()}
+    widest = max(meshes, key=lambda mesh: mesh.size())
+    _check_known(meshes.values(), _ranks_on(widest))
+    return _group_of(widest)
+
+
+def _check_all_inside(one_of_each_mesh: Iterable[_Sharded], everyone: frozenset[int]) -> None:
+    """Replicas, or shards, outside of the norm's ranks would take a step of their own."""
+    for each in one_of_each_mesh:
+        if not _ranks_on(each.mesh) <= everyone:
+            raise RuntimeError(
+                f"norm_group has not all ranks of {each.mesh}, where {each.label} lies; pass one "
+                "that has: `optimizer.norm_group = torch.distributed.group.WORLD`"
+            )
 
 
 def _check_known(one_of_each_mesh: Iterable[_Sharded], widest: frozenset[int]) -> None:
@@ -294,6 +335,13 @@ def _is_counted(each: _Sharded, has_fewer_ranks: bool, everyone: frozenset[int])
             "where each mesh has its own part"
         )
     root = each.mesh._get_root_mesh()
+    if not everyone <= _ranks_on(root):
+        raise RuntimeError(
+            f"{each.label}: {REPLICATED}=True, and norm_group has ranks outside of {root}, so that "
+            "it is not known where its copies lie; make its mesh a part of one that has them all, "
+            "or say that each mesh has its own part: "
+            f"`optimizer.param_groups[-1]['{REPLICATED}'] = False`"
+        )
     place, outside = root.get_coordinate(), _dims_outside(root, _ranks_on(each.mesh))
     if not each.is_first_replica or not outside:
         return each.is_first_replica

@@ -172,7 +172,7 @@ class Plan(ABC):
 
     backend: str  # the name of its backend
     answers_late = False  # the host does not wait for ``refusal``
-    ranks: Any = None  # plan.exchange.Ranks, or a text: why the ranks cannot share a norm
+    ranks: Any = None  # plan.exchange.Ranks, or its Refusal
     fsdp1_sharded = False  # of FSDP1, while its groups were looked at
     told: Tensor  # int32 of the host; where kernels write why a rank refuses a step
 

@@ -23,7 +23,7 @@ from ..callers import users_level
 from ..modes import is_recorded, untraced
 from ..options import is_number
 from ..plan.checks import served_params
-from ..plan.exchange import Ranks
+from ..plan.exchange import Ranks, Refusal
 from ..plan.plan import FOUND_INF
 from ..plan.shards import has_fsdp1_shards
 from ..shared import SharingOptimizer
@@ -116,7 +116,7 @@ class AmpAttributes(SharingOptimizer):
         the step is called on all ranks, and decides, whatever hooks and options there are.
         """
         ranks = self._ranks()
-        return isinstance(ranks, str) or (ranks is not None and ranks.is_mixed)
+        return isinstance(ranks, Refusal) or (ranks is not None and ranks.is_mixed)
 
     def _hooks_know_scales(self) -> bool:
         """Whether a hook, or another step, that sees the gradients may find them scaled.

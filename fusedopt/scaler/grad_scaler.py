@@ -68,7 +68,7 @@ class GradScaler(TorchGradScaler):
             self._enabled
             and self._scale is not None
             and self._per_optimizer_states[id(optimizer)]["stage"] is not OptState.STEPPED
-            and (optimizer._takes_scaled_gradients() or optimizer._must_agree())
+            and (optimizer._takes_scaled_gradients() or optimizer._ranks() is not None)
         )
 
     def _may_pass_scaled(self, optimizer: FusedOptimizer) -> bool:
@@ -84,9 +84,10 @@ class GradScaler(TorchGradScaler):
         return not (isinstance(optimizer, FusedOptimizer) and self._may_pass_scaled(optimizer))
 
     def _unscale_grads_(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Where torch would ask the ranks of one gradient's mesh, and refuse plain gradients beside
-        DTensors, this rank's parts are unscaled, and the step asks all ranks."""
-        if isinstance(optimizer, FusedOptimizer) and optimizer._must_agree():
+        """Where ranks share a norm, this rank's parts are unscaled, and the step asks all ranks.
+        torch would ask those of one gradient's mesh, and refuse plain gradients beside DTensors.
+        """
+        if isinstance(optimizer, FusedOptimizer) and optimizer._ranks() is not None:
             optimizer = _local_view(optimizer)
         return super()._unscale_grads_(optimizer, *args, **kwargs)
 

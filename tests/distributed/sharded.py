@@ -201,12 +201,12 @@ def norm_of(groups: Any, **options: Any) -> Tensor:
 
 
 def refused(groups: Any, *words: str, **options: Any) -> tuple[Any, RuntimeError]:
-    """Nothing moves, and nothing is sent; steps without a norm are done."""
+    """Nothing moves, and nothing is sent but a vote against the step, for ranks that may wait."""
     optimizer = fusedopt.FusedAdamW(groups, max_grad_norm=INF, **options)
     before = contents(optimizer)
     with collectives() as called, pytest.raises(RuntimeError) as caught:
         optimizer.step()
-    assert called == [] and contents(optimizer) == before
+    assert called in ([], ["allreduce_"]) and contents(optimizer) == before
     for each in words:
         assert each in str(caught.value), (each, str(caught.value))
     return optimizer, caught.value

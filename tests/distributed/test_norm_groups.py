@@ -25,7 +25,7 @@ from sharded import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
-from fusedopt import FusedAdamW
+from fusedopt import FusedAdamW, GradScaler
 
 ROWS, COPIES = [Shard(0)], [Replicate()]
 
@@ -246,3 +246,59 @@ def one_rank(rank: int) -> None:
 
 def test_a_world_of_one() -> None:
     ranks.run(1, one_rank)
+
+
+# ---- what a group of ranks cannot share ----------------------------------------------------------
+
+
+def outside(rank: int) -> None:
+    """Ranks that the group lacks, copies of which no mesh knows, and stages that differ."""
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    grad, other = randn((8, 3), 1), randn((4,), 2)
+    hsdp = [trained(grad, square, [Replicate(), Shard(0)])]
+    optimizer, error = refused(hsdp, "norm_group has not all ranks", norm_group=square["shard"])
+    exec(remedies(error)[0], {"torch": torch, "optimizer": optimizer})
+    optimizer.step()
+    assert_rational(optimizer.grad_norm, [grad])
+    pairs = dist.new_group([0, 1]), dist.new_group([2, 3])
+    alone = DeviceMesh.from_group(pairs[rank // 2], "cpu")
+    copy = [{"params": [trained(grad, alone, ROWS)], "replicated": True}]
+    optimizer, error = refused(copy, "has ranks outside of", norm_group=dist.group.WORLD)
+    exec(remedies(error)[0], {"optimizer": optimizer})
+    optimizer.step()
+    assert_rational(optimizer.grad_norm, [grad, grad])
+    # What one stage alone says that all ranks hold; then a tensor of which it says nothing.
+    stage = [{"params": [trained(grad, square["shard"], ROWS)]}]
+    for key, own, others in (
+        ({"replicated": True}, "the ranks' options differ", "the ranks' options differ"),
+        ({}, "plain tensor beside DTensors", "another rank refused this step"),
+        ({"replicated": "yes"}, "use True or False", "another rank refused this step"),
+    ):
+        more = [{"params": [trained(other)], **key}] if rank >= 2 else []
+        optimizer = FusedAdamW([*stage, *more], max_grad_norm=INF, norm_group=square)
+        with pytest.raises(RuntimeError, match=own if more else others):
+            optimizer.step()
+
+
+def test_what_a_group_cannot_share() -> None:
+    ranks.run(4, outside)
+
+
+def unscaled(rank: int) -> None:
+    """Before the step, by our scaler: still one message, also where a rank has no gradients."""
+    mesh = init_device_mesh("cpu", (2,))
+    param = trained(randn((8, 3), 1), mesh, ROWS)
+    optimizer = FusedAdamW([param], max_grad_norm=INF)
+    scaler = GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    for grad in (param.grad, None if rank else param.grad):
+        param.grad = grad
+        with collectives() as called:
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+        scaler.update()
+        assert called == ["allreduce_"]
+
+
+def test_unscaling_sends_nothing() -> None:
+    ranks.run(2, unscaled)

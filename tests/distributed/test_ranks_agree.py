@@ -68,10 +68,10 @@ def options_that_differ(rank: int) -> None:
                 twins.give(step)
                 change(twins.optimizer, other if rank == odd_one else usual)
                 error = raises_everywhere(twins, OPTIONS)
-                found: list[Any] = [None] * world
+                names = {"torch": torch, "optimizer": twins.optimizer}
                 for line in remedies(error):
-                    exec(line, {"torch": torch, "found": found, "optimizer": twins.optimizer})
-                assert len(set(found)) >= 2, found
+                    exec(line, names)
+                assert len(set(names["found"])) >= 2, names["found"]
                 change(twins.optimizer, usual)
             twins.step(step)
             if len(backends) == 1:  # two backends agree about norms, and not about all bits

@@ -84,6 +84,8 @@ REFUSALS = {
     "the ranks' options differ": "options that differ between ranks",
     "use True or False": "plain tensors beside DTensors",
     "is a plain tensor beside DTensors": "plain tensors beside DTensors",
+    "norm_group has not all ranks of": "a `norm_group` without some ranks",
+    "and norm_group has ranks outside of": "on a mesh that is no part of one",
     "lies on a smaller mesh": "DTensors on a smaller mesh than others",
     "and other parameters on other ranks": "DTensors on meshes of different ranks",
     "lies on a part of its mesh": "parameters on a part of a mesh",

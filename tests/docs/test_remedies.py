@@ -50,6 +50,8 @@ ELSEWHERE = {
     "is a plain tensor beside DTensors": "tests/distributed/test_replicated.py",
     "was pickled or copied, and its norm_group": "the same",
     "lies on a smaller mesh": "tests/distributed/test_norm_groups.py",
+    "norm_group has not all ranks of": "the same",
+    "and norm_group has ranks outside of": "the same",
     "and other parameters on other ranks": "the same",
     "lies on a part of its mesh": "the same",
     "has several dimensions and not all ranks": "the same",
