@@ -19,7 +19,11 @@ from gpu_twins import SCALARS, assert_pairs_agree, everything
 from harness import FUSED, make_param, randn, set_grad
 from torch import Tensor
 
-from fusedopt import optimizer as optimizer_module, shared as shared_module
+from fusedopt import (
+    agreement as agreement_module,
+    optimizer as optimizer_module,
+    shared as shared_module,
+)
 from fusedopt.plan.exchange import Ranks, ranks_of
 
 SECONDS = 60.0  # that a rank waits for the other
@@ -55,7 +59,7 @@ class Met(Ranks):
         self.meeting, self.number, self.size = meeting, number, meeting.size
         self.uncounted, self.is_mixed = frozenset(uncounted), False
         self.compares_groups, self.joined, self.device_type = True, False, None
-        self._known, self.replicated = (None, 0), []
+        self._known, self.replicated, self.n_held_by_all = (None, 0), [], 0
 
     def add_up(self, words: Tensor, norm_type: float) -> None:
         self.joined = True
@@ -71,7 +75,7 @@ def share(monkeypatch: pytest.MonkeyPatch, ranks: Callable[[Any], Any]) -> None:
         own = ranks(groups[0]["params"][0])
         return ranks_of(groups, *others) if own is None else own
 
-    for module in (optimizer_module, shared_module):
+    for module in (agreement_module, optimizer_module, shared_module):
         monkeypatch.setattr(module, "ranks_of", found)
 
 
