@@ -43,7 +43,11 @@ CPU = (
     Unit("csrc/cpu/dispatch.cpp"),
     Unit("csrc/watch/watch.cpp"),
 )
-CUDA = (Unit("csrc/cuda/kernels.cu"), Unit("csrc/cuda/bindings.cpp"))
+CUDA = (
+    Unit("csrc/cuda/kernels.cu"),
+    Unit("csrc/cuda/exact.cu"),
+    Unit("csrc/cuda/bindings.cpp"),
+)
 MODULES = (
     Module("_cpu", "FUSEDOPT_CPU", "cxx", CPU),
     Module("_cuda", "FUSEDOPT_CUDA", "nvcc", CUDA),

@@ -24,8 +24,8 @@ import sys
 COMMANDS = {
     name: {"list": "listing", "cpu": "cpu_step", "gpu": "gpu.step", "host": "host_time",
            "profile": "profile_training"}.get(name, name)
-    for name in ("list", "cpu", "gpu", "host", "kernels", "instructions", "roofline", "profile",
-                 "memory", "plot", "tables", "compare")
+    for name in ("list", "cpu", "gpu", "host", "distributed", "kernels", "instructions", "roofline",
+                 "profile", "memory", "plot", "tables", "compare")
 }  # fmt: skip
 
 

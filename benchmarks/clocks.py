@@ -51,16 +51,16 @@ class ForeignLoad:
     share = 0.0
 
     def __enter__(self) -> ForeignLoad:
-        self._waiting, self._busy = _waiting_seconds(), _busy_seconds()
+        self._waiting, self._busy = waiting_seconds(), busy_seconds()
         self._own, self._start = time.process_time(), time.perf_counter()
         return self
 
     def __exit__(self, *exc: object) -> None:
         wall = time.perf_counter() - self._start
         own = time.process_time() - self._own
-        grain = (os.cpu_count() or 1) / _CLOCK_TICKS
-        others = _busy_seconds() - self._busy - own - grain
-        waiting = _waiting_seconds() - self._waiting
+        grain = (os.cpu_count() or 1) / CLOCK_TICKS
+        others = busy_seconds() - self._busy - own - grain
+        waiting = waiting_seconds() - self._waiting
         self.share = max(0.0, others, waiting) / wall
 
     @property
@@ -68,20 +68,20 @@ class ForeignLoad:
         return self.share > MAX_FOREIGN_SHARE
 
 
-_CLOCK_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """CPU time of the whole machine that was neither idle nor waiting for a disk."""
     try:
         with open("/proc/stat") as file:
             fields = [int(field) for field in file.readline().split()[1:9]]
     except OSError:
         return 0.0
-    return (sum(fields) - fields[3] - fields[4]) / _CLOCK_TICKS
+    return (sum(fields) - fields[3] - fields[4]) / CLOCK_TICKS
 
 
-def _waiting_seconds() -> float:
+def waiting_seconds() -> float:
     total = 0
     try:
         threads = os.listdir("/proc/self/task")

@@ -125,7 +125,8 @@ stage environment 60 0 bash -c '
   done
   "$0" -c "import importlib.util as u, sys; [print(n, \"is\" if u.find_spec(n) else \"is NOT\", \"here\") for n in sys.argv[1:]]" \
     numpy scipy setuptools pybind11 pytest hypothesis xdist expecttest sklearn matplotlib tqdm triton \
-    transformer_engine apex flashoptim bitsandbytes deepspeed' "$python"
+    transformer_engine apex flashoptim bitsandbytes deepspeed
+  "$0" -c "import torch, torch.distributed as d; print(\"NCCL is\", \"here\" if d.is_available() and d.is_nccl_available() else \"NOT here\", \"for\", torch.cuda.device_count(), \"GPUs\")"' "$python"
 cat "$logs/environment.log"
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name(), "sm_%d%d" % torch.cuda.get_device_capability())' 2>/dev/null)
 if [ -z "$gpu" ] && [ "$mode" != dry ]; then

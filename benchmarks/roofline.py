@@ -3,6 +3,7 @@
 python -m benchmarks roofline --params bf16 --clip --scaler ours    bytes, sweep by sweep
 python -m benchmarks roofline --clip --bandwidth 400 --numel 1e9    and the time of a step
 python -m benchmarks roofline --table    the predictions of docs/performance.md
+python -m benchmarks roofline --table many_ranks    those of a sharded model
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def predict_seconds(
 ) -> float:  # fmt: skip
     """One step, sharded evenly over ``ranks``, each with a bandwidth in bytes/s.
 
-    ``alpha_s`` is for each doubling of ``ranks``: the norm's all-reduce is 12 bytes, all latency.
+    ``alpha_s`` is for each doubling of ``ranks``: the norm's all-reduce is 192 bytes, all latency.
     """
     moved_s = bytes_per_param * math.ceil(numel / ranks) / bandwidth
     return moved_s + fixed_s + alpha_s * math.log2(ranks)
@@ -83,6 +84,77 @@ def predictions() -> str:
         f"scaler: {said} per parameter**",
         markdown(("params", *(gpu.name for gpu in GPUS)), lines),
     ])  # fmt: skip
+
+
+# ---- many ranks ----------------------------------------------------------------------------------
+
+# Of an all-reduce of a few bytes: what NCCL's own cost model has for a tree with the protocol LL
+# (src/graph/tuning.cc, baseLat and hwLat), and the bandwidth of a port of 400 Gb/s.
+BASE_S, NVLINK_HOP_S, NETWORK_HOP_S = 6.8e-6, 0.6e-6, 5e-6
+NETWORK_BYTES_S = 50e9
+RANKS_OF_A_NODE = 8
+MESSAGE_BYTES = 8 * 24  # the words of the norm, csrc/words.h
+
+
+def message_seconds(ranks: int, nodes: int, n_bytes: int = MESSAGE_BYTES) -> float:
+    """An all-reduce over ``ranks`` that lie on ``nodes``: up the tree and down again.
+
+    The alpha of a hop is its latency, the beta is ``n_bytes`` over the network's bandwidth.
+    """
+    hops = math.ceil(math.log2(nodes))
+    inside = (math.ceil(ranks / nodes) - 1) * NVLINK_HOP_S
+    return BASE_S + 2 * (inside + hops * (NETWORK_HOP_S + n_bytes / NETWORK_BYTES_S))
+
+
+MANY_NUMEL, MANY_GPU = 8_030_261_248, GPUS[2]  # Llama 3 8B
+MANY_RANKS = (8, 64, 512, 4096, 32_768, 100_000)
+# fp32 params, bf16 compute: no scaler, as in torchtitan.
+MANY_OPTIONS = Options(clip=True)
+
+
+class Mesh(NamedTuple):
+    """How a model lies on N ranks: over how many it is sharded, and torch's messages for a clip,
+    one for each sharded dimension: the ranks of each and their nodes."""
+
+    label: str
+    shards: Callable[[int], int]
+    of_torch: Callable[[int], list[tuple[int, int]]]
+
+
+def _nodes(ranks: int) -> int:
+    return max(1, ranks // RANKS_OF_A_NODE)
+
+
+MESHES = (
+    Mesh("FSDP", lambda n: n, lambda n: [(n, _nodes(n))]),
+    Mesh("HSDP, 8 shards", lambda n: 8, lambda n: [(8, 1)]),
+    Mesh("FSDP and TP of 8", lambda n: n, lambda n: [(8, 1), (_nodes(n), _nodes(n))]),
+)
+
+
+def _many_cell(mesh: Mesh, ranks: int, pipeline: str) -> str:
+    ours = pipeline == "fusedopt"
+    sent = [(ranks, _nodes(ranks))] if ours else mesh.of_torch(ranks)
+    messages_s = sum(message_seconds(*each) for each in sent if each[0] > 1)
+    seconds = predict_seconds(
+        traffic(MANY_OPTIONS, pipeline).total, MANY_NUMEL, SHARE_OF_PEAK * MANY_GPU.peak_gb_s * 1e9,
+        fixed_s=LAUNCHES_S + messages_s, ranks=mesh.shards(ranks), alpha_s=0.0,
+    )  # fmt: skip
+    return f"{1e3 * seconds:.3g} ms ({1e6 * messages_s:.0f} us)"
+
+
+def many_ranks() -> str:
+    """Markdown: a step of a sharded model by the number of ranks, ours and torch's."""
+    every = [(mesh, pipeline) for mesh in MESHES for pipeline in ("fusedopt", "torch fused")]
+    header = ("ranks", *(f"{mesh.label}: {name.split()[0]}" for mesh, name in every))
+    lines = ((f"{n:,}", *(_many_cell(each[0], n, each[1]) for each in every)) for n in MANY_RANKS)
+    moved = [traffic(MANY_OPTIONS, name).total for name in ("fusedopt", "torch fused")]
+    title = (
+        f"**PREDICTED, not measured: AdamW, fp32, clip, no scaler, {MANY_NUMEL / 1e9:.1f}B "
+        f"parameters on {MANY_GPU.name}; {moved[0]} bytes per parameter, torch {moved[1]}. In "
+        "brackets the messages' part**"
+    )
+    return f"{title}\n\n{markdown(header, lines)}"
 
 
 CASES = {
@@ -147,6 +219,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "masters": lambda: sweeps(
         CASES["AdamW, fp16 or bf16 with fp32 masters"], ("fusedopt", "torch fused")
     ),
+    "many_ranks": many_ranks,
 }
 
 

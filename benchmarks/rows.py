@@ -331,7 +331,7 @@ def find(known: Iterable[Figure], **columns: str) -> Figure | None:
 
 def shown(found: Estimate, unit: str) -> str:
     """`2.10x [2.02-2.17]`, and the median alone where all samples are the same."""
-    whole = found.median >= 100 or unit == "count"
+    whole = found.median >= 100 or unit in ("count", "B")
     digits = 0 if whole else 1 if found.median >= 10 else 4 if 0 < found.median < 0.1 else 2
     low, median, high = (f"{value:.{digits}f}" for value in found)
     separated = unit if unit in ("x", "") else f" {unit}"

@@ -87,6 +87,28 @@ KERNELS: tuple[Line, ...] = tuple(
     )
     for n, size in enumerate((18, 22, 26))
 )  # fmt: skip
+RANKS: tuple[Line, ...] = tuple(
+    (f"adamw-{params}-{layout} views", f"{OURS}{end}", f"adamw_fused{end}", "" if end else label,
+     scaler)
+    for params, model in (("gpt2-124M", "GPT-2, 124M in 148 tensors"), ("300x1k", "300 tensors"))
+    for layout, name in (("fsdp-2", "FSDP, 2 ranks"), ("fsdp-4", "FSDP, 4"),
+                         ("hsdp-2x2", "HSDP, 2 x 2"), ("fsdp-tp-2x2", "FSDP and TP, 2 x 2"))
+    if (params, layout) != ("gpt2-124M", "fsdp-tp-2x2")
+    for label in (f"{model}: {name}",)
+    for end, scaler in (("", "clip, scaler"), ("_no_scaler", "clip"))
+)  # fmt: skip
+RANKS_HEADER = ("AdamW, fp32", "with")
+# The time over DTensors over that of the same step over plain tensors.
+HOST: tuple[Line, ...] = tuple(
+    ("adamw-300x16-dtensor-fsdp-2 views", f"{name}_{plain}", name, label, said)
+    for name, plain, label, said in (
+        (f"{OURS}_no_norm", "plain", "fusedopt", "update alone: no message"),
+        (f"{OURS}_no_scaler", "plain_group", "", "clip; both with the message: `norm_group=`"),
+        (f"{OURS}_no_scaler", "plain", "", "clip; the plain one without a message"),
+        ("adamw_fused_no_norm", "plain", FUSED, "update alone: no message"),
+        ("adamw_fused_no_scaler", "plain", "", "clip; the plain one without a message"),
+    )
+)
 PROFILE = ("optimizer", "optimizer_share", "optimizer_ratio", "optimizer_operators")
 MEMORY = ("state_mib", "first_beyond_state_mib", "first_added_mib", "second_beyond_state_mib")
 PIPELINES = {
@@ -114,16 +136,20 @@ def measured_at(known: Iterable[Figure]) -> str:
 
 
 def lines(
-    header: tuple[str, str], wanted: Sequence[Line], quantity: Callable[[Figure], str], command: str
-) -> str:
-    """A line for each comparison, a column for each machine that has one of them."""
+    header: tuple[str, str], wanted: Sequence[Line], quantity: Callable[[Figure], str],
+    command: str, **figure: str,
+) -> str:  # fmt: skip
+    """A line for each comparison, a column for each machine that has one of them.
+
+    ``figure=`` where there are several of one comparison.
+    """
     columns: dict[str, list[Figure | None]] = {}
     for machine, known in by_machine().items():
         found = []
         for case, pipeline, reference, *_ in wanted:
             name, _, grads = case.partition(" ")
             found.append(find(known, case=name, pipeline=pipeline, reference=reference,
-                              grads=grads or "new"))  # fmt: skip
+                              grads=grads or "new", **figure))  # fmt: skip
         if any(found):
             columns[machine] = found
     if not columns:
@@ -151,6 +177,15 @@ def ratio(figure: Figure) -> str:
     return shown(figure.ratio(), "x")
 
 
+def time_and_ratio(figure: Figure) -> str:
+    return f"{shown(figure.value(), figure['unit'])}; {ratio(figure)}"
+
+
+def both_sides(figure: Figure) -> str:
+    own, other = (shown(way.value(), way["unit"]).removesuffix(" count") for way in figure.ways())
+    return f"{own} against {other}"
+
+
 def over_predicted(figure: Figure) -> str:
     return shown(figure.over_predicted(), "") if figure.predicted() else "\u2013"
 
@@ -173,6 +208,14 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "shares": partial(lines, ("AdamW, fp32", "pipeline"), SHARES, ratio, "cpu"),
         "kernels": partial(lines, ("kernel", "elements"), KERNELS, ratio, "kernels"),
         "picture": partial(pictures, "ratio-by-model", "pictures", "Times faster, by case"),
+        "ranks": partial(lines, RANKS_HEADER, RANKS, time_and_ratio, "distributed", figure="step"),
+        "messages": partial(
+            lines, RANKS_HEADER, RANKS, both_sides, "distributed", figure="collectives"
+        ),
+        "sent": partial(lines, RANKS_HEADER, RANKS, both_sides, "distributed", figure="sent"),
+        "dtensors": partial(
+            lines, ("300 DTensors", "step"), HOST, ratio, "distributed", figure="step"
+        ),
         **roofline.TABLES,
     },
     "docs/training.md": {

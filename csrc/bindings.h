@@ -11,7 +11,7 @@
 #include "check.h"
 #include "records.h"
 #include "rules.h"
-#include "words.h"
+#include "scalars.h"
 
 namespace fusedopt {
 
@@ -121,6 +121,13 @@ inline void describe(py::module_& m) {
   m.attr("NORM_IS_TWO") = static_cast<uint64_t>(StepRecord::kNormIsTwo);
   m.attr("MEASURED") = static_cast<uint64_t>(StepRecord::kMeasured);
   m.attr("SKIP_NONFINITE") = static_cast<uint64_t>(StepRecord::kSkipNonfinite);
+  m.attr("UNCOUNTED") = static_cast<uint64_t>(StepRecord::kUncounted);
+  m.attr("EXACT") = static_cast<uint64_t>(StepRecord::kExact);
+  m.attr("FOUND_INF") = vote(Vote::kFoundInf);
+  m.attr("BAD_SCALE") = vote(Vote::kBadScale);
+  m.attr("ABORT") = vote(Vote::kAbort);
+  m.attr("BY_ABORT") = static_cast<int>(Refusal::kAbort);
+  m.attr("BY_OPTIONS") = static_cast<int>(Refusal::kOptions);
 }
 
 }  // namespace fusedopt

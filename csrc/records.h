@@ -30,9 +30,10 @@ struct Row {
   int32_t group;                  // line in the options table
   uint32_t codecs;                // kCodecBits a stream, the param's lowest; zero: all are fp32
   const float* scales[kStreams];  // for codecs that have them
-  int64_t reserved[3];
+  int64_t uncounted;              // 1: another rank counts this tensor's gradient in the norm
+  int64_t reserved[2];
 
-  FUSEDOPT_FIELDS(data, step, numel, group, codecs, scales, reserved)
+  FUSEDOPT_FIELDS(data, step, numel, group, codecs, scales, uncounted, reserved)
 
   FUSEDOPT_MEMBER float* as_float(int stream) const { return static_cast<float*>(data[stream]); }
   FUSEDOPT_MEMBER Codec codec(int stream) const {
@@ -76,7 +77,7 @@ struct StepScalars {
   float grad_mult;      // the single factor update applies: clip_coef / grad_scale
   float inv_scale;      // 1 / grad_scale, the reciprocal taken in fp64 as GradScaler does
   float found_inf;      // 1: some gradient element is inf or NaN
-  float skip;           // 1: this step updates nothing
+  float skip;           // 1: this step updates nothing; 2: nor is it counted as skipped
   float skipped_steps;  // running count
   float reserved;
 
@@ -94,16 +95,23 @@ struct StepRecord {
   StepScalars* scalars;
   int64_t n_device_numbers;
   uint64_t flags;
+  uint64_t n_ranks;      // that share the norm; 0: this process is alone
+  uint64_t fingerprint;  // of the options; the ranks compare theirs
+  int32_t* refusal;  // a Refusal (scalars.h), in memory of the host; stays until Python clears it
+  uint64_t reserved;
 
   FUSEDOPT_FIELDS(max_grad_norm, max_grad_value, grad_scale, found_inf, inf_flag, scalars,
-                  n_device_numbers, flags)
+                  n_device_numbers, flags, n_ranks, fingerprint, refusal, reserved)
 
   enum Flag : uint64_t {
     kNormIsTwo = 1,      // the 2-norm; otherwise the largest magnitude
     kMeasured = 2,       // reduce runs, so the words are those of this step
     kSkipNonfinite = 4,  // a scaler decides about the step, or the user asked for it
+    kUncounted = 8,      // some row is not counted
+    kExact = 16,         // of the 2-norm: the squares of all elements are added up exactly
   };
   FUSEDOPT_MEMBER bool has(Flag flag) const { return (flags & flag) != 0; }
+  FUSEDOPT_MEMBER bool counts(const Row& row) const { return !has(kUncounted) || !row.uncounted; }
 };
 
 // The tables of a plan.

@@ -18,7 +18,18 @@ constexpr int kLowest = -352;  // digit d counts 2^(32 d + kLowest)
 constexpr int kInfChunks = kDigits;      // chunks with an inf and no NaN
 constexpr int kNanChunks = kDigits + 1;  // chunks with a NaN
 constexpr int kLargest = kDigits + 2;    // bits of the largest magnitude; combined by the maximum
-constexpr int kWords = kDigits + 4;      // one is spare: a multiple of 16 bytes
+constexpr int kVotes = kDigits + 3;      // of the ranks: see Vote
+constexpr int kWords = kDigits + 4;
+
+// Ranks add up their words, so a rank's vote is a one in a field of the word kVotes.
+constexpr int kVoteBits = 21;
+enum class Vote : int { kFoundInf = 0, kBadScale = 1, kAbort = 2 };
+
+FUSEDOPT_FN uint64_t vote(Vote about) { return uint64_t{1} << kVoteBits * static_cast<int>(about); }
+
+FUSEDOPT_FN bool voted(const uint64_t* words, Vote about) {
+  return (words[kVotes] >> kVoteBits * static_cast<int>(about) & ((1u << kVoteBits) - 1)) != 0;
+}
 
 // sum * 2^exponent; the sum of an inf or NaN chunk is its largest magnitude.
 struct Partial {
@@ -42,12 +53,13 @@ FUSEDOPT_FN Addend addend_of_normal(Partial partial) {
   return {static_cast<int>(lowest_bit >> 5), shifted & 0xffffffffu, shifted >> 32};
 }
 
-FUSEDOPT_FN Addend addend_of(Partial partial) {
+// Of a chunk that is not counted only inf and NaN are reported.
+FUSEDOPT_FN Addend addend_of(Partial partial, bool counted) {
   if (partial.sum == 0.0f) return {0, 0, 0};
   if (partial.sum - partial.sum != 0.0f) {
     return {partial.sum != partial.sum ? kNanChunks : kInfChunks, 1, 0};
   }
-  return addend_of_normal(partial);
+  return counted ? addend_of_normal(partial) : Addend{0, 0, 0};
 }
 
 // A word of two threads, blocks or devices together.

@@ -26,12 +26,15 @@ def argument_parser(description: str, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--device", type=torch.device, default=device)
     parser.add_argument("--backend", help="fusedopt's backend, such as cpu or reference")
-    parser.add_argument(
-        "--baseline", choices=("fused", "foreach"), default="fused", help="torch's implementation"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT, help="for plot and checkpoint")
     return parser
+
+
+def add_baseline_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--baseline", choices=("fused", "foreach"), default="fused", help="torch's implementation"
+    )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -107,7 +110,9 @@ def differences(left: Any, right: Any, path: str = "") -> Iterator[str]:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    """Of a DTensor those of this rank's part."""
+    part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
 def report_resume(found: Sequence[str], path: Path, step: int, steps: int) -> int:

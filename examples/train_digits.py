@@ -20,6 +20,7 @@ import torch
 from common import (
     DTYPES,
     Stopwatch,
+    add_baseline_argument,
     argument_parser,
     differences,
     parse,
@@ -226,6 +227,7 @@ def print_results(runs: Sequence[Training]) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__.splitlines()[0], steps=150)
     parser.add_argument("--dtype", choices=DTYPES, help="of autocast (default: bf16, on GPU fp16)")
+    add_baseline_argument(parser)
     args = parse(parser, argv)
     args.dtype = args.dtype or ("bf16" if args.device.type == "cpu" else "fp16")
     return args

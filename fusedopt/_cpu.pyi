@@ -14,14 +14,22 @@ class Plan:
 
 class Watch:
     def __init__(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any], kinds: Sequence[int]
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        kinds: Sequence[int],
+        dtensor: type | None = None,
     ) -> None: ...
     def refresh(
         self, groups: list[dict[str, Any]], state: dict[Any, Any], grads: int
     ) -> tuple[list[int], list[int], list[Any]] | None: ...
 
 def use_torch(
-    tensor_type: type, parameter_type: type, is_neg: object, exchange: object
+    tensor_type: type,
+    parameter_type: type,
+    is_neg: object,
+    disable_subclasses: type,
+    exchange: object,
 ) -> None: ...
 def simd_levels() -> list[str]: ...
 def simd() -> str: ...

@@ -44,9 +44,16 @@ class FusedAdamW(FusedOptimizer):
         master_weights: None or True: keep fp32 masters of fp16/bf16 parameters; False: none.
         skip_nonfinite: without a GradScaler, skip a step whose gradients are not all finite. If
             False, they propagate as in torch. With a scaler such a step is always skipped.
-        amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first).
+        amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first),
+            unless ranks have to agree about a skip. True: leave that to the step.
         backend: "cuda", "triton", "cpu", "reference" or "auto"; default: ``FUSEDOPT_BACKEND``, else
             "auto".
+        norm_group: ProcessGroup or DeviceMesh of the ranks that share the norm and the decision to
+            skip, for pipeline stages, FSDP1 and ZeroRedundancyOptimizer. None: the ranks of the
+            parameters' meshes (FSDP2, tensor parallel), else this process alone (DDP).
+        norm_bits: "exact": the sum of squares is that of all elements, rounded once, so the norm
+            has the same bits however tensors are sharded. None: the sum of fp32 sums over chunks of
+            8,192 elements, which is faster. Changes nothing with ``norm_type=inf``.
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the remedy.
@@ -79,5 +86,7 @@ class FusedAdamW(FusedOptimizer):
         skip_nonfinite: bool = False,
         amp_scaling: bool | None = None,
         backend: str | None = None,
+        norm_group: Any = None,
+        norm_bits: str | None = None,
     ) -> None:
         super().__init__(params, locals())

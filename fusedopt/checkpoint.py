@@ -1,4 +1,4 @@
-"""Load a checkpoint: check what it holds, and copy its values into the optimizer's state."""
+"""Load a checkpoint: copy its values into the optimizer's state."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .loadable import Wanted, check, without_gaps
 from .modes import durable
-from .options import OPTION_NAMES, literal
-from .plan.checks import check_param, is_served
-from .plan.groups import check_group, refuse_differentiable
+from .options import OPTION_NAMES
+from .plan.checks import check_param
+from .plan.exchange import REPLICATED
+from .plan.local import is_dtensor, local_of, part_for, same_sharding, wrapped
 from .plan.memory import unfilled_state
 from .plan.plan import copy_all
-from .plan.rows import label_of
 from .plan.state import (
     MASTER,
     STEP,
     ParamState,
     as_ours,
-    check_state,
     dense_like,
     fits,
     step_tensor,
@@ -36,9 +36,9 @@ from .plan.state import (
 from .rules.declaration import Group
 from .shared import SharingOptimizer
 
-Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # by a checkpoint's key: parameter, state names
 Write = tuple[Tensor, Tensor]  # a tensor of the optimizer, and the tensor that is copied to it
-Fill = tuple[ParamState, str, Tensor]  # a state, its name, a tensor with the wanted layout
+Fill = tuple[ParamState, str, Tensor, Tensor]  # a state, its name, param, the wanted layout
+OF_TORCH = "torch.distributed.checkpoint.state_dict"
 
 
 def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
@@ -48,13 +48,11 @@ def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
         replaced = pre_hook(optimizer, state_dict)
         if replaced is not None:
             state_dict = dict(replaced)
-    # A wrapper may have put options of the whole optimizer there; those stay as constructed.
-    groups = [
-        {name: value for name, value in group.items() if name not in OPTION_NAMES}
-        for group in state_dict["param_groups"]
-    ]
+    groups = [_hyper_parameters(group) for group in state_dict["param_groups"]]
+    for own, group in zip(optimizer.param_groups, groups, strict=False):
+        group.update({name: own[name] for name in (REPLICATED,) if name in own})
     state_dict["param_groups"] = groups
-    wanted = _check(optimizer, groups, state_dict)
+    wanted = check(optimizer, groups, state_dict)
     optimizer._check_loaded_groups(groups)
     with optimizer._shared.turn, durable(), torch.no_grad():  # not during a step
         optimizer._shared.drop_plans()
@@ -63,95 +61,10 @@ def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
         post_hook(optimizer)
 
 
-# ---- what a checkpoint must hold -----------------------------------------------------------------
-
-
-def _check(optimizer: SharingOptimizer, groups: list[Group], state_dict: dict[str, Any]) -> Wanted:
-    """Raise unless the checkpoint fits this optimizer. Returns the parameter of each state."""
-    wanted: Wanted = {}
-    for g, saved in enumerate(groups):
-        _check_group(g, saved, optimizer)
-    sizes = [[len(group["params"]) for group in each] for each in (groups, optimizer.param_groups)]
-    if sizes[0] != sizes[1]:
-        return wanted  # torch's load_state_dict refuses it
-    _check_keys(state_dict)
-    for g, (own, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        names = optimizer._shared.line.state_names({**optimizer.defaults, **saved})
-        for i, (param, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
-            if key in state_dict["state"]:
-                label = label_of(own, g, i, optimizer._shared.names)
-                if key in wanted:
-                    raise ValueError(
-                        f"{label}: the checkpoint gives it the state {key!r} of a parameter before "
-                        "it; start it anew, by a key that has no state: "
-                        f"`keys = list(state_dict['param_groups'][{g}]['params']); keys[{i}] = -1; "
-                        f"state_dict['param_groups'][{g}]['params'] = keys`"
-                    )
-                _check_saved(label, key, param, state_dict["state"][key], names, saved)
-                wanted[key] = (param, names)
-    return wanted
-
-
-def _check_keys(state_dict: dict[str, Any]) -> None:
-    """Refuse keys such as "0" for 0: their states would stay unused, and parameters start anew."""
-    state = state_dict["state"]
-    keys = {str(key): key for group in state_dict["param_groups"] for key in group["params"]}
-    astray = [key for key in state if str(key) in keys and keys[str(key)] not in state]
-    if astray:
-        raise KeyError(
-            f"state_dict['state'] has {astray} where its param groups name "
-            f"{[keys[str(key)] for key in astray]}: JSON, for one, makes strings of keys; use the "
-            "groups' own: `keys = {str(i): i for g in state_dict['param_groups'] for i in "
-            "g['params']}; state_dict['state'] = {keys.get(str(k), k): v for k, v in "
-            "state_dict['state'].items()}`"
-        )
-
-
-def _check_group(index: int, group: Group, optimizer: SharingOptimizer) -> None:
-    """Refuse the group of another optimizer.
-
-    Every checkpoint of a rule has its numbers; older ones lack some flags. A group with ``foreach``
-    and without the rule's own flags is torch's NAdam, RAdam or Adamax. Apex's Adam has neither.
-    """
-    where, rule = f"param group {index} of the state_dict", optimizer.rule
-    refuse_differentiable(group, where)
-    check_group(group, rule, f" in {where}")
-    defaults = optimizer.defaults
-    wanted = {n: v for n, v in defaults.items() if not (v is None or isinstance(v, bool))}
-    if "foreach" in group:
-        wanted.update({n: v for n, v in defaults.items() if n in rule.flags})
-    missing = {name: value for name, value in wanted.items() if name not in group}
-    if missing:
-        values = ", ".join(f"{name}={literal(value)}" for name, value in missing.items())
-        raise ValueError(
-            f"param group {index} of the state_dict has no {', '.join(map(repr, missing))}: it is "
-            "the checkpoint of another optimizer; to load it none the less, say what to go on "
-            f"with: `state_dict['param_groups'][{index}].update({values})`"
-        )
-
-
-def _check_saved(
-    label: str, key: Any, param: Tensor, saved: object, names: Sequence[str], group: Group
-) -> None:
-    if not isinstance(saved, dict):
-        raise TypeError(
-            f"{label}: state of one parameter must be a dict, got {type(saved).__name__}; "
-            f"pass what optimizer.state_dict() returned, or start it anew: "
-            f"`del state_dict['state'][{key!r}]`"
-        )
-    own = as_ours(saved, names)
-    if STEP in group and STEP not in own and any(name in own for name in names):
-        raise KeyError(
-            f"{label}: the checkpoint counts the steps of a group, not of each parameter, as "
-            "Apex's does; give each its own: `for g in state_dict['param_groups']: [state_dict"
-            "['state'][i].update(step=g['step']) for i in g['params'] if i in state_dict['state']]`"
-        )
-    # A wrapper may have moved the parameter's memory elsewhere: `param.data` is empty then.
-    shaped = is_served(param) and not is_lazy(param) and param.numel() > 0
-    check_state(label, param, saved, names, f"del state_dict['state'][{key!r}]", shaped)
-
-
-# ---- how its values get in -----------------------------------------------------------------------
+def _hyper_parameters(group: Group) -> Group:
+    """Without what stays as the user has set it: options of the whole optimizer, which a wrapper
+    may have put there, and how ranks share the group, who may be others now."""
+    return {name: v for name, v in group.items() if name not in OPTION_NAMES | {REPLICATED}}
 
 
 def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wanted) -> None:
@@ -164,10 +77,14 @@ def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wa
             state[wanted[key][0]] = _receive(optimizer, *wanted[key], value, writes, fills)
         else:
             state[key] = copy.deepcopy(value)
-    with unfilled_state([like for _, _, like in fills]) as new:
-        copy_all(new, [own[name] for own, name, _ in fills])
-    for (own, name, _), tensor in zip(fills, new, strict=True):
-        own[name] = tensor
+    # Ranks that exchange parts have to meet at each: their dicts may be in different orders.
+    place = {param: number for number, (param, _) in enumerate(wanted.values())}
+    fills.sort(key=lambda fill: (place[fill[2]], fill[1]))
+    with unfilled_state([like for *_, like in fills]) as new:
+        for (own, name, param, _), tensor in zip(fills, new, strict=True):
+            tensor.copy_(part_for(param, own[name]))  # one at a time: a part may be a copy
+    for (own, name, param, _), tensor in zip(fills, new, strict=True):
+        own[name] = wrapped(tensor, param)
     names = _names_given(optimizer)
     # torch would cast state to the parameter's dtype, so torch loads the groups only.
     _load_without_hooks(optimizer, {**state_dict, "state": {}})
@@ -192,7 +109,7 @@ def _receive(
     Accepts what ``torch.optim`` saves: states in the parameter's dtype, ``step`` as a number or in
     any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
     """
-    own = as_ours(saved, names)
+    own = as_ours(without_gaps(saved), names)
     if is_lazy(param) or not _can_be_updated(param):
         return copy.deepcopy(own)  # the step converts it, once the parameter can be updated
     like = dense_like(param)
@@ -206,13 +123,25 @@ def _receive(
             state[name] = copy.deepcopy(value)
         elif value.shape != param.shape or not value.is_floating_point():
             state[name] = value.detach().clone().to(param.device)
-        elif _is_reusable(optimizer, param, name, like):
+        elif value is _own(optimizer, param, name) and _is_alone(value, param, like):
+            state[name] = value
+        elif _is_here(param, value) and _is_reusable(optimizer, param, name, like):
             state[name] = optimizer.state[param][name]
-            writes.append((state[name], value))
+            writes.append((local_of(state[name]), part_for(param, value)))
         else:
             state[name] = value
-            fills.append((state, name, like))
+            fills.append((state, name, param, like))
     return state
+
+
+def _own(optimizer: SharingOptimizer, param: Tensor, name: str) -> Any:
+    own = optimizer.state.get(param)
+    return own.get(name) if type(own) is dict else None
+
+
+def _is_here(param: Tensor, value: Tensor) -> bool:
+    """Whether no rank has to send a part of ``value``: that may fail, so nothing is overwritten."""
+    return not is_dtensor(value) or same_sharding(value, param)
 
 
 def _can_be_updated(param: Tensor) -> bool:
@@ -224,33 +153,42 @@ def _can_be_updated(param: Tensor) -> bool:
     return True
 
 
+def _is_alone(tensor: Tensor, param: Tensor, like: Tensor) -> bool:
+    """Whether it is state of ``param``, in memory that torch allocated for it alone."""
+    if not fits(tensor, param, like) or type(local_of(tensor)) is not Tensor:
+        return False
+    local = local_of(tensor)
+    storage = local.untyped_storage()
+    shared = storage.is_shared() and local.is_cpu  # on a GPU, all memory is "shared"
+    whole = storage.resizable() and not shared and storage.nbytes() == local.nbytes
+    return whole and not local.is_inference() and not tensor.requires_grad
+
+
 def _is_reusable(optimizer: SharingOptimizer, param: Tensor, name: str, like: Tensor) -> bool:
-    """Whether the optimizer has such a tensor, in memory that torch allocated for it alone."""
-    own = optimizer.state.get(param)
-    tensor = own.get(name) if type(own) is dict else None
-    if type(tensor) is not Tensor or not fits(tensor, like):
+    """Whether the optimizer has such a tensor, and nobody else refers to it."""
+    tensor = _own(optimizer, param, name)
+    if tensor is None or not _is_alone(tensor, param, like):
         return False
-    storage = tensor.untyped_storage()
-    shared = storage.is_shared() and tensor.is_cpu  # on a GPU, all memory is "shared"
-    whole = storage.resizable() and not shared and storage.nbytes() == tensor.nbytes
-    if not whole or tensor.is_inference() or tensor.requires_grad:
-        return False
-    del own, tensor, storage  # these references would count as owners
-    nobody_else = SimpleNamespace(state={param: {name: torch.empty(1)}})
+    del tensor  # this reference would count as an owner
+    nobody_else = SimpleNamespace(state={param: {name: wrapped(torch.empty(1), param)}})
     return _owners(optimizer, param, name) == _owners(nobody_else, param, name)
 
 
 def _owners(holder: Any, param: Tensor, name: str) -> tuple[int, ...]:
-    """Reference counts of all state, the state of ``param``, its tensor ``name``, that storage."""
+    """Reference counts of all state, of the state of ``param``, of its tensor ``name``, of the
+    local part and of its storage."""
     own = holder.state[param]
     tensor = own[name]
-    storage = tensor.untyped_storage()
+    local: Any = local_of(tensor)
+    storage = local.untyped_storage()
     return (
         sys.getrefcount(holder.state),
         sys.getrefcount(own),
         sys.getrefcount(tensor),
+        sys.getrefcount(local),
         sys.getrefcount(storage),
         tensor._use_count(),
+        local._use_count(),
         torch._C._storage_Use_Count(storage._cdata),
     )
 

@@ -35,7 +35,7 @@ class FusedLion(FusedOptimizer):
         foreach, capturable, fused: accepted and change nothing, as in :class:`FusedAdamW`.
         decoupled_weight_decay: False adds the decay to the gradient.
         max_grad_norm, norm_type, max_grad_value, master_weights, skip_nonfinite, amp_scaling,
-            backend: as in :class:`FusedAdamW`.
+            backend, norm_group, norm_bits: as in :class:`FusedAdamW`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :class:`FusedAdamW`.
@@ -64,5 +64,7 @@ class FusedLion(FusedOptimizer):
         skip_nonfinite: bool = False,
         amp_scaling: bool | None = None,
         backend: str | None = None,
+        norm_group: Any = None,
+        norm_bits: str | None = None,
     ) -> None:
         super().__init__(params, locals())

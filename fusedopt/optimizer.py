@@ -15,10 +15,13 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from . import checkpoint
+from .agreement import AgreeingOptimizer
 from .backends.registry import choose, prepare
+from .callers import is_called_by
 from .modes import durable, marked_untraced, refuse_tracing, untraced
 from .options import OPTION_NAMES, Options
 from .plan.checks import check_param, is_served, served_params
+from .plan.exchange import REPLICATED, Ranks, ranks_of, refuse, refuse_late, uncounted
 from .plan.groups import (
     check_containers,
     check_group,
@@ -31,15 +34,16 @@ from .plan.groups import (
 from .plan.options_table import Line, pack
 from .plan.plan import N_STEP_SCALARS, Plan, StepInputs
 from .plan.rows import checked_rows, complete_rows, label_of
+from .plan.shards import has_fsdp1_shards, made_by_zero, refuse_own_norm
 from .rules.declaration import Group
-from .scaler.attributes import AmpAttributes, ours
+from .scaler.attributes import ours
 from .shared import Shared
 
 # Attempts to build a plan: another thread may change gradients and states meanwhile.
 BUILDS = 8
 
 
-class FusedOptimizer(AmpAttributes):
+class FusedOptimizer(AgreeingOptimizer):
     """Base class of the optimizers, such as ``FusedAdamW``.
 
     A subclass names its rule, and torch's class with the same arguments. Otherwise it is a
@@ -58,7 +62,7 @@ class FusedOptimizer(AmpAttributes):
         refuse_differentiable(defaults, type(self).__name__)
         with durable():
             scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
-        self._shared = Shared(options, scalars, Line(self.rule))
+        self._shared = Shared(options, scalars, Line(self.rule), made_by_zero=made_by_zero())
         super().__init__(params, defaults)
         prepare(options.backend, list(served_params(self.param_groups)))
 
@@ -79,23 +83,44 @@ class FusedOptimizer(AmpAttributes):
             What ``closure`` returned, else None.
 
         Raises:
-            RuntimeError: a gradient or a state cannot be used; nothing has been changed.
+            RuntimeError: a gradient or a state cannot be used, or another rank refuses the step;
+                nothing has been changed, on any rank that shares the norm.
         """
+        shared = self._shared
+        if not self.state and self._only_inits_state():
+            self.init_state()
+            return None
         loss = None
+        shared.begun = True
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._shared.turn:
+        with shared.turn:
             grad_mode = torch.is_grad_enabled()
-            inputs = self._step_inputs()
+            inputs = None
             try:
-                self._take(self._current_plan(inputs), inputs)
+                if shared.plan is None or shared.ranks is not None:
+                    self._begin_message()
+                inputs = self._step_inputs()
+                plan = self._current_plan(inputs)
+                if shared.ranks is not None:
+                    self._join(inputs)
+                self._take(plan, inputs)
             except BaseException:
                 torch.set_grad_enabled(grad_mode)  # a signal may interrupt torch.no_grad's exit
+                self._abort_message(inputs)
                 raise
             finally:
-                inputs.held = None  # frees gradients and states that others have dropped
+                if inputs is not None:
+                    inputs.held = None  # frees gradients and states that others have dropped
         return loss
+
+    def _only_inits_state(self) -> bool:
+        """Whether ``torch.distributed.checkpoint`` calls, which wants state to load into, or to
+        save. Its way is a step with lr=0 on gradients of zero, which would count as the first."""
+        return is_called_by("_init_optim_state", checkpoint.OF_TORCH)
+
+    # ---- the verbs -------------------------------------------------------------------------------
 
     def _take(self, plan: Plan, inputs: StepInputs) -> None:
         """All or nothing: a signal's handler may raise anywhere except inside a native call."""
@@ -105,6 +130,8 @@ class FusedOptimizer(AmpAttributes):
             plan.reduce()
             plan.exchange()
         plan.finalize()
+        if inputs.ranks is not None and not plan.answers_late:
+            refuse(plan.refusal())
         self._shared.amp.due = None  # the flag holds this step's answer
         try:
             plan.update()
@@ -112,6 +139,8 @@ class FusedOptimizer(AmpAttributes):
         except BaseException:
             self._settle(plan, inputs)  # whether there was an update or not
             raise
+        if inputs.ranks is not None and plan.answers_late:
+            refuse_late(plan.refusal())
 
     def _settle(self, plan: Plan, inputs: StepInputs) -> None:
         """Finish the step after the update. A second call changes nothing more."""
@@ -127,13 +156,10 @@ class FusedOptimizer(AmpAttributes):
         options = shared.options
         clips = options.max_grad_norm is not None
         try:
-            if clips and self._is_fsdp1_sharded():
-                raise RuntimeError(
-                    f"max_grad_norm={options.max_grad_norm} cannot be honoured for FSDP1 shards: "
-                    "each rank sees only its part of the norm; set "
-                    "`optimizer.max_grad_norm = None`, and call "
-                    "`model.clip_grad_norm_(max_norm)` before the step"
-                )
+            if options.norm_group is None and (clips or options.skip_nonfinite):
+                is_fsdp1 = self._is_fsdp1_sharded()
+                if is_fsdp1 or shared.made_by_zero:
+                    refuse_own_norm(options, is_fsdp1)
             device = self._flag_device(shared.scalars.device)
             if shared.scalars.device != device:
                 with durable():
@@ -209,6 +235,9 @@ class FusedOptimizer(AmpAttributes):
         shared, options = self._shared, self._shared.options
         layout = list(map(shared.line.state_names, groups))
         rows = checked_rows(groups, state, layout, shared.names)
+        ranks = ranks_of(groups, options, shared.names)
+        for index in uncounted(ranks):
+            rows[index].counted = False
         with durable(), torch.no_grad():
             plan = shared.plan
             shared.set_aside(self.state)
@@ -221,6 +250,11 @@ class FusedOptimizer(AmpAttributes):
             if plan is None or (plan.backend, plan.layout) != wanted or not plan.rebind(rows):
                 plan = backend.plan(self.rule, rows, layout)
                 plan.backend = backend.name
+            plan.ranks, plan.fsdp1_sharded = ranks, has_fsdp1_shards(groups)
+            shared.replicated = [group.get(REPLICATED) for group in groups]
+            if isinstance(ranks, Ranks):
+                plan.hear(shared.told)
+                shared.told = plan.told
         try:
             plan.look_at(self.param_groups, self.state)
         except (RuntimeError, TypeError):  # another thread changes them
@@ -283,7 +317,11 @@ class FusedOptimizer(AmpAttributes):
 
     @untraced
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of this class or of torch's SGD, Adam or AdamW. Everything is copied.
+        """Load a checkpoint of this class or of torch's SGD, Adam or AdamW.
+
+        Everything is copied, except tensors that are the optimizer's own already, which is how
+        torch.distributed.checkpoint loads. A parameter that is a DTensor takes its part of a tensor
+        with all elements, or a DTensor of the same mesh.
 
         Differs from torch in one respect: states keep (or get) fp32, whatever the parameter's
         dtype. ``max_grad_norm`` and the other options of the whole optimizer stay as constructed.
@@ -294,7 +332,8 @@ class FusedOptimizer(AmpAttributes):
             ValueError: the param groups do not match, or are those of another optimizer; a step
                 count is not a number of steps.
             KeyError: a parameter's state is incomplete, or is that of another optimizer.
-            TypeError: a state is no plain tensor of floating-point numbers.
+            TypeError: a state is no plain tensor of floating-point numbers, and no DTensor of the
+                parameter's mesh.
             RuntimeError: a group of the checkpoint has ``differentiable=True``; a state has no
                 memory, or another shape than its parameter; there is not enough memory. Whatever is
                 raised, nothing has been changed.

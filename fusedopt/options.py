@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -41,8 +41,17 @@ _REMEDIES = {
     "amp_scaling": "use None for the default, True or False",
     "skip_nonfinite": "use True or False",
     "backend": f"use one of {', '.join(BACKEND_NAMES)}",
+    "norm_bits": "use 'exact' (the correctly rounded sum of the squares of all elements), or None",
+    "norm_group": "use a ProcessGroup or DeviceMesh of torch.distributed, or None",
 }
-# Ranges of the options that are numbers. The others are flags, except ``backend``.
+NOT_PICKLED = "a group that was not pickled"  # stands for a norm_group until a user sets it again
+# Options that are neither numbers nor flags.
+_OTHERS: dict[str, Callable[[Any], bool]] = {
+    "backend": lambda value: isinstance(value, str) and value in BACKEND_NAMES,
+    "norm_bits": lambda value: isinstance(value, str) and value == "exact",
+    "norm_group": lambda value: _is_group(value) or value == NOT_PICKLED,
+}
+# Ranges of the options that are numbers. The others are flags.
 _ALLOWED: dict[str, Callable[[float], bool]] = {
     "max_grad_norm": lambda value: value >= 0.0,
     "norm_type": lambda value: value in (2.0, math.inf),
@@ -61,6 +70,8 @@ class Options:
     skip_nonfinite: bool = False
     amp_scaling: bool | None = None
     backend: str | None = None
+    norm_group: Any = None
+    norm_bits: str | None = None
 
     def __post_init__(self) -> None:
         for name, remedy in _REMEDIES.items():
@@ -72,15 +83,26 @@ class Options:
         return replace(self, **changes)
 
     def non_defaults(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if v != getattr(Options, k)}
+        values = {name: getattr(self, name) for name in Options.__dataclass_fields__}
+        return {k: v for k, v in values.items() if v != getattr(Options, k)}
+
+
+def _is_group(value: Any) -> bool:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return False
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return isinstance(value, (dist.ProcessGroup, DeviceMesh))
 
 
 OPTION_NAMES = frozenset(Options.__dataclass_fields__)
 
 
-def _converted(name: str, value: Any, remedy: str) -> float | bool | str:
-    if name == "backend":
-        if isinstance(value, str) and value in BACKEND_NAMES:
+def _converted(name: str, value: Any, remedy: str) -> Any:
+    if name in _OTHERS:
+        if _OTHERS[name](value):
             return value
         raise invalid(name, value, remedy)
     try:

@@ -8,6 +8,7 @@ ours that changes in the life of an optimizer is in one object to which both ref
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .modes import untraced
-from .options import Options
+from .options import NOT_PICKLED, Options
 from .plan.checks import served_params
+from .plan.exchange import REPLICATED, Ranks, Refusal, ranks_of, same_objects
+from .plan.local import local_of
 from .plan.options_table import Line
 from .plan.plan import CLIP_COEF, GRAD_NORM, SKIPPED_STEPS, Plan
 from .rules.declaration import Group, Rule
@@ -35,7 +38,13 @@ class Shared:
     line: Line
     turn: Any = field(default_factory=threading.RLock)  # held by the thread that steps
     measured: bool = False  # the last step computed the norm
+    begun: bool = False  # the step, after its pre-hooks
+    made_by_zero: bool = False  # by a ZeroRedundancyOptimizer, for one rank's share
     plan: Plan | None = None
+    # That share a norm with this process.
+    ranks: Ranks | Refusal | None = None
+    replicated: list[Any] = field(default_factory=list)  # the groups' keys that were asked for it
+    told: Tensor | None = None  # see Plan.told
     # Names of parameters in messages, once a checkpoint has replaced the names in the groups.
     names: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     captured_plans: list[Plan] = field(default_factory=list)  # a CUDA graph may still replay them
@@ -59,7 +68,9 @@ class Shared:
         self.aside = kept[:PLANS_ASIDE]
 
     def take_up(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.ranks = plan, plan.ranks
+        if isinstance(plan.ranks, Ranks):
+            plan.ranks.joined = False
         self.aside = [each for each in self.aside if each is not plan]
 
 
@@ -70,7 +81,7 @@ def _option(name: str) -> property:
     @untraced  # a trace would lose the new value
     def write(self: SharingOptimizer, value: Any) -> None:
         options = self._shared.options.changed(**{name: value})
-        if options.master_weights != self._shared.options.master_weights:
+        if name in ("master_weights", "norm_group"):
             self._shared.drop_plans()
         self._shared.options = options
 
@@ -110,6 +121,19 @@ class SharingOptimizer(Optimizer):
         """Steps skipped because of non-finite gradients: 0-dim int64, a copy. Not checkpointed."""
         return self._shared.scalars[SKIPPED_STEPS].to(torch.int64)
 
+    def _ranks(self) -> Ranks | Refusal | None:
+        """The ranks that share a norm with this process, or why they cannot."""
+        shared = self._shared
+        with suppress(AttributeError, KeyError, TypeError):  # no param groups: the step says so
+            keys = [group.get(REPLICATED) for group in self.param_groups]
+            stale = isinstance(shared.ranks, Refusal) or not same_objects(keys, shared.replicated)
+            if shared.ranks is not None and stale:
+                shared.drop_plans()
+            if shared.plan is None:
+                shared.ranks = ranks_of(self.param_groups, shared.options, shared.names)
+                shared.replicated = keys
+        return shared.ranks
+
     @property
     def backend(self) -> dict[str, str]:
         """Name of the backend that serves each device; empty before the first step."""
@@ -124,7 +148,8 @@ class SharingOptimizer(Optimizer):
         """Bytes by kind: ``param``, ``grad``, each state by its name, ``plan`` and ``total``.
 
         Counts the tensors that are there now: before the first step, or ``init_state()``, there is
-        no state yet. An entry of ``state`` that belongs to no parameter is listed under its key.
+        no state yet. Of a DTensor it counts this rank's part. An entry of ``state``
+        that belongs to no parameter is listed under its key.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         sizes = {"param": sum(map(_nbytes, params)), "grad": sum(_nbytes(p.grad) for p in params)}
@@ -144,17 +169,38 @@ class SharingOptimizer(Optimizer):
     master_weights = _option("master_weights")
     skip_nonfinite = _option("skip_nonfinite")
     amp_scaling = _option("amp_scaling")
+    norm_group = _option("norm_group")
+    norm_bits = _option("norm_bits")
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with states in the order of the parameters.
+
+        A state is made when its parameter first has a gradient, which may be in another order on
+        another rank. Ranks that gather a checkpoint would meet at different tensors.
+        """
+        saved: dict[str, Any] = super().state_dict()
+        if "state" not in saved or "param_groups" not in saved:  # a hook has returned another
+            return saved
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        state = saved["state"]
+        in_order = {key: state[key] for key in keys if key in state}
+        saved["state"] = {**in_order, **{k: v for k, v in state.items() if k not in in_order}}
+        return saved
 
     # ---- pickles and copies ----------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         shared, names = self._shared, self._shared.names
+        options = shared.options
+        if options.norm_group is not None:  # a group of processes is of this process
+            options = options.changed(norm_group=NOT_PICKLED)
         params = [p for group in self.param_groups for p in group["params"]]
         return {
             **super().__getstate__(),
-            "_options": shared.options,
+            "_options": options,
             "_scalars": shared.scalars,
             "_measured": shared.measured,
+            "_made_by_zero": shared.made_by_zero,
             "_names": [(p, names[p]) for p in params if p in names],
         }
 
@@ -166,6 +212,7 @@ class SharingOptimizer(Optimizer):
                 state.pop("_scalars"),
                 Line(self.rule),
                 measured=state.pop("_measured"),
+                made_by_zero=state.pop("_made_by_zero", False),
             )
             self._shared.names.update(state.pop("_names", ()))
         super().__setstate__(state)
@@ -176,4 +223,7 @@ class SharingOptimizer(Optimizer):
 
 
 def _nbytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or is_lazy(tensor) else tensor.numel() * tensor.element_size()
+    if tensor is None or is_lazy(tensor):
+        return 0
+    local = local_of(tensor)
+    return local.numel() * local.element_size()

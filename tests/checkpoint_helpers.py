@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from protocol_helpers import DTYPES, OPTIMIZERS, assert_unmoved, give_grads, snapshot
+from torch.profiler import ProfilerActivity, profile
 
 import fusedopt
 
@@ -117,3 +118,15 @@ def run_all(opt):
     for p in opt.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     opt.step()
+
+
+def traced(call):
+    """Bytes that `call` held at most, and those it left behind; of what no trace saw, none."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = now = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, now

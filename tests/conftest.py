@@ -62,3 +62,13 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def simd_levels(cpu_backend: str) -> Iterator[list[str]]:
+    """Those of this machine and build, "generic" among them."""
+    from fusedopt import _cpu
+
+    in_use = _cpu.simd()
+    yield _cpu.simd_levels()
+    _cpu.set_simd(in_use)

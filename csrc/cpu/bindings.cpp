@@ -37,6 +37,7 @@ class Plan {
     py::gil_scoped_release release;
     std::memset(words_, 0, kWords * sizeof *words_);
     current_kernels().reduce(view_, *step_, words_, num_threads);
+    for (int w = 0; step_->n_ranks > 0 && w < kWords; ++w) words_[w] += word_of_rank(*step_, w);
   }
 
   void finalize() const { fusedopt::finalize(view_, rule_, *step_, words_); }
@@ -76,11 +77,11 @@ PYBIND11_MODULE(_cpu, m) {
       .def("finalize", &Plan::finalize)
       .def("update", &Plan::update, py::arg("num_threads"));
   py::class_<Watch>(m, "Watch")
-      .def(py::init<const py::list&, const py::dict&, const std::vector<int>&>(), py::arg("groups"),
-           py::arg("state"), py::arg("kinds"))
+      .def(py::init<const py::list&, const py::dict&, const std::vector<int>&, const py::object&>(),
+           py::arg("groups"), py::arg("state"), py::arg("kinds"), py::arg("dtensor") = py::none())
       .def("refresh", &Watch::refresh, py::arg("groups"), py::arg("state"), py::arg("grads"));
   m.def("use_torch", &use_torch, py::arg("tensor_type"), py::arg("parameter_type"),
-        py::arg("is_neg"), py::arg("exchange"));
+        py::arg("is_neg"), py::arg("disable_subclasses"), py::arg("exchange"));
   m.def("simd_levels", &simd_levels, "Levels in this build that this CPU runs, best first.");
   m.def("simd", [] { return std::string(current_kernels().name); });
   m.def("set_simd", &set_simd);

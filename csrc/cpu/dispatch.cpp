@@ -92,7 +92,7 @@ void finalize(const PlanView& plan, int rule, const StepRecord& step, const uint
 }
 
 void count(const PlanView& plan, int rule, const StepRecord& step) {
-  step.scalars->skipped_steps += step.scalars->skip;
+  if (step.scalars->skip == 1.0f) step.scalars->skipped_steps += 1.0f;
   if (step.scalars->skip != 0.0f) return;
   Rules::with(rule, [&](auto tag) { write_step_counts<typename decltype(tag)::Rule>(plan); });
 }

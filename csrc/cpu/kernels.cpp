@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #include "denormals.h"
+#include "exact.h"
 #include "reduce.h"
 #include "update.h"
 
@@ -69,10 +70,12 @@ void for_chunk_ranges(const PlanView& plan, int num_threads, const Body& body) {
 
 void reduce(const PlanView& plan, const StepRecord& step, uint64_t* words, int num_threads) {
   const float inv_scale = inverse_scale(step.grad_scale);
-  const auto reduce_range = step.has(StepRecord::kNormIsTwo) ? reduce_squares : reduce_largest;
+  const auto reduce_range = !step.has(StepRecord::kNormIsTwo) ? reduce_largest
+                            : step.has(StepRecord::kExact)    ? reduce_exactly
+                                                              : reduce_squares;
   for_chunk_ranges(plan, num_threads, [&](int64_t first, int64_t last) {
     uint64_t own[kWords] = {};
-    reduce_range(plan, first, last, inv_scale, own);
+    reduce_range(plan, step, first, last, inv_scale, own);
 #pragma omp critical(fusedopt_words)
     for (int w = 0; w < kWords; ++w) words[w] = combined(w, words[w], own[w]);
   });

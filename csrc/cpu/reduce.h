@@ -120,29 +120,32 @@ void add(const Addend& addend, uint64_t* words) {
   words[addend.at + 1] += addend.high;
 }
 
-void add_partial(const PlanView& plan, int64_t c, float sum, float inv_scale, uint64_t* words) {
-  add(in_range(sum) ? addend_of_normal({sum, 0})
-                    : addend_of(rescued(GradChunk(plan, plan.chunks[c]), inv_scale)),
+void add_partial(const PlanView& plan, const StepRecord& step, int64_t c, float sum,
+                 float inv_scale, uint64_t* words) {
+  const bool counted = step.counts(plan.rows[plan.chunks[c].row]);
+  add(in_range(sum) && counted
+          ? addend_of_normal({sum, 0})
+          : addend_of(rescued(GradChunk(plan, plan.chunks[c]), inv_scale), counted),
       words);
 }
 
 // Each partial is added one chunk later. The sum decides to which words it is added, and the loads
 // of the next chunk would wait for those stores.
-void reduce_squares(const PlanView& plan, int64_t first, int64_t last, float inv_scale,
-                    uint64_t* words) {
+void reduce_squares(const PlanView& plan, const StepRecord& step, int64_t first, int64_t last,
+                    float inv_scale, uint64_t* words) {
   float before = 0.0f;
   for (int64_t c = first; c < last; ++c) {
     const GradChunk chunk(plan, plan.chunks[c]);
     float sum = 0.0f;
     if (chunk.grad.present) sum = sum_squares(chunk.grad, chunk.begin, chunk.n, inv_scale, 1.0f);
-    if (c > first) add_partial(plan, c - 1, before, inv_scale, words);
+    if (c > first) add_partial(plan, step, c - 1, before, inv_scale, words);
     before = sum;
   }
-  if (last > first) add_partial(plan, last - 1, before, inv_scale, words);
+  if (last > first) add_partial(plan, step, last - 1, before, inv_scale, words);
 }
 
-void reduce_largest(const PlanView& plan, int64_t first, int64_t last, float inv_scale,
-                    uint64_t* words) {
+void reduce_largest(const PlanView& plan, const StepRecord&, int64_t first, int64_t last,
+                    float inv_scale, uint64_t* words) {
   for (int64_t c = first; c < last; ++c) {
     const GradChunk chunk(plan, plan.chunks[c]);
     if (!chunk.grad.present) continue;

@@ -97,9 +97,9 @@ class Plan {
     }
   }
 
-  void reduce(bool finalizes) {
+  void reduce() {
     const DeviceGuard guard(device_);
-    check(fusedopt::reduce(step_, finalizes, reduce_blocks_, stream_), "launch of reduce");
+    check(fusedopt::reduce(step_, reduce_blocks_, stream_), "launch of reduce");
   }
 
   void finalize() {
@@ -154,7 +154,7 @@ PYBIND11_MODULE(FUSEDOPT_CUDA_MODULE, m) {
   py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init<const std::string&, const py::dict&>(), py::arg("rule"), py::arg("tables"))
       .def("begin", &Plan::begin, py::arg("stream"), py::arg("capturing"))
-      .def("reduce", &Plan::reduce, py::arg("finalizes"))
+      .def("reduce", &Plan::reduce)
       .def("finalize", &Plan::finalize)
       .def("update", &Plan::update)
       .def_property_readonly("updates", &Plan::updates, "Launches of update that did not fail.");

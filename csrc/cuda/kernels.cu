@@ -1,7 +1,8 @@
-// The kernels and their launches; the one file that knows of grids.
+// The kernels and their launches; with exact.cu, the files that know of grids.
 #include <cstring>
 
 #include "finalize.cuh"
+#include "grid.cuh"
 #include "launch.h"
 #include "reduce.cuh"
 #include "update.cuh"
@@ -19,9 +20,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One warp for each chunk, so that chunks need no barrier. Warps add their words to the block's,
-// blocks to the sums. The last block copies the sums and leaves zeros for the next launch.
+// blocks to the sums. The last block copies the sums and leaves zeros for the next launch. Where no
+// other device or rank has words to add, it finalizes.
 __global__ void __launch_bounds__(kThreads, 4)
-    reduce_kernel(const __grid_constant__ DeviceStep step, bool finalizes) {
+    reduce_kernel(const __grid_constant__ DeviceStep step) {
   __shared__ float inv_scale;
   __shared__ Word block_words[kWords];
   const int t = threadIdx.x;
@@ -33,10 +35,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (t < kWords) add_word(step.sums, t, block_words[t]);
   if (!is_last_block(step.ticket)) return;
   if (t < kWords) {  // finalize_step() reads them in the same threads
-    step.words[step.own_number * kWords + t] = __ldcg(step.sums + t);  // past the L1 cache
+    const Word of_rank = step.own_number == 0 ? word_of_rank(step.record, t) : 0;
+    step.words[step.own_number * kWords + t] = __ldcg(step.sums + t) + of_rank;  // past L1
     step.sums[t] = 0;
   }
-  if (finalizes) finalize_step(step);
+  if (step.n_devices == 1 && step.record.n_ranks == 0) finalize_step(step);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -58,8 +61,11 @@ FUSEDOPT_DEVICE void write_step_counts(const PlanView& plan, int64_t first, int6
 template <class R, int n, bool kHalfStates>
 __global__ void __launch_bounds__(kThreads, 4)
     update_kernel(const __grid_constant__ DeviceStep step) {
-  if (step.record.scalars->skip != 0.0f) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) step.record.scalars->skipped_steps += 1.0f;
+  const float skip = step.record.scalars->skip;
+  if (skip != 0.0f) {
+    if (skip == 1.0f && blockIdx.x == 0 && threadIdx.x == 0) {
+      step.record.scalars->skipped_steps += 1.0f;
+    }
     return;
   }
   write_step_counts<R>(step.plan, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
@@ -85,22 +91,6 @@ UpdateKernel update_kernel_of(const DeviceStep& step) {
   return kernel;
 }
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int blocks, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-// As many blocks as there is work for, one at least.
-int grid(int64_t chunks, int chunks_per_block, int most) {
-  const int64_t wanted = (chunks + chunks_per_block - 1) / chunks_per_block;
-  return static_cast<int>(wanted < 1 ? 1 : wanted < most ? wanted : most);
-}
-
 }  // namespace
 
 cudaError_t write_page(void* destination, const void* source, size_t bytes, cudaStream_t stream) {
@@ -110,8 +100,9 @@ cudaError_t write_page(void* destination, const void* source, size_t bytes, cuda
                 static_cast<int>(bytes / 16));
 }
 
-cudaError_t reduce(const DeviceStep& step, bool finalizes, int blocks, cudaStream_t stream) {
-  return launch(reduce_kernel, grid(step.plan.n_chunks, kWarps, blocks), stream, step, finalizes);
+cudaError_t reduce(const DeviceStep& step, int blocks, cudaStream_t stream) {
+  if (step.record.has(StepRecord::kExact)) return reduce_exactly(step, blocks, stream);
+  return launch(reduce_kernel, grid(step.plan.n_chunks, kWarps, blocks), stream, step);
 }
 
 cudaError_t finalize(const DeviceStep& step, cudaStream_t stream) {

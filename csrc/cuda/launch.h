@@ -34,8 +34,12 @@ constexpr size_t kPayloadBytes = 3840;
 // boundary. `bytes` is a multiple of 16, and at most kPayloadBytes.
 cudaError_t write_page(void* destination, const void* source, size_t bytes, cudaStream_t stream);
 
-// Gradients to this device's words. `finalizes`: the last block also does the work of finalize().
-cudaError_t reduce(const DeviceStep& step, bool finalizes, int blocks, cudaStream_t stream);
+// Gradients to this device's words. If no other device and no rank has words to add, the last block
+// also does the work of finalize().
+cudaError_t reduce(const DeviceStep& step, int blocks, cudaStream_t stream);
+
+// What reduce() launches for norm_bits="exact".
+cudaError_t reduce_exactly(const DeviceStep& step, int blocks, cudaStream_t stream);
 
 // The words of all devices to StepScalars, and a RowStep for each row.
 cudaError_t finalize(const DeviceStep& step, cudaStream_t stream);

@@ -154,11 +154,11 @@ FUSEDOPT_DEVICE Partial partial_of(const ChunkOfGrads& c, int t, const Scan& s, 
 }
 
 // The number that a chunk adds to word t.
-FUSEDOPT_DEVICE uint64_t word_of_chunk(const ChunkOfGrads& c, int t, bool norm_is_two,
+FUSEDOPT_DEVICE uint64_t word_of_chunk(const ChunkOfGrads& c, int t, bool norm_is_two, bool counted,
                                        float inv_scale) {
   const Scan s = scan(c, t, inv_scale, 1.0f);
   if (!norm_is_two) return t == kLargest ? bits_of(s.largest) : 0;
-  const Addend addend = addend_of(partial_of(c, t, s, inv_scale));
+  const Addend addend = addend_of(partial_of(c, t, s, inv_scale), counted);
   return t == addend.at ? addend.low : t == addend.at + 1 ? addend.high : 0;
 }
 
@@ -170,7 +170,8 @@ FUSEDOPT_DEVICE uint64_t word_of_warp(const DeviceStep& step, int t, float inv_s
   int64_t c = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   for (; c < plan.n_chunks; c += static_cast<int64_t>(gridDim.x) * kWarps) {
     const ChunkOfGrads grads = chunk_of_grads(plan, plan.chunks[c]);
-    word = combined(t, word, word_of_chunk(grads, t, norm_is_two, inv_scale));
+    const bool counted = step.record.counts(plan.rows[plan.chunks[c].row]);
+    word = combined(t, word, word_of_chunk(grads, t, norm_is_two, counted, inv_scale));
   }
   return word;
 }

@@ -1,5 +1,9 @@
 #include "watch.h"
 
+#include <structmember.h>
+
+#include <algorithm>
+
 #include "../check.h"
 #include "dlpack.h"
 
@@ -11,6 +15,7 @@ struct Torch {
   PyObject* tensor_type = nullptr;
   PyObject* parameter_type = nullptr;
   PyObject* is_neg = nullptr;
+  PyObject* disable_subclasses = nullptr;
   const PyGetSetDef* grad = nullptr;  // of torch.Tensor; null: look it up by name
 } torch;
 
@@ -50,13 +55,35 @@ bool negated(PyObject* tensor) {
   return answer.ptr() != Py_False;
 }
 
-// New reference, or null with an error set. For the two plain types the attribute's C getter is
-// called, which saves the lookup by name.
-PyObject* grad_of(PyObject* param) {
+// New reference, or null with an error set. For types that leave `.grad` to torch the attribute's C
+// getter is called, which saves the lookup by name.
+PyObject* grad_of(PyObject* param, bool torchs_own) {
   static PyObject* const kGrad = interned("grad");
-  if (torch.grad && plain_tensor(param)) return torch.grad->get(param, torch.grad->closure);
+  if (torch.grad && torchs_own) return torch.grad->get(param, torch.grad->closure);
   return PyObject_GetAttr(param, kGrad);
 }
+
+// While it lives, torch does not search a DTensor for a `__torch_function__` of its own before it
+// reads `.grad`. DTensor has none, and the search takes as long as the read.
+class WithoutSubclasses {
+ public:
+  explicit WithoutSubclasses(bool wanted) {
+    if (!wanted) return;
+    guard_ = py::reinterpret_borrow<py::object>(torch.disable_subclasses)();
+    guard_.attr("__enter__")();
+  }
+  WithoutSubclasses(const WithoutSubclasses&) = delete;
+  WithoutSubclasses& operator=(const WithoutSubclasses&) = delete;
+  ~WithoutSubclasses() {
+    if (!guard_) return;
+    PyObject* const none = Py_None;
+    Py_XDECREF(PyObject_CallMethod(guard_.ptr(), "__exit__", "OOO", none, none, none));
+    PyErr_Clear();
+  }
+
+ private:
+  py::object guard_;
+};
 
 const void* address(const dlpack::Tensor& t) {
   return static_cast<const char*>(t.data) + t.byte_offset;
@@ -136,7 +163,8 @@ SecondOwner second_owner(PyObject* tensor) {
 }  // namespace
 
 void use_torch(const py::object& tensor_type, const py::object& parameter_type,
-               const py::object& is_neg, const py::object& exchange) {
+               const py::object& is_neg, const py::object& disable_subclasses,
+               const py::object& exchange) {
   constexpr const char* kCapsule = "dlpack_exchange_api";
   FUSEDOPT_CHECK(PyCapsule_IsValid(exchange.ptr(), kCapsule),
                  "torch's __dlpack_c_exchange_api__ is not a ", kCapsule, " capsule");
@@ -145,8 +173,46 @@ void use_torch(const py::object& tensor_type, const py::object& parameter_type,
   FUSEDOPT_CHECK(api && api->dltensor_from_py_object,
                  "this torch offers no DLPack 1.x C exchange; use torch 2.11 or newer");
   // These references are never released: the module lives as long as the process.
-  torch = {api, tensor_type.inc_ref().ptr(), parameter_type.inc_ref().ptr(), is_neg.inc_ref().ptr(),
+  torch = {api,
+           tensor_type.inc_ref().ptr(),
+           parameter_type.inc_ref().ptr(),
+           is_neg.inc_ref().ptr(),
+           disable_subclasses.inc_ref().ptr(),
            getset_named(tensor_type, "grad")};
+}
+
+Watch::Slot::Slot(const py::object& type, const char* name) : name_(name) {
+  const py::object found = py::getattr(type, name, py::none());
+  if (Py_TYPE(found.ptr()) != &PyMemberDescr_Type) return;
+  const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member;
+  if (member->type == T_OBJECT_EX) offset_ = member->offset;
+}
+
+py::object Watch::Slot::of(PyObject* object) const {
+  if (offset_ > 0) {
+    auto* value = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+    return borrowed(value ? value : Py_None);
+  }
+  auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name_.ptr()));
+  if (value) return value;
+  PyErr_Clear();
+  return py::none();
+}
+
+bool Watch::is_dtensor(PyObject* object) const {
+  return reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_.ptr();
+}
+
+Part Watch::part_of(PyObject* object) const {
+  if (!is_dtensor(object)) return {object};
+  py::object local = local_.of(object);
+  return {local.ptr(), local};
+}
+
+// A DTensor's mesh and placements are those of the plan; a plain tensor has none.
+bool Watch::same_spec(const WatchedRow& row, PyObject* tensor) const {
+  if (!row.spec) return !is_dtensor(tensor);
+  return is_dtensor(tensor) && spec_.of(tensor).is(row.spec);
 }
 
 Placement Watch::place(py::handle object) {
@@ -159,8 +225,12 @@ Placement Watch::place(py::handle object) {
           t.ndim,  t.dtype_code, t.dtype_bits, true};
 }
 
-Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds)
-    : state_(state.ptr()) {
+Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<int>& kinds,
+             const py::object& dtensor)
+    : dtensor_(dtensor),
+      local_(dtensor, "_local_tensor"),
+      spec_(dtensor, "_spec"),
+      state_(state.ptr()) {
   FUSEDOPT_CHECK(torch.exchange, "use_torch() has not been called");
   for (const py::handle group : groups) {
     const size_t g = group_sizes_.size();
@@ -173,27 +243,31 @@ Watch::Watch(const py::list& groups, const py::dict& state, const std::vector<in
       row.param = borrowed(PySequence_Fast_GET_ITEM(params, i));
       row.kind = static_cast<RowKind>(kinds[rows_.size()]);
       if (row.kind != RowKind::kFrozen) {
-        row.placement = place(row.param);
+        row.placement = place(part_of(row.param.ptr()).tensor);
         FUSEDOPT_CHECK(row.placement.is_tensor, "param ", i, " of group ", g,
                        " is not a strided tensor");
         row.single_element = numel(row.placement) == 1;
       }
+      if (is_dtensor(row.param.ptr())) row.spec = spec_.of(row.param.ptr());
       rows_.push_back(std::move(row));
     }
   }
   FUSEDOPT_CHECK(rows_.size() == kinds.size(), "more row kinds than params");
+  only_sharded_ = std::all_of(rows_.begin(), rows_.end(),
+                              [](const WatchedRow& row) { return static_cast<bool>(row.spec); });
 
   int64_t bytes_left = kSmallInAll;
   for (const auto& [key, value] : state) {
     const size_t first_item = items_.size();
     for (const auto& [name, item] :
          PyDict_Check(value.ptr()) ? py::reinterpret_borrow<py::dict>(value) : py::dict()) {
-      const Placement placement = place(item);
+      const Part part = part_of(item.ptr());
+      const Placement placement = place(part.tensor);
       const int64_t n_bytes = numel(placement) * placement.dtype_bits / 8;
       SecondOwner owner;
       if (placement.is_tensor && n_bytes <= kSmall && n_bytes <= bytes_left) {
         bytes_left -= n_bytes;
-        owner = second_owner(item.ptr());
+        owner = second_owner(part.tensor);
       }
       if (placement.is_tensor && !owner) ++n_held_;
       items_.push_back({borrowed(name), item.ptr(), placement, std::move(owner)});
@@ -237,10 +311,11 @@ bool Watch::same_state(PyObject* state, PyObject* held) const {
       const Item& watched = items_[i];
       if (name != watched.key.ptr() || item != watched.value) return false;
       if (!watched.placement.is_tensor) continue;
-      if (!in_place(watched.placement, item)) return false;
+      const Part part = part_of(item);
+      if (!in_place(watched.placement, part.tensor)) return false;
       if (watched.second_owner) continue;
-      Py_INCREF(item);
-      PyList_SET_ITEM(held, at_held++, item);
+      Py_INCREF(part.tensor);
+      PyList_SET_ITEM(held, at_held++, part.tensor);
     }
   }
   return true;
@@ -262,9 +337,12 @@ void Watch::fetch_entry(size_t e) const {
   }
 }
 
-bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
+bool Watch::read_grad(const WatchedRow& row, PyObject* object, Grad* out) const {
   const Placement& like = row.placement;
   dlpack::Tensor t;
+  if (!same_spec(row, object)) return false;
+  const Part part = part_of(object);
+  PyObject* const grad = part.tensor;
   if (row.kind == RowKind::kStaged || !plain_tensor(grad) || !view(grad, t)) return false;
   if (t.device_type != like.device_type || t.device_id != like.device_id) return false;
   if (!same_layout(like, t) || !kernel_codec(t, out->codec)) return false;
@@ -272,7 +350,7 @@ bool Watch::read_grad(const WatchedRow& row, PyObject* grad, Grad* out) const {
   if (!address(t) && like.data) return false;  // zeros that were never allocated
   out->data = address(t);
   out->present = 1;
-  row.grad_object = grad;
+  row.grad_object = object;
   row.grad_record = t.shape;
   return true;
 }
@@ -282,14 +360,19 @@ py::object Watch::refresh(const py::object& groups, const py::object& state,
   FUSEDOPT_CHECK(grads != 0, "grads must not be null");
   py::list odd, absent, held(rows_.size() + n_held_);
   if (!same_groups(groups.ptr()) || !same_state(state.ptr(), held.ptr())) return py::none();
+  const WithoutSubclasses without(only_sharded_);
   for (size_t r = 0; r < rows_.size(); ++r) {
     fetch_row(r + kAhead);
     const WatchedRow& row = rows_[r];
     PyObject* const param = row.param.ptr();
     const bool frozen = row.kind == RowKind::kFrozen;
-    if (!frozen && !in_place(row.placement, param)) return py::none();
-    if (row.single_element && row.kind != RowKind::kStaged && negated(param)) return py::none();
-    PyObject* const grad = grad_of(param);
+    if (!frozen && !same_spec(row, param)) return py::none();
+    const Part part = part_of(param);
+    if (!frozen && !in_place(row.placement, part.tensor)) return py::none();
+    if (row.single_element && row.kind != RowKind::kStaged && negated(part.tensor)) {
+      return py::none();
+    }
+    PyObject* const grad = grad_of(param, row.spec || plain_tensor(param));
     if (!grad) {
       PyErr_Clear();
       return py::none();

@@ -67,9 +67,14 @@ class CpuPlan(TablePlan):
     def begin(self, step: StepInputs) -> None:
         tensors = (step.grad_scale, step.found_inf, step.inf_flag, step.scalars)
         self.pack_step(self._inputs, step, tensors, step.device_numbers)
+        self._ranks, self._options = step.ranks, step.options
 
     def reduce(self) -> None:
         self._native.reduce(torch.get_num_threads())
+
+    def exchange(self) -> None:
+        if self._ranks is not None:
+            self._ranks.add_up(self._tables["words"], self._options.norm_type)
 
     def finalize(self) -> None:
         self._native.finalize()

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from . import modules
-from .device import DeviceBackend, DeviceTables, Driver, DriverOnDemand, Launches
+from .device import DeviceBackend, DeviceTables
+from .driver import Driver, DriverOnDemand, Launches
 from .records import address
 
 _cuda, _import_error = modules.load("_cuda")

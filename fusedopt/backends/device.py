@@ -8,85 +8,20 @@ each are copied to all, and every device finalizes for itself.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ..plan.exchange import Ranks
 from ..plan.plan import HALF_DTYPES, N_STEP_SCALARS, Layout, Plan, Row, StepInputs
 from ..rules.declaration import Rule
-from .records import CHUNK, ROW, WORDS, address, chunk_table, pack_rows
+from .driver import Driver
+from .records import CHUNK, LARGEST, ROW, WORDS, address, chunk_table, pack_rows
 from .tables import TablePlan
 
 T = TypeVar("T", Tensor, "Tensor | None")
-
-
-class Launches(Protocol):
-    """The kernels over the tables of one device. Errors are ``RuntimeError`` and change nothing."""
-
-    def begin(self, stream: int, capturing: bool) -> None:
-        """Called before the launches of a step: copies the table of inputs to the device if it has
-        changed, and always during graph capture."""
-
-    def reduce(self, finalizes: bool) -> None:
-        """``finalizes``: the last block also does the work of ``finalize``."""
-
-    def finalize(self) -> None: ...
-
-    def update(self) -> None: ...
-
-    @property
-    def updates(self) -> int:
-        """Launches of ``update`` that did not fail, so far."""
-
-
-class Driver(ABC):
-    """A way to run kernels on torch's devices of one type."""
-
-    device_type = "cuda"  # of ROCm, too
-
-    @abstractmethod
-    def launches(self, tables: DeviceTables) -> Launches:
-        """Raises ``RuntimeError`` if the device cannot run them."""
-
-    def stream(self, device: torch.device) -> int:
-        stream: int = torch.cuda.current_stream(device).cuda_stream
-        return stream
-
-    def capturing(self, device: torch.device) -> bool:
-        with torch.cuda.device(device):
-            return torch.cuda.is_current_stream_capturing()
-
-    def record_stream(self, tensor: Tensor, device: torch.device) -> None:
-        """Tell the allocator not to reuse ``tensor`` before the current stream is done with it."""
-        tensor.record_stream(torch.cuda.current_stream(device))
-
-    def index(self, device: torch.device) -> int:
-        return torch.cuda.current_device() if device.index is None else device.index
-
-
-class DriverOnDemand:
-    """The driver of this machine's GPUs, created by the first call."""
-
-    def __init__(
-        self, title: str, make: Callable[[], Driver], reason: Callable[[], str | None]
-    ) -> None:
-        self._title, self._make, self._reason = title, make, reason
-        self.made: Driver | None = None
-
-    def __call__(self) -> Driver:
-        """
-        Raises:
-            RuntimeError: there is none; the message says why.
-        """
-        if self.made is None:
-            reason = self._reason()
-            if reason is not None:
-                raise RuntimeError(f"the {self._title} backend is not available ({reason})")
-            self.made = self._make()
-        return self.made
 
 
 class DeviceTables:
@@ -187,6 +122,8 @@ class DevicePlan(TablePlan):
     """A plan with its tables on every device that has parameters, and the verbs as launches of a
     driver on the caller's current stream of each device."""
 
+    answers_late = True
+
     def __init__(self, driver: Driver, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         self.driver = driver
         super().__init__(rule, rows, layout)
@@ -209,6 +146,9 @@ class DevicePlan(TablePlan):
     def staged_params(self, device: torch.device) -> list[Tensor]:
         return [row.dense for row in self._staged_params if self.device_of(row) == device]
 
+    def hear(self, told: Tensor | None) -> None:
+        self.told = self.driver.host_words.taken_over(told)
+
     def _dense_grad(self, index: int, grad: Tensor) -> Tensor:
         staged = super()._dense_grad(index, grad)
         self.driver.record_stream(staged, staged.device)
@@ -216,21 +156,41 @@ class DevicePlan(TablePlan):
 
     def begin(self, step: StepInputs) -> None:
         self._finalized = False
+        self._ranks, self._options = step.ranks, step.options
         for number, part in enumerate(self.parts):
             part.begin(self, step, first=number == 0)
 
     def reduce(self) -> None:
         """On one device the last block finalizes, which saves a launch."""
-        alone = len(self.parts) == 1
         for part in self.parts:
-            part.launches.reduce(finalizes=alone)
-        self._finalized = alone
+            part.launches.reduce()
+        self._finalized = len(self.parts) == 1 and self._ranks is None
 
     def exchange(self) -> None:
+        if self._ranks is not None:
+            self._exchange_with(self._ranks)
+            return
         for number, source in enumerate(self.parts):
             for part in self.parts:
                 if part is not source:
                     part.words_of(number).copy_(source.words_of(number), non_blocking=True)
+
+    def _exchange_with(self, ranks: Ranks) -> None:
+        """The ranks add up what their devices have together. Each device gets the total as the
+        words of the first device, and zeros for the others."""
+        first, *others = self.parts
+        total = first.words_of(0).view(torch.int64)
+        for number, part in enumerate(others, 1):
+            words = first.local(part.words_of(number).view(torch.int64))
+            largest = torch.maximum(total[LARGEST], words[LARGEST])
+            total.add_(words)
+            total[LARGEST] = largest
+        ranks.add_up(total, self._options.norm_type)
+        if others:
+            first.tensors["words"][total.nbytes :].zero_()
+        for part in others:
+            part.tensors["words"].zero_()
+            part.words_of(0).copy_(first.words_of(0), non_blocking=True)
 
     def finalize(self) -> None:
         if not self._finalized:

@@ -18,7 +18,8 @@ from . import records
 
 _CONSTANTS = (
     *("CHUNK_ELEMENTS", "WORDS", "DIGITS", "LOWEST", "STREAMS", "CODEC_BITS"),
-    *("NORM_IS_TWO", "MEASURED", "SKIP_NONFINITE"),
+    *("NORM_IS_TWO", "MEASURED", "SKIP_NONFINITE", "UNCOUNTED", "EXACT"),
+    *("FOUND_INF", "BAD_SCALE", "ABORT", "BY_ABORT", "BY_OPTIONS"),
 )
 _ROW_KINDS = ("READY", "AWAITS_STATE", "STAGED", "FROZEN")  # only in the CPU's module
 SIMD_VARIABLE = "FUSEDOPT_SIMD"
@@ -103,6 +104,7 @@ def _set_up(module: Any) -> str | None:
         tensor_type=torch.Tensor,
         parameter_type=torch.nn.Parameter,
         is_neg=torch.Tensor.is_neg,
+        disable_subclasses=torch._C.DisableTorchFunctionSubclass,
         exchange=torch.Tensor.__dlpack_c_exchange_api__,
     )
     level = os.environ.get(SIMD_VARIABLE)

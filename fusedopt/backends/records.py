@@ -16,10 +16,16 @@ STREAMS = 5  # param, master, states
 MAX_STATES = STREAMS - 2
 WORDS = 24  # the norm as integers, 8 bytes each (csrc/words.h)
 DIGITS, LOWEST = 20, -352  # of the words; digit d counts 2^(32 d + LOWEST)
+INF_CHUNKS, NAN_CHUNKS, LARGEST, VOTES = range(DIGITS, WORDS)
 CODECS = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}  # enum class Codec
 CODEC_BITS = 4  # of a stream in Row.codecs
 
-NORM_IS_TWO, MEASURED, SKIP_NONFINITE = 1, 2, 4  # StepRecord::Flag
+NORM_IS_TWO, MEASURED, SKIP_NONFINITE, UNCOUNTED, EXACT = 1, 2, 4, 8, 16  # StepRecord::Flag
+
+VOTE_BITS = 21  # kVoteBits; the votes of a rank, in the last of its words
+FINGERPRINTS = 1 << 32  # kFingerprints
+FOUND_INF, BAD_SCALE, ABORT = (1 << VOTE_BITS * i for i in range(3))  # enum class Vote
+BY_ABORT, BY_OPTIONS = 1, 2  # enum class Refusal
 
 READY, AWAITS_STATE, STAGED, FROZEN = range(4)  # RowKind in csrc/watch/watch.h
 
@@ -42,7 +48,7 @@ class Record:
 
 ROW = Record(
     **{"data": f"{STREAMS}Q", "step": "Q", "numel": "q", "group": "i", "codecs": "I"},
-    **{"scales": f"{STREAMS}Q", "reserved": "24x"},
+    **{"scales": f"{STREAMS}Q", "uncounted": "q", "reserved": "16x"},
 )
 GRAD = Record(data="Q", codec="i", present="i")
 CHUNK = Record(row="i", index="i", position="q")
@@ -50,7 +56,8 @@ DEVICE_NUMBER = Record(data="Q", field="i", is_double="i")
 STEP = Record(
     **{"max_grad_norm": "d", "max_grad_value": "d"},
     **{"grad_scale": "Q", "found_inf": "Q", "inf_flag": "Q", "scalars": "Q"},
-    **{"n_device_numbers": "q", "flags": "Q"},
+    **{"n_device_numbers": "q", "flags": "Q", "n_ranks": "Q", "fingerprint": "Q"},
+    **{"refusal": "Q", "reserved": "8x"},
 )
 STEP_SCALARS = Record(
     **dict.fromkeys(("grad_norm", "clip_coef", "grad_mult", "inv_scale"), "f"),
@@ -104,4 +111,5 @@ def pack_row(row: Row) -> bytes:
         row.group,
         sum(codec << CODEC_BITS * stream for stream, codec in enumerate(codecs)),
         *[0] * STREAMS,
+        not row.counted,
     )

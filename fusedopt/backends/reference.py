@@ -12,12 +12,15 @@ there is one more copy of the updated params and their states.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..plan.local import dtensor_type, local_of
 from ..plan.memory import state_dtype
 from ..plan.plan import (
     CLIP_COEF,
@@ -35,6 +38,8 @@ from ..plan.plan import (
     copy_all,
 )
 from ..rules.declaration import Group, Rule
+from . import records
+from .squares import LARGEST_SUM, UNIT, digits_of, root_of, sum_of_squares
 from .watch import PythonWatch, row_kind
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
@@ -48,12 +53,14 @@ class ReferencePlan(Plan):
         # One for each row that has a gradient; reduce computes them for finalize.
         self.norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.finite = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self.squares = 0  # with norm_bits="exact": the sum over all that is counted
+        self._refused = 0
 
     def _write_rows(self) -> None:
         """There are no tables."""
 
     def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
-        self._watch = PythonWatch(groups, state, list(map(row_kind, self.rows)))
+        self._watch = PythonWatch(groups, state, list(map(row_kind, self.rows)), dtensor_type())
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:
         return self._watch.refresh(groups, state, address=0)
@@ -63,7 +70,7 @@ class ReferencePlan(Plan):
 
     def active(self) -> list[tuple[Row, Tensor]]:
         pairs = [(row, self._step.grad(i)) for i, row in enumerate(self.rows)]
-        return [(row, grad.detach()) for row, grad in pairs if grad is not None]
+        return [(row, local_of(grad).detach()) for row, grad in pairs if grad is not None]
 
     def nbytes(self) -> int:
         return self.norms.nbytes + self.staging_nbytes()
@@ -78,26 +85,108 @@ class ReferencePlan(Plan):
     def reduce(self) -> None:
         step, active = self._step, self.active()
         self.norms = torch.zeros(len(active), dtype=torch.float64, device=step.scalars.device)
-        self.finite = torch.zeros_like(self.norms, dtype=torch.bool)
+        self.finite, self.squares = torch.zeros_like(self.norms, dtype=torch.bool), 0
         for i, (row, grad) in enumerate(active):
             x = grad.to(state_dtype(row.param)) * self._inv_scale.to(grad.device)
             self.norms[i] = vector_norm(x, step.options.norm_type)
             self.finite[i] = x.isfinite().all()
+            if step.norm_is_exact and (step.ranks is None or row.counted):
+                self.squares += sum_of_squares(x)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        step = self._step
+        if step.ranks is None:
+            return
+        flags = [row.counted for row, _ in self.active()]
+        counted = torch.tensor(flags, dtype=torch.bool, device="cpu")
+        words = self._own_words(counted.to(self.norms.device))
+        step.ranks.add_up(words, step.options.norm_type)
+        self._take_words([int(word) for word in words])
+
+    def _own_words(self, counted: Tensor) -> Tensor:
+        """The message of csrc/words.h; the sum of squares is a whole number of its last digits."""
+        step, words = self._step, [0] * records.WORDS
+        words[records.INF_CHUNKS] = int(self.norms.isinf().sum())
+        words[records.NAN_CHUNKS] = int(self.norms.isnan().sum())
+        if step.options.norm_type == math.inf:
+            largest = vector_norm(self.norms, math.inf).float()  # an inf is counted above
+            words[records.LARGEST] = int(largest.view(torch.int32)) & 0x7FFFFFFF  # a NaN's sign
+            words[records.DIGITS - 2 : records.DIGITS] = (
+                step.fingerprint,
+                records.FINGERPRINTS - step.fingerprint,
+            )
+        else:
+            if not step.norm_is_exact:
+                squares = self.norms[counted & self.finite].square().sum().item()
+                self.squares = int(Fraction(min(squares, LARGEST_SUM)) * 2**-UNIT)
+            words[: records.DIGITS] = digits_of(self.squares)
+            words[records.LARGEST] = records.FINGERPRINTS * 256 + step.fingerprint
+        if step.found_inf is not None and step.found_inf.reshape(()) != 0:
+            words[records.VOTES] += records.FOUND_INF
+        if not self._inv_scale.isfinite():
+            words[records.VOTES] += records.BAD_SCALE
+        return torch.tensor(words, dtype=torch.int64, device=step.scalars.device)
+
+    def _take_words(self, words: Sequence[int]) -> None:
+        """What all ranks have found; or, where one refuses the step, only that."""
+        step, of_rank = self._step, records.FINGERPRINTS * 256 + self._step.fingerprint
+        if step.options.norm_type == math.inf:
+            alike = (
+                words[records.LARGEST]
+                < records.FINGERPRINTS
+                == words[records.DIGITS - 2] + words[records.DIGITS - 1]
+            )
+        else:
+            alike = words[records.LARGEST] == step.ranks.size * of_rank
+        self._refused = (
+            records.BY_ABORT
+            if words[records.VOTES] >= records.ABORT
+            else 0
+            if alike
+            else records.BY_OPTIONS
+        )
+        if self._refused:
+            return
+        if step.options.norm_type == math.inf:
+            norm = struct.unpack("=f", struct.pack("=I", words[records.LARGEST]))[0]
+        else:
+            norm = math.sqrt(
+                sum(words[d] << 32 * d for d in range(records.DIGITS)) / 2**-records.LOWEST
+            )
+        norm = (
+            math.nan
+            if words[records.NAN_CHUNKS]
+            else math.inf
+            if words[records.INF_CHUNKS]
+            else norm
+        )
+        votes = words[records.VOTES]
+        self._agreed = norm, votes % records.BAD_SCALE != 0, votes // records.BAD_SCALE != 0
 
     @torch.no_grad()
     def finalize(self) -> None:
         step = self._step
         scalars = step.scalars
+        if step.ranks is not None and self._refused:
+            return
         clip_coef = torch.ones((), dtype=torch.float64, device=scalars.device)
-        bad = bad_scale = ~self._inv_scale.isfinite()
-        norm = clip_coef * math.nan
+        bad_scale = ~self._inv_scale.isfinite()
+        norm, bad = clip_coef * math.nan, torch.zeros_like(bad_scale)
         if step.measured:
             norm = vector_norm(self.norms, step.options.norm_type)
-            bad = bad | ~self.finite.all()
-            if step.options.max_grad_norm is not None:
-                clip_coef = (step.options.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+            bad = ~self.finite.all()
+            if step.norm_is_exact and not bad:
+                norm = clip_coef * root_of(self.squares)
         if step.found_inf is not None:
             bad = bad | (step.found_inf.reshape(()) != 0)
+        if step.ranks is not None:
+            agreed, found_inf, bad_scale_somewhere = self._agreed
+            norm = clip_coef * agreed
+            bad, bad_scale = ~norm.isfinite() | found_inf, bad_scale | bad_scale_somewhere
+        if step.measured and step.options.max_grad_norm is not None:
+            clip_coef = (step.options.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        bad = bad | bad_scale
         self.grad_mult = clip_coef * self._inv_scale
         scalars[GRAD_NORM] = norm
         scalars[CLIP_COEF] = clip_coef
@@ -107,6 +196,9 @@ class ReferencePlan(Plan):
         scalars[SKIP] = bad_scale | (bad & step.skip_nonfinite)
         if step.inf_flag is not None:
             step.inf_flag.copy_(scalars[FOUND_INF])
+
+    def refusal(self) -> int:
+        return self._refused
 
     @torch.no_grad()
     def update(self) -> None:

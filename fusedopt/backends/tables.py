@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.local import dtensor_type
 from ..plan.options_table import DeviceNumbers
 from ..plan.plan import Layout, Look, Plan, Row, StepInputs
 from ..rules.declaration import DEVICE_NUMBERS, OPTIONS_BYTES, Group, Rule
@@ -16,11 +17,13 @@ from . import modules
 from .records import (
     CODECS,
     DEVICE_NUMBER,
+    EXACT,
     GRAD,
     MEASURED,
     NORM_IS_TWO,
     SKIP_NONFINITE,
     STEP,
+    UNCOUNTED,
     address,
 )
 from .watch import PythonWatch, row_kind
@@ -60,8 +63,15 @@ class TablePlan(Plan):
         flags = MEASURED if step.measured else 0
         if options.norm_type != math.inf:
             flags += NORM_IS_TWO
+        if step.norm_is_exact:
+            flags += EXACT
         if step.skip_nonfinite:
             flags += SKIP_NONFINITE
+        n_ranks = 0
+        if step.ranks is not None:
+            n_ranks = step.ranks.size
+            if step.ranks.uncounted:
+                flags += UNCOUNTED
         grad_scale, found_inf, inf_flag, scalars = tensors
         STEP.pack_into(
             inputs,
@@ -74,6 +84,9 @@ class TablePlan(Plan):
             scalars.data_ptr(),
             len(numbers),
             flags,
+            n_ranks,
+            step.fingerprint,
+            0 if step.ranks is None else address(self.told),
         )
         inputs[self.options_at : self.options_at + len(step.table)] = step.table
         at = self.numbers_at
@@ -82,10 +95,16 @@ class TablePlan(Plan):
             DEVICE_NUMBER.pack_into(inputs, at, address(number), field, is_double)
             at += DEVICE_NUMBER.size
 
+    def refusal(self) -> int:
+        refusal = int(self.told.item())
+        if refusal:
+            self.told.zero_()
+        return refusal
+
     def look_at(self, groups: list[Group], state: dict[Tensor, Any]) -> None:
         native, _ = modules.load("_cpu")
         watch: Any = PythonWatch if native is None else native.Watch
-        self._watch = watch(groups, state, list(map(row_kind, self.rows)))
+        self._watch = watch(groups, state, list(map(row_kind, self.rows)), dtensor_type())
         self._params = [row.param for row in self.rows]
 
     def _look(self, groups: list[Group], state: dict[Tensor, Any]) -> Look | None:

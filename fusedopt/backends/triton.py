@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import compress
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import DeviceBackend, DeviceTables, Driver, DriverOnDemand, Launches
-from .records import GRAD
+from .device import DeviceBackend, DeviceTables
+from .driver import Driver, DriverOnDemand, Launches
+from .records import EXACT, GRAD, STEP
 
 OLDEST = (3, 6)  # release of Triton
 OLDEST_ON_AMD = (3, 7)  # older ones round the square root of tiny numbers incorrectly
@@ -27,14 +29,14 @@ OLDEST_ON_AMD = (3, 7)  # older ones round the square root of tiny numbers incor
 BUFFERS = 32
 SPARE = 4  # kept for captures, which may not pin memory
 
+FLAGS_AT = {name: offset for name, offset, *_ in STEP.fields}["flags"]  # in the table of inputs
+
 Launch = Callable[[int, int], None]  # programs, stream
 Key = tuple[Any, ...]  # of a variant: the fields of triton_kernels.variants.Variant
 
 
 class TritonDriver(Driver):
     """Runs kernels by Triton's own driver, on the GPUs that torch sees."""
-
-    pins = True  # pin host memory, so that copies from it are asynchronous
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, Key], Any] = {}
@@ -81,9 +83,6 @@ class TritonDriver(Driver):
     def reduce_programs(self, device: torch.device) -> int:
         """As many warps of ``reduce`` as may be resident."""
         return 32 * torch.cuda.get_device_properties(device).multi_processor_count
-
-    def host_buffer(self, n_bytes: int) -> Tensor:
-        return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=self.pins)
 
     def event(self, device: torch.device) -> Any:
         """An event after all work that is now in the device's current stream."""
@@ -149,7 +148,9 @@ class TritonLaunches:
         self._programs = max(1, tables.arguments["n_chunks"])
         self._reduce_programs = min(self._programs, driver.reduce_programs(tables.device))
         rule = tables.rule
-        self._reduce = self._launcher("reduce", rule.name)
+        self._rule = rule.name
+        self._verb = self._verb_now()
+        self._reduce = self._launcher(self._verb, rule.name)
         self._finalize = self._launcher("finalize", rule.name)
         self._of_update = ("update", rule.name, max(tables.n_states, rule.fewest_states))
         self._streams = self._streams_now()
@@ -166,18 +167,25 @@ class TritonLaunches:
             return "any"
         return self._streams_at_least
 
+    def _verb_now(self) -> str:
+        (flags,) = struct.unpack_from("=Q", self._host_inputs, FLAGS_AT)
+        return "reduce_exactly" if flags & EXACT else "reduce"
+
     def begin(self, stream: int, capturing: bool) -> None:
         self._stream = stream
         if not self._upload.due(capturing):
             return
-        streams = self._streams_now()
+        streams, verb = self._streams_now(), self._verb_now()
         # If any of this fails, the old table and the old variant that reads it stay.
         same = streams == self._streams
         update = self._update if same else self._launcher(*self._of_update, streams)
+        same = verb == self._verb
+        reduce = self._reduce if same else self._launcher(verb, self._rule)
         self._upload.run(capturing)
         self._update, self._streams = update, streams
+        self._reduce, self._verb = reduce, verb
 
-    def reduce(self, finalizes: bool) -> None:
+    def reduce(self) -> None:
         self._reduce(self._reduce_programs, self._stream)
 
     def finalize(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plan.local import is_dtensor
 from ..plan.memory import strides
 from ..plan.plan import Look, Row
 from ..rules.declaration import Group
@@ -35,7 +36,8 @@ def row_kind(row: Row) -> int:
 
 
 def _place(value: object) -> Place | None:
-    """The place of a strided tensor; ``None`` for anything else."""
+    """The place of a strided tensor, or of a DTensor's local part; ``None`` for anything else."""
+    value = _part(value)
     if not isinstance(value, Tensor):
         return None
     try:
@@ -44,6 +46,14 @@ def _place(value: object) -> Place | None:
             return value.data_ptr(), value.dtype, value.device, value.shape, strides(value)
     except Exception:  # torch raises many kinds where a tensor has no memory of its own
         return None
+
+
+def _part(value: object) -> object:
+    return getattr(value, "_local_tensor", None) if is_dtensor(value) else value
+
+
+def _spec(value: object) -> object:
+    return getattr(value, "_spec", None) if is_dtensor(value) else None
 
 
 def _param_lists(groups: object) -> Iterator[Sequence[Any]]:
@@ -65,12 +75,19 @@ class PythonWatch:
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``.
         kinds: a RowKind for each row; the rows are the params of all groups in order.
+        dtensor: the type ``DTensor``; of such tensors the local part is looked at.
 
     Raises:
         RuntimeError: these are no optimizer's groups and state, or a param has no address.
     """
 
-    def __init__(self, groups: list[Group], state: dict[Tensor, Any], kinds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        groups: list[Group],
+        state: dict[Tensor, Any],
+        kinds: Sequence[int],
+        dtensor: Any = None,
+    ) -> None:
         if not isinstance(state, dict):
             raise RuntimeError("state must be a dict")
         self._kinds = kinds
@@ -93,6 +110,7 @@ class PythonWatch:
         rows = zip(params, self._kinds, strict=False)
         places = [None if kind == FROZEN else _place(param) for param, kind in rows]
         contents: list[Any] = [id(state), list(map(len, lists)), *map(id, params)]
+        contents += [id(_spec(param)) for param in params]
         items: list[Tensor] = []
         for key, own in state.items():
             entries = own if isinstance(own, dict) else {}
@@ -101,7 +119,7 @@ class PythonWatch:
                 place = _place(value)
                 contents += [id(name), id(value), place]
                 if place is not None:
-                    items.append(value)
+                    items.append(value)  # a DTensor keeps its part
         return params, places, contents, items
 
     def refresh(self, groups: list[Group], state: dict[Tensor, Any], address: int) -> Look | None:
@@ -143,7 +161,9 @@ class PythonWatch:
 
     def _read(self, row: int, grad: Any) -> tuple[int, int, int] | None:
         """The fields of the row's record; ``None`` if the kernels cannot read the gradient."""
-        if type(grad) not in _PLAIN or self._kinds[row] == STAGED:
+        if type(_part(grad)) not in _PLAIN or self._kinds[row] == STAGED:
+            return None
+        if _spec(grad) is not _spec(self._params[row]):
             return None
         place, like = _place(grad), self._places[row]
         if place is None or like is None or place[2:] != like[2:] or place[1] not in CODECS:
@@ -153,6 +173,7 @@ class PythonWatch:
         return None if unreadable else (place[0], CODECS[place[1]], 1)
 
 
-def _is_negated(tensor: Tensor, place: Place | None) -> bool:
+def _is_negated(tensor: object, place: Place | None) -> bool:
     """Whether it is a lazily negated view: its stride is two, so only one element looks dense."""
-    return place is not None and place[3].numel() == 1 and tensor.is_neg()
+    part: Any = _part(tensor)
+    return place is not None and place[3].numel() == 1 and bool(part.is_neg())

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..rules.declaration import Group
+from .local import is_dtensor, local_of, same_sharding
 from .memory import overlaps_itself
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of params and gradients
@@ -37,12 +38,17 @@ def is_of_inference(tensor: Tensor) -> bool:
         return True
 
 
-def is_fsdp1_shard(param: Tensor) -> bool:
-    return bool(getattr(param, "_fsdp_flattened", False))
-
-
 def check_param(label: str, param: Tensor) -> None:
     """Raise ``TypeError`` for a parameter no backend can update."""
+    if is_dtensor(param):
+        if any(placement.is_partial() for placement in param.placements):  # type: ignore[attr-defined]
+            raise TypeError(
+                f"{label}: its placements are {tuple(param.placements)}, "  # type: ignore[attr-defined]
+                "and a parameter that is a partial sum has no values of its own; replicate it: "
+                "`param = torch.nn.Parameter(param.detach().redistribute(placements=["
+                "torch.distributed.tensor.Replicate()] * param.device_mesh.ndim))`"
+            )
+        param = local_of(param)
     wrapper: object = param  # mypy takes the guard below for impossible
     if param.is_nested:
         raise TypeError(
@@ -75,6 +81,7 @@ def check_param(label: str, param: Tensor) -> None:
 
 def check_memory(label: str, param: Tensor) -> None:
     """Raise ``RuntimeError`` for a parameter that has no memory of its own."""
+    param = local_of(param)
     if is_lazy(param):
         raise RuntimeError(
             f"{label} is not initialized; run a forward pass through the lazy module first: "
@@ -104,6 +111,22 @@ def check_memory(label: str, param: Tensor) -> None:
 
 def check_grad(label: str, param: Tensor, grad: Tensor) -> None:
     """Raise ``RuntimeError`` unless ``grad`` is a gradient that a step on ``param`` can use."""
+    if is_dtensor(param) != is_dtensor(grad):
+        raise RuntimeError(
+            f"{label}: the gradient is a {type(grad).__name__} and the parameter a "
+            f"{type(param).__name__}; both have to be DTensors of one mesh, or plain tensors; drop "
+            "the gradient: `param.grad = None`"
+        )
+    if is_dtensor(grad):
+        if grad.device_mesh != param.device_mesh or grad.shape != param.shape:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"{label}: gradient has shape {tuple(grad.shape)} on {grad.device_mesh}, "  # type: ignore[attr-defined]
+                f"parameter has {tuple(param.shape)} on {param.device_mesh}; "  # type: ignore[attr-defined]
+                "clear it after resharding the parameter: `param.grad = None`"
+            )
+        if not same_sharding(grad, param):
+            return  # it is redistributed, and has the parameter's layout then
+        param, grad = local_of(param), local_of(grad)
     wrapper: object = grad  # mypy takes the guard below for impossible
     if is_traceable_wrapper_subclass(wrapper):
         raise RuntimeError(

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..options import OPTION_NAMES, Options, invalid, is_flag, is_number, is_pair, literal
+from ..options import (
+    NOT_PICKLED,
+    OPTION_NAMES,
+    Options,
+    invalid,
+    is_flag,
+    is_number,
+    is_pair,
+    literal,
+)
 from ..rules.declaration import Group, Rule
 
 
@@ -102,9 +111,16 @@ def take_out_options(
     group: Group, where: str, optimizer: str, options: Options, error: type[Exception]
 ) -> None:
     """Remove options of the whole optimizer from a group: wrappers that pass on their keyword
-    arguments put them there. A value other than the optimizer's own is refused."""
+    arguments put them there. A value other than the optimizer's own is refused.
+
+    In place of a process group a text is left: ZeroRedundancyOptimizer copies the keys of groups
+    back into its own, and saves them.
+    """
     for name in OPTION_NAMES & group.keys():
         value, own = group[name], getattr(options, name)
+        if name == "norm_group" and value is not None and value in (own, NOT_PICKLED):
+            group[name] = NOT_PICKLED
+            continue
         if getattr(options.changed(**{name: value}), name) != own:
             raise error(
                 f"{name}={value!r} in {where}: it holds for all groups together, where it is "

@@ -7,6 +7,7 @@ kernels get the rows (``fusedopt/backends``).
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from ..options import Options
 from ..rules.declaration import Group, Rule
-from .checks import DTYPES, check_grad, is_fsdp1_shard, is_of_inference, is_served
+from .checks import DTYPES, check_grad, is_of_inference, is_served
+from .local import is_dtensor, local_of, reduced_alike
 
 # Fields of StepScalars (csrc/records.h), eight fp32 values on the device.
 GRAD_NORM, CLIP_COEF, GRAD_MULT, INV_SCALE, FOUND_INF, SKIP, SKIPPED_STEPS = range(7)
-N_STEP_SCALARS = 8
+N_STEP_SCALARS = 8  # one is spare
 
 KERNEL_DTYPES = tuple(dtype for dtype in DTYPES if dtype.itemsize <= 4)  # in order of their codecs
 HALF_DTYPES = tuple(dtype for dtype in KERNEL_DTYPES if dtype.itemsize == 2)
@@ -37,8 +39,9 @@ class Row:
     ``served`` is False for a frozen parameter without gradient. Until it has one, only its
     ``.grad`` is read, and the other attributes have no meaning.
 
-    ``dense`` is the tensor that the kernels update: the parameter itself, or a copy without gaps
-    that is written back after the update. ``states`` are in the rule's order.
+    ``local`` is this rank's part of the parameter. ``dense`` is the tensor that the kernels update:
+    the local part itself, or a copy without gaps that is written back after the update. ``states``
+    are in the rule's order, and local. ``counted`` is False if another rank counts the gradient.
 
     The optimizer owns the state. A row has weak references to state, and none to the parameter's
     memory. So memory that a user drops or moves between two steps is freed at once, as with torch.
@@ -48,8 +51,8 @@ class Row:
     def __init__(self, param: Tensor, label: str, group: int) -> None:
         self.param, self.label, self.group = param, label, group
         self.served = is_served(param)
-        self.dense = param if self.served else torch.empty(0, device="cpu")
-        self.awaits_state = False
+        self.copy: Tensor | None = None if self.served else torch.empty(0, device="cpu")
+        self.awaits_state, self.counted = False, True
         self.set_state((), None, None)
 
     def set_state(
@@ -61,12 +64,20 @@ class Row:
         self._dtypes = [t.dtype for t in (*states, master) if t is not None]
 
     @property
+    def local(self) -> Tensor:
+        return local_of(self.param)
+
+    @property
+    def dense(self) -> Tensor:
+        return self.local if self.copy is None else self.copy
+
+    @property
     def states(self) -> tuple[Tensor, ...]:
-        return tuple(_alive(ref) for ref in self._states)
+        return tuple(local_of(_alive(ref)) for ref in self._states)
 
     @property
     def master(self) -> Tensor | None:
-        return None if self._master is None else _alive(self._master)
+        return None if self._master is None else local_of(_alive(self._master))
 
     @property
     def step(self) -> Tensor | None:
@@ -74,11 +85,11 @@ class Row:
 
     @property
     def staged(self) -> bool:
-        return self.served and self.dense.data_ptr() != self.param.data_ptr()
+        return self.served and self.copy is not None
 
     def memory(self) -> list[Tensor]:
         """All tensors that a step on this row touches, for a caller that has to keep them alive."""
-        return [self.param.detach(), self.dense.detach(), *self.own()]
+        return [self.local.detach(), self.dense.detach(), *map(local_of, self.own())]
 
     def own(self) -> list[Tensor]:
         """The tensors of its state that are still alive."""
@@ -94,7 +105,7 @@ class Row:
         """Everything that a plan's tables depend on, except addresses."""
         dense, states = self.dense, len(self._states)
         which = (self.served, self.awaits_state, self.group, states, self._master is None)
-        return (*which, *self._dtypes, dense.numel(), dense.dtype, dense.device)
+        return (*which, self.counted, *self._dtypes, dense.numel(), dense.dtype, dense.device)
 
     def _refs(self) -> list[weakref.ref[Tensor]]:
         return [ref for ref in (*self._states, self._master, self._step) if ref is not None]
@@ -128,6 +139,13 @@ class StepInputs:
     # Options that the user keeps on the device: index of the double in the options table, tensor.
     device_numbers: list[tuple[int, Tensor]]
     held: Held | None = None  # once the plan has been refreshed
+    ranks: Any = None  # plan.exchange.Ranks; those that share the norm with this process
+    fingerprint: int = 0  # of the options, for the ranks to compare
+
+    @property
+    def norm_is_exact(self) -> bool:
+        """The squares of all elements are added up exactly, not the sums of chunks."""
+        return self.options.norm_bits == "exact" and self.options.norm_type != math.inf
 
     def grad(self, row: int) -> Tensor | None:
         """The gradient of the plan's row in this step; ``None``: takes no part in it."""
@@ -144,7 +162,7 @@ class Plan(ABC):
     """Rows of one parameter set, and the verbs of a step over them.
 
     ``begin`` packs all that a step needs from the host; ``reduce`` turns gradients into the words
-    of their norm; ``exchange`` copies words between devices that share the norm; ``finalize`` turns
+    of their norm; ``exchange`` adds up the words of devices and ranks; ``finalize`` turns
     words into ``StepScalars``; ``update`` is one pass over params and states, and counts the step.
     Except in the reference backend, none of them reads anything back to the host. Without a norm or
     a check to compute, ``reduce`` and ``exchange`` are left out.
@@ -153,6 +171,10 @@ class Plan(ABC):
     """
 
     backend: str  # the name of its backend
+    answers_late = False  # the host does not wait for ``refusal``
+    ranks: Any = None  # plan.exchange.Ranks, or its Refusal
+    fsdp1_sharded = False  # of FSDP1, while its groups were looked at
+    told: Tensor  # int32 of the host; where kernels write why a rank refuses a step
 
     def __init__(self, rule: Rule, rows: Sequence[Row], layout: Layout) -> None:
         self.rule = rule
@@ -163,7 +185,6 @@ class Plan(ABC):
     def _take(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
         self.first = next((row for row in self.rows if row.served), None)
-        self.fsdp1_sharded = any(is_fsdp1_shard(row.param) for row in self.rows if row.served)
         self._staged_grads: dict[int, Tensor] = {}
         self._staged_params = [row for row in self.rows if row.staged]
         self._absent: Sequence[int] = ()  # rows without a gradient in this step
@@ -202,6 +223,17 @@ class Plan(ABC):
     @abstractmethod
     def finalize(self) -> None: ...
 
+    def refusal(self) -> int:
+        """Why a rank refuses the step that is being done, as in csrc/scalars.h; zero if none does.
+
+        If ``answers_late``: or why one has refused a step before. The next call does not repeat it.
+        """
+        return 0
+
+    def hear(self, told: Tensor | None) -> None:
+        """Prepare for ``refusal``; ``told`` is that of the optimizer's former plan."""
+        self.told = torch.zeros(1, dtype=torch.int32, device="cpu") if told is None else told
+
     @abstractmethod
     def update(self) -> None: ...
 
@@ -238,15 +270,26 @@ class Plan(ABC):
         odd, self._absent, held = look
         if self._of_inference and self._forbids(held):
             return None
-        try:
-            for index in odd:
-                row, grad = self.rows[index], held[index]
-                check_grad(row.label, row.param, grad)
-                self._use_grad(index, grad)
-        except BaseException:
-            held.clear()  # the error's frames would keep them alive
-            raise
+        if odd:
+            try:
+                self._use_grads(odd, held)
+            except BaseException:
+                held.clear()  # the error's frames would keep them alive
+                raise
         return held
+
+    def _use_grads(self, odd: Sequence[int], held: Held) -> None:
+        """Check gradients that need care, and prepare for them."""
+        for index in odd:
+            check_grad(self.rows[index].label, self.rows[index].param, held[index])
+        sharded = [index for index in odd if is_dtensor(held[index])]
+        if sharded:
+            params = [self.rows[index].param for index in sharded]
+            parts = reduced_alike(params, [held[index] for index in sharded])
+            for index, part in zip(sharded, parts, strict=True):
+                held[index] = part
+        for index in odd:
+            self._use_grad(index, held[index])
 
     def _forbids(self, held: Held) -> bool:
         """Whether inference tensors may not be written to now; a new plan then refuses by name."""
@@ -273,12 +316,12 @@ class Plan(ABC):
     def stage_params(self) -> None:
         """Copy parameters with gaps into the dense tensors that the kernels update."""
         for row in self._staged_params:
-            row.dense.copy_(row.param.detach())
+            row.dense.copy_(row.local.detach())
 
     def write_back(self) -> None:
         """Copy back the tensors of ``stage_params``; may be called twice."""
         if rows := self._staged_params:
-            copy_all([row.param.detach() for row in rows], [row.dense for row in rows])
+            copy_all([row.local.detach() for row in rows], [row.dense for row in rows])
 
     def _dense_grad(self, index: int, grad: Tensor) -> Tensor:
         """``grad`` laid out like the row's ``dense`` tensor, in a buffer kept for the next step."""

@@ -14,7 +14,15 @@ from .checks import check_grad, check_memory, check_param, is_of_inference
 from .groups import is_plain_dict
 from .memory import extent, is_dense
 from .plan import Layout, Row
-from .state import MASTER, STEP, ParamState, check_state, complete_all, dense_like, is_complete
+from .state import (
+    MASTER,
+    STEP,
+    ParamState,
+    check_state,
+    complete_all,
+    copy_without_gaps,
+    is_complete,
+)
 
 
 def label_of(group: Group, g: int, i: int, names_given: Mapping[Tensor, str | None]) -> str:
@@ -79,7 +87,7 @@ def complete_rows(
     served = [row for row in rows if row.served]
     due = []
     for row in served:
-        row.dense = dense_like(row.param)
+        row.copy = copy_without_gaps(row.local)
         own = state.get(row.param, {})
         if not is_complete(row, own, names[row.group], master_weights):
             wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
@@ -144,7 +152,7 @@ def _check_disjoint(rows: Sequence[Row]) -> None:
     """Two rows on the same memory would be updated by two threads at once."""
     spans = []
     for row in rows:
-        param = row.param
+        param = row.local
         if param.numel() > 0:
             start, n_bytes = param.data_ptr(), extent(param) * param.element_size()
             spans.append(_Span(str(param.device), start, start + n_bytes, row))
@@ -165,13 +173,13 @@ def _check_cluster(cluster: Sequence[_Span]) -> None:
     if len(cluster) < 2:
         return
     for one, other in pairwise(cluster):
-        if other.start < one.end and is_dense(one.row.param) and is_dense(other.row.param):
+        if other.start < one.end and is_dense(one.row.local) and is_dense(other.row.local):
             raise _shared(one.row, other.row)
     start = cluster[0].start
     n_bytes = max(span.end for span in cluster) - start
     owner = torch.zeros(n_bytes, dtype=torch.int32, device="cpu")
     for number, span in enumerate(cluster, 1):
-        param = span.row.param
+        param = span.row.local
         n = param.element_size()
         strides = [stride * n for stride in param.stride()]
         own = owner.as_strided((*param.shape, n), (*strides, 1), span.start - start)

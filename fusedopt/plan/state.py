@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 
 from ..options import number
 from ..rules.declaration import NOT_BESIDE, OF_SOME_RULE, STARTS_LATER, UNCOUNTED
+from .local import is_dtensor, local_of, part_for, same_sharding, wrapped
 from .memory import is_dense, state_dtype, strides, unfilled_state
 from .plan import HALF_DTYPES, Layout, Row
 
@@ -27,14 +28,21 @@ STEP = "step"
 ParamState = dict[str, Any]
 
 
-def dense_like(param: Tensor) -> Tensor:
-    """``param`` itself if the kernels can update it in place, else a dense tensor of its shape.
+def copy_without_gaps(local: Tensor) -> Tensor | None:
+    """Room for a dense copy of ``local``, if the kernels cannot update it in place.
 
-    They cannot if ``param`` has gaps or is a lazily negated view.
+    They cannot if it has gaps or is a lazily negated view.
     """
-    if is_dense(param) and not param.is_neg():
-        return param
-    return torch.empty(param.shape, dtype=param.dtype, device=param.device)
+    if is_dense(local) and not local.is_neg():
+        return None
+    return torch.empty(local.shape, dtype=local.dtype, device=local.device)
+
+
+def dense_like(param: Tensor) -> Tensor:
+    """A tensor laid out as the kernels see this rank's part of ``param``."""
+    local = local_of(param)
+    copy = copy_without_gaps(local)
+    return local if copy is None else copy
 
 
 def wanted_names(
@@ -54,11 +62,15 @@ def is_complete(
         return False
     if names and not is_step(state.get(STEP), row.param):
         return False
-    return all(fits(state.get(name), row.dense) for name in wanted)
+    return all(fits(state.get(name), row.param, row.dense) for name in wanted)
 
 
-def fits(value: object, like: Tensor) -> bool:
-    """Whether ``value`` is state as the kernels need it for a parameter like ``like``."""
+def fits(value: object, param: Tensor, like: Tensor) -> bool:
+    """Whether ``value`` is state of ``param`` as the kernels need it; ``like``: its dense part."""
+    if is_dtensor(param):
+        if not is_dtensor(value) or not same_sharding(value, param):
+            return False
+        value = value._local_tensor  # type: ignore[attr-defined]
     return (
         isinstance(value, Tensor)
         and value.dtype == state_dtype(like)
@@ -134,8 +146,8 @@ def check_state(
     for name in (*names, MASTER, STEP):
         value = own.get(name)
         if name != STEP and value is not None:
-            _check_tensor(label, name, value, anew)
-        if isinstance(value, Tensor) and _has_no_memory(value, param):
+            _check_tensor(label, name, value, param, anew)
+        if isinstance(value, Tensor) and _has_no_memory(local_of(value), local_of(param)):
             raise RuntimeError(f"{label}: state {name!r} has no memory; start it anew: `{anew}`")
         if shaped and name != STEP and value is not None and value.shape != param.shape:
             raise RuntimeError(
@@ -162,7 +174,17 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _check_tensor(label: str, name: str, value: object, anew: str) -> None:
+def _check_tensor(label: str, name: str, value: object, param: Tensor, anew: str) -> None:
+    if is_dtensor(value):
+        sharded: Any = value
+        if not is_dtensor(param) or sharded.device_mesh != param.device_mesh:  # type: ignore[attr-defined]
+            place = f"{anew.removeprefix('del ')}[{name!r}]"
+            raise TypeError(
+                f"{label}: state {name!r} lies on {sharded.device_mesh}, and the parameter does "
+                f"not; make it whole, on all ranks: `{place} = {place}.full_tensor()`, or start it "
+                f"anew: `{anew}`"
+            )
+        value = local_of(value)
     kind, wrapped = f"a {type(value).__name__}", is_traceable_wrapper_subclass(value)
     if isinstance(value, Tensor) and not wrapped and value.layout == torch.strided:
         if value.is_floating_point():
@@ -208,15 +230,17 @@ def complete_all(
         own, wanted = complete[row.param], wanted_names(row.param, names[row.group], master_weights)
         if MASTER not in wanted:
             own.pop(MASTER, None)  # of a time when the parameter was half: stale by now
-        missing += [(own, name, row) for name in wanted if not fits(own.get(name), row.dense)]
+        missing += [
+            (own, name, row) for name in wanted if not fits(own.get(name), row.param, row.dense)
+        ]
     with unfilled_state([row.dense for _, _, row in missing]) as tensors:
         for (own, name, row), new in zip(missing, tensors, strict=True):
             old = own.get(name, row.param.detach() if name == MASTER else None)
             if old is None:
                 new.zero_()
             else:
-                new.copy_(old)
-            own[name] = new
+                new.copy_(part_for(row.param, old))
+            own[name] = wrapped(new, row.param)
     for row in rows:
         own = complete[row.param]
         if (names[row.group] or STEP in own) and not is_step(own.get(STEP), row.param):

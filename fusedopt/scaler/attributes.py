@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, TypeVar
@@ -18,11 +19,15 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from ..callers import users_level
 from ..modes import is_recorded, untraced
 from ..options import is_number
-from ..plan.checks import is_fsdp1_shard, served_params
+from ..plan.checks import served_params
+from ..plan.exchange import Ranks, Refusal
 from ..plan.plan import FOUND_INF
+from ..plan.shards import has_fsdp1_shards
 from ..shared import SharingOptimizer
+from .torchs import asks_all_ranks, scaler_in_step
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,17 +94,67 @@ class AmpAttributes(SharingOptimizer):
 
         torch's scaler, and every framework that reads this, then treats the gradients as scaled
         until the step is over. So the answer is False, and we are a stock optimizer to them, unless
-        ``amp_scaling=True`` asks for it or some parameter is fp16, whose gradients ``unscale_``
-        refuses. ``fusedopt.GradScaler`` asks ``_takes_scaled_gradients`` instead.
+        ``amp_scaling=True`` asks for it, some parameter is fp16, whose gradients ``unscale_``
+        refuses, or ranks share a norm. ``fusedopt.GradScaler`` asks ``_takes_scaled_gradients``
+        instead.
         """
+        if self._is_fsdp1_sharded():
+            return False
+        if self._must_agree():
+            return not asks_all_ranks(scaler_in_step())
         wanted = self._shared.options.amp_scaling
-        if wanted is False or self._is_fsdp1_sharded():
+        if wanted is False:
             return False
         if self._takes_scaled_gradients():
-            return wanted is True or self._has_fp16()
-        # A hook or another step sees the gradients. With `amp_scaling=True` the user says that it
-        # knows scaled gradients. We rely on that only for fp16, which torch refuses to unscale.
-        return wanted is True and self._has_fp16()
+            return wanted is True or self._has_fp16() or self._ranks() is not None
+        return self._hooks_know_scales()
+
+    def _must_agree(self) -> bool:
+        """Whether ranks share a norm, and flags of torch's scaler may differ between them.
+
+        A scaler that skips on one rank alone would leave the others waiting for its message. So
+        the step is called on all ranks, and decides, whatever hooks and options there are.
+        """
+        ranks = self._ranks()
+        return isinstance(ranks, Refusal) or (ranks is not None and ranks.is_mixed)
+
+    def _hooks_know_scales(self) -> bool:
+        """Whether a hook, or another step, that sees the gradients may find them scaled.
+
+        With ``amp_scaling=True`` the user says so. We rely on that only for fp16, which torch
+        refuses to unscale.
+        """
+        wanted = self._shared.options.amp_scaling is True and self._has_fp16()
+        return wanted and not self._is_fsdp1_sharded()
+
+    def _refuse_scaled_for_hooks(self) -> None:
+        """torch's scaler cannot unscale for them where the step has to be called."""
+        values = self._shared.amp.values
+        if "found_inf" not in values or values.get("grad_scale") is None or not self._must_agree():
+            return
+        if not (self._takes_scaled_gradients() or self._hooks_know_scales()):
+            raise RuntimeError(
+                "a hook, or a step that is not fusedopt's own, would see scaled gradients: torch's "
+                "GradScaler does not unscale them where ranks have to agree about a skip; unscale "
+                "before the step: `scaler.unscale_(optimizer)`, or use ours, which does: "
+                "`fusedopt.fuse_scaler(scaler)`"
+            )
+
+    def _warn_of_scale(self, ranks: Ranks) -> None:
+        """Once, if the scaler that calls this step does not know other ranks' inf and NaN."""
+        amp = self._shared.amp
+        if amp.warned or not ranks.is_mixed or amp.due is not None or "found_inf" not in amp.values:
+            return
+        scaler = scaler_in_step()
+        if scaler is None or asks_all_ranks(scaler):
+            return
+        amp.warned = True
+        warnings.warn(
+            f"{type(scaler).__name__} sees the inf and NaN of this rank's gradients, or of one "
+            "mesh: all ranks skip a step together, but afterwards their scales may differ; use "
+            "one that learns what the ranks have agreed on: `fusedopt.fuse_scaler(scaler)`",
+            stacklevel=users_level(),
+        )
 
     def _takes_scaled_gradients(self) -> bool:
         """Whether nothing but our own step sees the gradients between a scaler and the update.
@@ -117,9 +172,13 @@ class AmpAttributes(SharingOptimizer):
         return any(p.dtype == torch.float16 for p in served_params(self.param_groups))
 
     def _is_fsdp1_sharded(self) -> bool:
-        if self._shared.plan is not None:
-            return self._shared.plan.fsdp1_sharded
-        return any(map(is_fsdp1_shard, served_params(self.param_groups)))
+        """Whether there are shards of FSDP1, and nobody has said which ranks share them."""
+        if self._shared.options.norm_group is not None:
+            return False
+        plan = self._shared.plan
+        if plan is not None and not plan.fsdp1_sharded:
+            return False
+        return has_fsdp1_shards(self.param_groups)
 
     def _flag_device(self, otherwise: torch.device) -> torch.device:
         """The device where the step will run; its flag has to be there."""
@@ -148,7 +207,10 @@ class AmpAttributes(SharingOptimizer):
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """torch's wrapper around ``step``, entered only if there is a profiler or a hook.
 
-        An error in the step or a hook restores the attributes.
+        An error in the step or a hook restores the attributes. Ranks whose hooks have not failed
+        wait for the step's message, so a rank whose hook has failed joins it. It does not where a
+        closure or a step of the user's own fails: those run the model, whose ranks may be in the
+        middle of another message.
         """
         hooked = Optimizer.profile_hook_step(func)
 
@@ -161,9 +223,14 @@ class AmpAttributes(SharingOptimizer):
                 or _global_optimizer_post_hooks
                 or is_recorded()
             )
+            self._shared.begun = False
             try:
+                if self._shared.amp.values and self._shared.amp.due is None:  # torch's scaler
+                    self._refuse_scaled_for_hooks()
                 return hooked(self, *args, **kwargs) if watched else func(self, *args, **kwargs)
             except BaseException:
+                if func in _OURS and not self._shared.begun:
+                    self._abort_unbegun()
                 self._shared.amp.restore()
                 raise
 

@@ -18,6 +18,7 @@ class ScalerExchange:
     # One flag for each scaler of ours, by its id, and the flag that the next step fills in.
     flags: dict[int, Tensor] = field(default_factory=dict)
     due: Tensor | None = None
+    warned: bool = False  # that ranks' scales may differ
 
     def offer(self, grad_scale: Tensor | None, found_inf: Any) -> None:
         """Set both values at once, for a scaler of ours."""

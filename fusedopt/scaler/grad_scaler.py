@@ -8,6 +8,7 @@ pins them.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.optim import Optimizer
 
 from ..modes import durable, untraced
 from ..optimizer import FusedOptimizer
+from ..plan.checks import served_params
+from ..plan.local import is_dtensor, local_of
 
 
 class GradScaler(TorchGradScaler):
@@ -23,8 +26,9 @@ class GradScaler(TorchGradScaler):
 
     Same arguments, same scale after every step, same ``state_dict``. For the optimizers of this
     package ``step()`` reads and writes no gradient: the optimizer checks them in the pass that
-    computes the norm and writes the flag that ``update()`` reads. All other optimizers, and calls
-    of ``unscale_``, are treated as torch treats them.
+    computes the norm and writes the flag that ``update()`` reads. So where ranks share a norm, they
+    have the same flag and scale. All other optimizers, and calls of ``unscale_``, are treated as
+    torch treats them.
     """
 
     @untraced  # a trace would lose what is noted in the optimizer
@@ -33,6 +37,8 @@ class GradScaler(TorchGradScaler):
         if not isinstance(optimizer, FusedOptimizer) or not self._may_ask(optimizer) or kwargs:
             return super().step(optimizer, *args, **kwargs)
         own, amp = self._per_optimizer_states[id(optimizer)], optimizer._shared.amp
+        if own["stage"] is OptState.READY and not self._may_pass_scaled(optimizer):
+            self.unscale_(optimizer)
         preset = amp.values.get("grad_scale")
         if own["stage"] is OptState.READY:
             assert self._scale is not None  # or _may_ask had said no
@@ -42,11 +48,15 @@ class GradScaler(TorchGradScaler):
             device, found = optimizer._flag_device(torch.device("cpu")), own["found_inf_per_device"]
             found_inf = sum(flag.to(device, non_blocking=True) for flag in found.values())
             scale = preset
+            if optimizer._ranks() is not None:  # they vote, and update() has to read the outcome
+                self._record_flag(optimizer, clear=False)
         try:
             amp.offer(scale, found_inf)
             result = optimizer.step(*args)
         except BaseException:  # a step in place of ours restores nothing when it raises
             amp.restore()
+            if own["stage"] is OptState.UNSCALED:
+                own["found_inf_per_device"] = found
             raise
         amp.undecided()
         own["stage"] = OptState.STEPPED
@@ -58,8 +68,11 @@ class GradScaler(TorchGradScaler):
             self._enabled
             and self._scale is not None
             and self._per_optimizer_states[id(optimizer)]["stage"] is not OptState.STEPPED
-            and optimizer._takes_scaled_gradients()
+            and (optimizer._takes_scaled_gradients() or optimizer._ranks() is not None)
         )
+
+    def _may_pass_scaled(self, optimizer: FusedOptimizer) -> bool:
+        return optimizer._takes_scaled_gradients() or optimizer._hooks_know_scales()
 
     def sweeps(self, optimizer: Optimizer) -> bool:
         """Whether ``step(optimizer)`` would sweep over the gradients once more to check them.
@@ -68,10 +81,15 @@ class GradScaler(TorchGradScaler):
         one of ours (``Lookahead(FusedAdamW(...))``), and while a step pre-hook, or a ``step`` that
         is not ours, needs unscaled gradients. The step is right in either case.
         """
-        return not (
-            isinstance(optimizer, FusedOptimizer)
-            and (optimizer._takes_scaled_gradients() or optimizer._step_supports_amp_scaling)
-        )
+        return not (isinstance(optimizer, FusedOptimizer) and self._may_pass_scaled(optimizer))
+
+    def _unscale_grads_(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Where ranks share a norm, this rank's parts are unscaled, and the step asks all ranks.
+        torch would ask those of one gradient's mesh, and refuse plain gradients beside DTensors.
+        """
+        if isinstance(optimizer, FusedOptimizer) and optimizer._ranks() is not None:
+            optimizer = _local_view(optimizer)
+        return super()._unscale_grads_(optimizer, *args, **kwargs)
 
     @untraced
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[Any, Any]:
@@ -99,6 +117,17 @@ class GradScaler(TorchGradScaler):
         amp.due = flag
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {device: flag}
         return flag
+
+
+def _local_view(optimizer: FusedOptimizer) -> Any:
+    """An optimizer whose params have this rank's parts of DTensors as gradients."""
+    params = []
+    for param in served_params(optimizer.param_groups):
+        if is_dtensor(param.grad):
+            part = local_of(param.grad).detach()
+            param, param.grad = part.detach(), part  # two objects: no tensor is its own gradient
+        params.append(param)
+    return SimpleNamespace(param_groups=[{"params": params}])
 
 
 _PLAIN_SCALERS = (

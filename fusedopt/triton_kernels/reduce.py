@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .codecs import FLOAT32, bytes_of, widened
 from .scalars import in_range, rescale_for
-from .tables import CHUNK, GRAD, LANES, NORM_IS_TWO, ROW, read, span_of
+from .tables import CHUNK, GRAD, LANES, NORM_IS_TWO, ROW, UNCOUNTED, read, span_of
 from .words import with_magnitude, with_partial
 
 
@@ -94,5 +94,6 @@ def reduce_chunk(chunks, c, rows, grads, inv_scale, flags, words):
             else:
                 scale, exponent = rescale_for(largest)
                 sum, _ = scan(data, grad.codec, n, inv_scale, scale)
-        words = with_partial(words, sum, exponent)
+        counted = ((flags & UNCOUNTED) == 0) | (row.uncounted == 0)
+        words = with_partial(words, sum, exponent, counted)
     return words

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedopt.backends import records
+
 from .tables import (
     MEASURED,
     NORM_IS_TWO,
@@ -17,7 +19,23 @@ from .tables import (
     read,
     store,
 )
-from .words import LARGEST, sum_of_squares, word_of
+from .words import (
+    ABORT,
+    BAD_SCALE,
+    DIGITS,
+    FINGERPRINTS,
+    FOUND_INF,
+    LARGEST,
+    SLOTS,
+    VOTES,
+    no_words,
+    sum_of_squares,
+    voted,
+    word_of,
+)
+
+BY_ABORT = tl.constexpr(records.BY_ABORT)
+BY_OPTIONS = tl.constexpr(records.BY_OPTIONS)
 
 
 @triton.jit
@@ -57,6 +75,48 @@ def norm_of(flags, words):
 
 
 @triton.jit
+def scaler_found_inf(step):
+    found = tl.full([], 0, tl.int1)
+    if step.found_inf != 0:
+        found = load(step.found_inf, tl.float32) != 0.0
+    return found
+
+
+@triton.jit
+def words_of_rank(step):
+    """What a rank adds to its words, before the ranks add them up."""
+    words = no_words()
+    slot = tl.arange(0, SLOTS)
+    if step.n_ranks != 0:
+        bad_scale = is_finite(inverse_scale(step.grad_scale)) == 0
+        votes = scaler_found_inf(step).to(tl.int64) * FOUND_INF
+        votes += bad_scale.to(tl.int64) * BAD_SCALE
+        words = tl.where(slot == VOTES, votes, words)
+        if (step.flags & NORM_IS_TWO) != 0:
+            words = tl.where(slot == LARGEST, FINGERPRINTS * 256 + step.fingerprint, words)
+        else:
+            words = tl.where(slot == DIGITS - 2, step.fingerprint, words)
+            words = tl.where(slot == DIGITS - 1, FINGERPRINTS - step.fingerprint, words)
+    return words
+
+
+@triton.jit
+def refusal(step, words):
+    """Why no rank may do this step, as the host reads it; zero: all may."""
+    refused = tl.full([], 0, tl.int32)
+    if step.n_ranks != 0:
+        largest = word_of(words, LARGEST).to(tl.int64)
+        if (step.flags & NORM_IS_TWO) != 0:
+            alike = largest == step.n_ranks * (FINGERPRINTS * 256 + step.fingerprint)
+        else:
+            both = word_of(words, DIGITS - 2).to(tl.int64) + word_of(words, DIGITS - 1).to(tl.int64)
+            alike = (largest < FINGERPRINTS) & (both == FINGERPRINTS)
+        refused = tl.where(alike, 0, BY_OPTIONS)
+        refused = tl.where(voted(word_of(words, VOTES).to(tl.int64), ABORT), BY_ABORT, refused)
+    return refused
+
+
+@triton.jit
 def decide(step, words):
     """Fill in the StepScalars; returns 1 where the step is to be skipped.
 
@@ -65,6 +125,21 @@ def decide(step, words):
         words: of all gradients.
     """
     step = read(STEP, step)
+    refused = refusal(step, words)
+    if refused != 0:
+        store(step.refusal, refused)
+        store(fields_at(STEP_SCALARS, step.scalars).skip, tl.full([], 2.0, tl.float32))
+        if step.inf_flag != 0:  # as after any step that fails
+            store(step.inf_flag, tl.full([], 0.0, tl.float32))
+        skip = tl.full([], 1, tl.int1)
+    else:
+        skip = decide_alike(step, words)
+    return skip
+
+
+@triton.jit
+def decide_alike(step, words):
+    """``decide`` for a step that no rank refuses."""
     measured = (step.flags & MEASURED) != 0
     norm = tl.full([], 0.0, tl.float64)
     if measured:
@@ -74,10 +149,11 @@ def decide(step, words):
     coef = tl.where(coef > 1.0, 1.0, coef)  # NaN stays NaN
     clip_coef = tl.where(measured & (step.max_grad_norm >= 0.0), coef, 1.0)
     grad_mult = (clip_coef.to(tl.float64) * inv_scale.to(tl.float64)).to(tl.float32)
-    bad_scale = is_finite(inv_scale) == 0
-    bad = bad_scale | (is_finite(norm) == 0)
-    if step.found_inf != 0:
-        bad = bad | (load(step.found_inf, tl.float32) != 0.0)
+    bad_scale, found = is_finite(inv_scale) == 0, scaler_found_inf(step)
+    if step.n_ranks != 0:
+        votes = word_of(words, VOTES).to(tl.int64)
+        bad_scale, found = voted(votes, BAD_SCALE), voted(votes, FOUND_INF)
+    bad = bad_scale | (is_finite(norm) == 0) | found
     skip = bad_scale | (bad & ((step.flags & SKIP_NONFINITE) != 0))
     scalars = fields_at(STEP_SCALARS, step.scalars)
     store(scalars.grad_norm, tl.where(measured, norm.to(tl.float32), float("nan")))

@@ -23,6 +23,7 @@ CODEC_MASK = tl.constexpr((1 << records.CODEC_BITS) - 1)
 NORM_IS_TWO = tl.constexpr(records.NORM_IS_TWO)
 MEASURED = tl.constexpr(records.MEASURED)
 SKIP_NONFINITE = tl.constexpr(records.SKIP_NONFINITE)
+UNCOUNTED = tl.constexpr(records.UNCOUNTED)
 
 TYPES = {("q", 8): tl.int64, ("q", 4): tl.int32, ("d", 8): tl.float64, ("f", 4): tl.float32}
 

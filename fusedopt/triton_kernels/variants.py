@@ -1,9 +1,10 @@
 """The binaries, and how they are compiled: ahead of a step, whatever its values.
 
-``reduce`` and ``finalize`` have one variant for each rule. ``update`` has three for each number of
-states: ``float32`` for plans of fp32 params, gradients and states, ``any`` for plans of fp32 states
-and masters, and ``any-states``. All else that differs between steps (codecs, masters, lengths,
-alignment, clipping, decay, a rule's own variants) is read from tables at run time.
+``reduce``, ``reduce_exactly`` (for ``norm_bits="exact"``) and ``finalize`` have one variant for
+each rule. ``update`` has three for each number of states: ``float32`` for plans of fp32 params,
+gradients and states, ``any`` for plans of fp32 states and masters, and ``any-states``. All else
+that differs between steps (codecs, masters, lengths, alignment, clipping, decay, a rule's own
+variants) is read from tables at run time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .rules import TEXTS
 
 THREADS = 128  # of update
 BLOCK = 8 * THREADS  # elements: 16 bytes of 16-bit values a thread
+SHARED = ("reduce", "reduce_exactly", "finalize")
 STREAMS = ("float32", "any", "any-states")
 COUNTS = ("n_rows", "n_chunks", "n_devices", "own_number")
 
@@ -30,7 +32,7 @@ COUNTS = ("n_rows", "n_chunks", "n_devices", "own_number")
 class Variant:
     """A kernel and the constants that it is compiled with."""
 
-    verb: str  # reduce, finalize or update
+    verb: str  # one of SHARED, or update
     rule: str
     states: int = 0  # update only: most states of a tensor; kinds of streams
     streams: str = ""
@@ -69,7 +71,7 @@ class Variant:
 
 
 def all_variants() -> list[Variant]:
-    shared = [Variant(verb, rule) for verb in ("reduce", "finalize") for rule in TEXTS]
+    shared = [Variant(verb, rule) for verb in SHARED for rule in TEXTS]
     updates = [
         Variant("update", rule, states, streams)
         for rule in TEXTS

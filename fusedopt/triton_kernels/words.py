@@ -19,6 +19,12 @@ LOWEST = tl.constexpr(records.LOWEST)  # digit d counts 2^(32 d + LOWEST)
 INF_CHUNKS = tl.constexpr(records.DIGITS)
 NAN_CHUNKS = tl.constexpr(records.DIGITS + 1)
 LARGEST = tl.constexpr(records.DIGITS + 2)
+VOTES = tl.constexpr(records.DIGITS + 3)
+FOUND_INF = tl.constexpr(records.FOUND_INF)
+BAD_SCALE = tl.constexpr(records.BAD_SCALE)
+ABORT = tl.constexpr(records.ABORT)
+VOTE_MASK = tl.constexpr((1 << records.VOTE_BITS) - 1)
+FINGERPRINTS = tl.constexpr(1 << 32)
 
 
 @triton.jit
@@ -42,9 +48,12 @@ def addend_of(sum, exponent):
 
 
 @triton.jit
-def with_partial(words, sum, exponent):
+def with_partial(words, sum, exponent, counted):
+    """Of a partial that is not counted only inf and NaN are reported."""
     slot = tl.arange(0, SLOTS)
     at, low, high = addend_of(sum, exponent)
+    if (counted == 0) & (at < DIGITS):
+        low, high = low * 0, high * 0
     return words + tl.where(slot == at, low, 0) + tl.where(slot == at + 1, high, 0)
 
 
@@ -58,6 +67,11 @@ def with_magnitude(words, magnitude):
 def combined(a, b):
     """The words of two devices together."""
     return tl.where(tl.arange(0, SLOTS) == LARGEST, tl.maximum(a, b), a + b)
+
+
+@triton.jit
+def voted(votes, about):
+    return ((votes // about) & VOTE_MASK) != 0
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import fusedopt
 from benchmarks import clocks, measure, pipelines, profile_training, rows as row_files
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-EXAMPLES = ("common", "train_digits", "train_char_transformer")
+EXAMPLES = ("common", "characters", "train_digits", "train_char_transformer")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import clocks, roofline, stream
 from benchmarks.traffic import Options, memory_per_param, traffic
+from fusedopt.backends import records
 
 _BOTH: dict[str, Any] = {"clip": True, "scaler": "ours"}
 
@@ -52,6 +53,28 @@ def test_bytes_over_bandwidth_and_what_is_fixed() -> None:
     assert roofline.predict_seconds(1, 9, 1.0, ranks=8, alpha_s=0.0) == 2  # the fullest rank
     ranks = [roofline.ranks_needed(numel, 16, 100_000.0) for numel in (1, 5_000, 5_001, 80_001)]
     assert ranks == [1, 1, 2, 32]  # the fewest with room
+
+
+def test_a_message_goes_up_a_tree_and_down() -> None:
+    inside = 6.8e-6 + 2 * 7 * 0.6e-6
+    assert roofline.message_seconds(8, 1) == pytest.approx(inside)
+    hop = 5e-6 + 192 / 50e9
+    assert roofline.message_seconds(64, 8) == pytest.approx(inside + 2 * 3 * hop)
+    assert roofline.message_seconds(4, 4) == pytest.approx(6.8e-6 + 2 * 2 * hop)
+    assert roofline.message_seconds(100_000, 12_500) == pytest.approx(inside + 2 * 14 * hop)
+    assert roofline.MESSAGE_BYTES == 8 * records.WORDS
+
+
+def test_steps_of_many_ranks_by_hand() -> None:
+    """The bytes of a shard over the bandwidth, the launches, and the messages."""
+    table = roofline.many_ranks()
+    assert table.startswith("**PREDICTED, not measured")
+    cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in table.splitlines()}
+    shard_ms = 1e3 * 32 * 8_030_261_248 / 64 / (0.85 * 3350e9)
+    assert cells["| 64"][0] == f"{shard_ms + 0.005 + 0.045:.3g} ms (45 us)"
+    whole_ms = 1e3 * 40 * 8_030_261_248 / 8 / (0.85 * 3350e9)
+    assert cells["| 100,000"][3] == f"{whole_ms + 0.005 + 0.015:.3g} ms (15 us)"
+    assert cells["| 8"][5] == cells["| 8"][1] + " |", "a mesh dimension of one rank has no message"
 
 
 @pytest.mark.parametrize("flag", ["--bandwidth", "--numel"])

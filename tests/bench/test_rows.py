@@ -20,7 +20,7 @@ from benchmarks.gpu import machine
 
 np = pytest.importorskip("numpy")
 CPU, GPU = "A CPU (R) 7", "NVIDIA H100 80GB"
-WRITERS = ("cpu", "host", "kernels", "gpu", "instructions", "memory", "profile")
+WRITERS = ("cpu", "host", "distributed", "kernels", "gpu", "instructions", "memory", "profile")
 writers = pytest.mark.parametrize("command", WRITERS)
 
 
@@ -190,6 +190,7 @@ def test_a_figure_is_found_from_either_side() -> None:
         ((110.0, 120.4, 131.0), "us", "120 us [110\u2013131]"),
         ((0.001, 0.0012, 0.0013), "ms", "0.0012 ms [0.0010\u20130.0013]"),
         ((5.0, 5.0, 5.0), "count", "5 count"),
+        ((8.0, 8.0, 8.0), "B", "8 B"),
     ],
 )  # fmt: skip
 def test_how_a_figure_is_written(found: Any, unit: str, wanted: str) -> None:

@@ -228,8 +228,8 @@ def test_half_states(
     """No option makes such states yet: they are put in the place of those that are there."""
     fits = plan_state.fits
 
-    def fits_narrow(value: object, like: Tensor) -> bool:
-        return fits(value.float() if isinstance(value, Tensor) else value, like)
+    def fits_narrow(value: object, *like: Tensor) -> bool:
+        return fits(value.float() if isinstance(value, Tensor) else value, *like)
 
     monkeypatch.setattr(plan_state, "fits", fits_narrow)
     own = list(zip(itertools.cycle(FEW_LENGTHS), DTYPE_PAIRS * 2, strict=False))

@@ -231,6 +231,7 @@ class CudaShim(Shim):
 
         class HostDriver(cuda.CudaDriver):
             device_type = "cpu"
+            pins = False
 
             def stream(self, device: object) -> int:
                 return 0

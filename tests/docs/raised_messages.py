@@ -15,10 +15,12 @@ CALLS = {
 }
 
 
-def words_of(node: ast.expr) -> str:
+def words_of(node: ast.expr, constants: dict[str, ast.expr]) -> str:
     """The message, with an ellipsis for what is filled in."""
     if isinstance(node, ast.JoinedStr):
-        return "".join(map(words_of, node.values))
+        return "".join(words_of(value, constants) for value in node.values)
+    if isinstance(node, ast.Name) and node.id in constants:
+        return words_of(constants[node.id], {})
     return str(node.value) if isinstance(node, ast.Constant) else "…"
 
 
@@ -27,6 +29,11 @@ def raised(*files: str) -> Iterator[str]:
     for path in sorted(PACKAGE.rglob("*.py")):
         if files and path.name not in files:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+        constants = {ast.unparse(node.targets[0]): node.value for node in assigned}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in CALLS:
-                yield words_of(node.args[0])
+                what = node.args[0]
+                either = [what.body, what.orelse] if isinstance(what, ast.IfExp) else [what]
+                yield from (words_of(each, constants) for each in either)

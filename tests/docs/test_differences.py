@@ -60,6 +60,7 @@ def test_public_names_that_torch_has_not_are_named() -> None:
 REFUSALS = {
     "differentiable=True is not supported": "`differentiable=True`",
     "cannot be honoured for FSDP1 shards": "FSDP1 shards",
+    "cannot be honoured for one rank's share": "one rank's share in `ZeroRedundancyOptimizer`",
     "has no option": "None or a string in a group's option",
     "it holds for all groups": "an option of the whole optimizer in a param",
     "list each parameter once: ": "a parameter twice in a group",
@@ -74,8 +75,23 @@ REFUSALS = {
     "has no memory": "a parameter, state or gradient without memory",
     "storage was resized to nothing": "a parameter, state or gradient without memory",
     "parameter dtype … is not supported": "parameters of an integer or 8-bit dtype",
-    "is not supported, its memory": "DTensor and other wrapper subclasses, as parameter",
-    "gradients of type … are not supported": "wrapper subclasses, as parameter or gradient",
+    "is not supported, its memory": "wrapper subclasses (float8, NF4), as parameter or gradient",
+    "gradients of type … are not supported": "wrapper subclasses (float8, NF4), as parameter",
+    "a parameter that is a partial sum": "a DTensor parameter that is a partial sum",
+    "both have to be DTensors": "a plain gradient of a DTensor",
+    "clear it after resharding": "a gradient that lies on another mesh than its parameter",
+    "another rank refused this step": "a rank that fails in `step()`",
+    "the ranks' options differ": "options that differ between ranks",
+    "use True or False": "plain tensors beside DTensors",
+    "is a plain tensor beside DTensors": "plain tensors beside DTensors",
+    "norm_group has not all ranks of": "a `norm_group` without some ranks",
+    "and norm_group has ranks outside of": "on a mesh that is no part of one",
+    "lies on a smaller mesh": "DTensors on a smaller mesh than others",
+    "and other parameters on other ranks": "DTensors on meshes of different ranks",
+    "lies on a part of its mesh": "parameters on a part of a mesh",
+    "has several dimensions and not all ranks": "a `norm_group` that this rank cannot use",
+    "norm_group has no member on this rank": "a `norm_group` that this rank cannot use",
+    "was pickled or copied, and its norm_group": "a pickled or copied optimizer that had a",
     "does not support sparse gradients": "sparse gradients",
     "does not go with parameter dtype": "a gradient of another dtype",
     "is not initialized; run a forward pass": "a lazy module's parameter",
@@ -92,6 +108,10 @@ REFUSALS = {
     "JSON, for one, makes strings of keys": "a checkpoint whose keys became strings",
     "of a parameter before it": "groups name one key twice",
     "it is the checkpoint of another": "a checkpoint of another optimizer",
+    "the checkpoint has no … of …": "a flattened load of `torch.distributed.checkpoint`",
+    "in the checkpoint depend on": "a flattened load of `torch.distributed.checkpoint`",
+    "it had no state for torch.distributed": "a flattened load of `torch.distributed.checkpoint`",
+    "make it whole, on all ranks": "a state on another mesh than its parameter",
 }
 # The same in torch: a gradient always has its parameter's shape and device, a state dict is a dict.
 AS_IN_TORCH = (
@@ -104,8 +124,8 @@ AS_IN_TORCH = (
 def test_every_refusal_is_named() -> None:
     text = read("differences.md")
     assert [word for word in REFUSALS.values() if word not in text] == []
-    checking = ("checks.py", "groups.py", "rows.py", "state.py")
-    messages = set(raised("optimizer.py", "checkpoint.py", "plan.py", *checking)) - {"…"}
+    checking = ("checks.py", "exchange.py", "groups.py", "rows.py", "shards.py", "state.py")
+    messages = set(raised("optimizer.py", "loadable.py", "plan.py", *checking)) - {"…"}
     known = (*REFUSALS, *AS_IN_TORCH)
     assert [m for m in sorted(messages) if not any(words in m for words in known)] == []
     assert [words for words in known if not any(words in m for m in messages)] == []

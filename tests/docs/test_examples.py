@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +30,10 @@ Table = list[dict[str, str]]
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """Import an example afresh, as a script would find its neighbours."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("common", "train_digits", "train_char_transformer")
+    names = (
+        *("common", "characters", "curves"),
+        *("train_digits", "train_char_transformer", "train_sharded"),
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny models: a second thread gains nothing and may have to wait
     for name in names:
@@ -227,6 +232,119 @@ def test_characters_options(run, load, optimizer, dtype, baseline, batch, tmp_pa
     example = load("train_char_transformer")
     inputs, targets = example.Text(example.parse_arguments(options)).batch(0)
     assert inputs.shape == targets.shape == (batch, example.CONTEXT)
+
+
+# ---- on several ranks ----------------------------------------------------------------------------
+
+SMALL = ["--layers", "1", "--width", "64", "--steps", "8", "--device", "cpu"]
+
+
+def torchrun(ranks: int, script: Path, *options: str, status: int = 0) -> str:
+    """What the script prints on so many ranks of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script), *options]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    # The installed package, before the checkout, in which the native module may be missing.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    ended = subprocess.run(
+        command, env=environment, timeout=300, text=True, capture_output=True, check=False
+    )
+    printed = ended.stdout + ended.stderr
+    assert (ended.returncode != 0) == (status != 0), printed
+    return printed
+
+
+def check_sharded(output: str, title: str, skipped: int = 0) -> None:
+    rows = table(output)
+    assert [row["run"] for row in rows] == ["one process", "one process, smaller parts", title]
+    assert {row["skipped"] for row in rows} == {str(skipped)}
+    assert_close(rows, "loss", 1e-3)
+    assert_close(rows, "grad norm", 1e-2)
+    assert float(rows[0]["loss off"]) == float(rows[0]["norm off"]) == 0
+    assert f"{title}: agrees with one process" in output
+
+
+def test_sharded_on_two_ranks_and_resumed_on_three(tmp_path) -> None:
+    """fp16 with a scaler; and from FSDP2's checkpoint to DDP."""
+    options = [*SMALL, "--out", str(tmp_path), "--dtype", "fp16"]
+    script = EXAMPLES / "train_sharded.py"
+    printed = torchrun(2, script, *options)
+    check_sharded(printed, "2 ranks, FSDP2")
+    assert "saved after step 6, loaded into fresh objects, run to 8: identical" in printed
+    resumed = torchrun(3, script, *options, "--resume", "--ddp")
+    check_sharded(resumed, "3 ranks, DDP")
+    assert "resumed after step 6, which 2 ranks had saved" in resumed
+
+
+def test_sharded_in_one_process(run, load, tmp_path, capsys) -> None:
+    options = [*SMALL, "--dtype", "bf16", "--optimizer", "sgd"]
+    printed = run("train_sharded", *options)
+    assert "on two ranks: torchrun" in printed
+    check_sharded(printed, "1 rank, FSDP2")
+    assert "identical to the last bit" in printed
+    resumed = run("train_sharded", *options, "--resume")
+    check_sharded(resumed, "1 rank, FSDP2")
+    other = [*options, "--out", str(tmp_path), "--resume"]
+    with pytest.raises(SystemExit, match="saved with other options; resume with `--seed 0`"):
+        load("train_sharded").main([*other, "--seed", "1"])
+    for wrong, message in (
+        (["--out", str(tmp_path / "empty")], "--resume: no checkpoint in"),
+        (["--accumulate", "5"], "--batch 12 is no multiple of --accumulate 5"),
+    ):
+        with pytest.raises(SystemExit):
+            load("train_sharded").main([*other, *wrong])
+        assert message in capsys.readouterr().err
+
+
+def test_sharded_notices_what_a_checkpoint_forgot(run, load, monkeypatch) -> None:
+    sharded = load("train_sharded").Sharded
+    restore = sharded.load_state_dict
+
+    def forget_the_moments(self: object, state: dict[str, dict]) -> None:
+        for moments in state["optimizer"]["state"].values():
+            moments["exp_avg"].zero_()
+        restore(self, state)
+
+    monkeypatch.setattr(sharded, "load_state_dict", forget_the_moments)
+    printed = run("train_sharded", *SMALL, "--batch", "2", status=1)
+    assert "NOT identical" in printed
+    assert "1 rank, FSDP2: agrees with one process" in printed
+
+
+ALONE = """
+import sys
+import fusedopt.optimizer
+import train_sharded
+
+fusedopt.optimizer.ranks_of = lambda *arguments: None
+sys.exit(train_sharded.main())
+"""
+
+
+def test_sharded_notices_ranks_that_clip_by_norms_of_their_own(tmp_path) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(EXAMPLES)!r})\n{ALONE}")
+    printed = torchrun(2, script, *SMALL, "--out", str(tmp_path), "--batch", "4", status=1)
+    assert "2 ranks, FSDP2: does NOT agree with one process" in printed
+    norm, bound = (float(row["norm off"]) for row in table(printed)[:0:-1])
+    assert norm > 1e4 * bound
+
+
+def test_agreement_is_judged_by_losses_and_norms(load, capsys) -> None:
+    curves = load("curves")
+
+    def judge(loss: float, norm: float) -> int:
+        first = curves.Curve("first", [2.0, 4.0], [1.0, float("inf")], 1, 1.0, 1.0)
+        second = curves.Curve("second", [2.0, 4.0002], [1.001, float("inf")], 1, 1.0, 1.0)
+        ours = curves.Curve("ours", [loss], [norm], 1, 1.0, 1.0)  # of the last step alone
+        status = curves.report_agreement([first, second, ours])
+        assert ("does NOT agree" in capsys.readouterr().out) == (status == 1)
+        return status
+
+    inf = float("inf")
+    assert judge(4.0, inf) == judge(4.0019, inf) == judge(3.9981, inf) == 0
+    assert judge(4.0021, inf) == judge(4.0, 1.0) == judge(4.0, float("nan")) == 1
+    assert judge(float("nan"), inf) == 1
 
 
 def test_one_step_is_refused(load, tmp_path, capsys) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_ranks import fake_ranks
 from protocol_helpers import fallback_is_expected
 from raised_messages import raised
 from torch.nn import Parameter
@@ -27,12 +28,39 @@ from fusedopt import FusedAdamW, FusedLion, FusedSGD
 
 pytestmark = fallback_is_expected
 
+
+@pytest.fixture(autouse=True)
+def _process_group() -> Iterator[None]:
+    with fake_ranks(1):
+        yield
+
+
 # Messages whose code is run by other tests.
 ELSEWHERE = {
+    "make it whole, on all ranks": "tests/distributed/test_checkpoint_plain.py",
     "serves instead": "`python -m fusedopt`, by tests/installation/test_report.py",
     "weights and biases that FSDP made into one": "tests/param_groups/test_param_groups_shards.py",
     "cannot use this GPU": "backend='reference', by the scene of 'cannot serve'",
     "Triton cannot compile": "the same",
+    "share of a ZeroRedundancyOptimizer": "tests/distributed/test_engines_ddp.py",
+    "would see scaled gradients": "tests/distributed/test_engines_scalers.py",
+    "their scales may differ": "fuse_scaler, by the same",
+    "its states in the checkpoint depend on": "tests/distributed/test_checkpoint_traps.py",
+    # Of several ranks.
+    "is a plain tensor beside DTensors": "tests/distributed/test_replicated.py",
+    "was pickled or copied, and its norm_group": "the same",
+    "lies on a smaller mesh": "tests/distributed/test_norm_groups.py",
+    "norm_group has not all ranks of": "the same",
+    "and norm_group has ranks outside of": "the same",
+    "and other parameters on other ranks": "the same",
+    "lies on a part of its mesh": "the same",
+    "has several dimensions and not all ranks": "the same",
+    "norm_group has no member on this rank": "the same",
+    "another rank refused this step": "tests/distributed/test_ranks_agree.py",
+    "the ranks' options differ": "the same",
+    "a parameter that is a partial sum": "tests/distributed/test_refused_dtensors.py",
+    "both have to be DTensors": "the same",
+    "clear it after resharding": "the same",
 }
 
 
@@ -147,11 +175,8 @@ def broken_containers(s: Training) -> Iterator[str]:
     s.fails = lambda: torch.func.vmap(lambda x: (s.optimizer.step(), x)[1])(torch.zeros(3))
     yield "cannot be traced or faked"
     s.start(max_grad_norm=1.0)
-    s.param._fsdp_flattened, s.max_norm = True, 1.0
-    clip = functools.partial(torch.nn.utils.clip_grad_norm_, s.params)
-    s.model = SimpleNamespace(clip_grad_norm_=clip)
-    step = s.helps
-    s.helps = lambda: s.optimizer.max_grad_norm is None and step()
+    s.param._fsdp_flattened = True
+    s.model = SimpleNamespace(process_group=torch.distributed.group.WORLD)
     yield "cannot be honoured for FSDP1 shards"
 
 
@@ -183,6 +208,33 @@ def broken_state(s: Training) -> Iterator[str]:
         yield shape
     s.step_once()["exp_avg"].untyped_storage().resize_(0)
     yield "state 'exp_avg' has no memory"
+
+
+def lost_by_dcp(s: Training) -> Iterator[str]:
+    """What a flattened load of torch.distributed.checkpoint hands on: names for keys, and gaps."""
+    s.save()
+    s.state_dict["state"] = {"weight": {key: {} for key in ("step", "exp_avg", "exp_avg_sq")}}
+    s.state_dict["param_groups"][0]["params"] = ["weight"]
+    yield "the checkpoint has no .* of"
+    for group, lost, words in (
+        ({"amsgrad": True}, "max_exp_avg_sq", "in the checkpoint depend on amsgrad=True"),
+        ({}, "exp_avg", "it had no state for torch.distributed"),
+    ):
+        own = s.save()
+        own["max_exp_avg_sq"] = torch.ones(3)
+        s.state_dict["param_groups"][0].update(params=["weight"], **group)
+
+        def load(own: Any = own, lost: str = lost) -> None:
+            """As torch does: it takes what the optimizer has."""
+            had = s.optimizer.state.get(s.param, {})
+            taken = own if lost in had else {n: own[n] for n in had}
+            if lost == "max_exp_avg_sq" and not had:
+                taken = {n: v for n, v in own.items() if n != lost}
+            s.state_dict["state"] = {"weight": taken}
+            s.load()
+
+        s.fails = s.helps = load
+        yield words
 
 
 def broken_checkpoints(s: Training) -> Iterator[str]:
@@ -317,7 +369,7 @@ def coupled_checkpoint(s: Training) -> Iterator[str]:
     yield "has no decoupled_weight_decay"
 
 
-SITUATIONS = [broken_memory, broken_containers, broken_state, broken_checkpoints]
+SITUATIONS = [broken_memory, broken_containers, broken_state, broken_checkpoints, lost_by_dcp]
 SITUATIONS += [refused_parameters, refused_options, coupled_checkpoint]
 
 

@@ -34,11 +34,18 @@ SWEEP = (
     "tests/bench/test_gpu_benchmark.py",
     "def test_dry_sweep_of_the_kernels_has_rows_and_no_figures(",
 )
+RANKS = (
+    "tests/docs/test_examples.py",
+    "def test_sharded_on_two_ranks_and_resumed_on_three(",
+)
 APPLY = "awk '/^```$/ { on = 0 } on; /^```diff$/ { on = 1 }' docs/adding_"
 # The file that runs the line, what stands there, and how what runs is different.
 ELSEWHERE = {
     "pip install torch==2.13.0 -e '.[examples]' && python examples/train_digits.py": (
         ".ci/run", "readme_command main", "fewer steps"),
+    "torchrun --standalone --nproc-per-node 2 examples/train_sharded.py": (*RANKS, "fewer steps"),
+    "torchrun --standalone --nproc-per-node 3 examples/train_sharded.py --resume": (
+        *RANKS, "fewer steps, DDP"),
     "pip install torch==2.13.0 -e '.[test]' && pytest -q -n 2": (*TEST, ""),
     "pip install torch==2.13.0": (".ci/run", "pip install -q torch==2.13.0", ""),
     "pip install -e .": (*INSTALL, "with extras"),
@@ -65,6 +72,8 @@ ELSEWHERE = {
         "tests/bench/test_end_to_end.py", "def test_quick_profile(", "--quick"),
     "python -m benchmarks memory": (
         "tests/bench/test_peak_memory.py", "def test_quick_memory(", "--quick"),
+    "python -m benchmarks distributed": (
+        "tests/bench/test_distributed_benchmark.py", "def test_a_quick_run_writes_rows(", "quick"),
     "bash benchmarks/gpu.sh": (*GPU, "the programs it starts, as dry runs"),
     "bash benchmarks/gpu.sh --quick": (*GPU, "the programs it starts, as dry runs"),
     "bash benchmarks/gpu.sh --dry-run": (*GPU, "the programs it starts"),

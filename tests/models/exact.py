@@ -70,6 +70,18 @@ def grad_norm(grads: list[Floats], inv_scale: np.float32 = ONE) -> np.float64:
     return np.float64(np.sqrt(float(total)))  # a fraction's float is the nearest, ties to even
 
 
+def exact_norm(grads: list[Floats], inv_scale: np.float32 = ONE) -> np.float64:
+    """Of ``norm_bits="exact"``: the squares of all elements, added up as whole numbers."""
+    elements = np.concatenate([grad.ravel() * inv_scale for grad in grads])
+    if not np.isfinite(elements).all():
+        return np.float64(np.nan if np.isnan(elements).any() else np.inf)
+    fractions, exponents = np.frexp(elements.astype(np.float64))
+    wholes = (fractions * 2.0**24).astype(np.int64).tolist()  # element * 2^(24 - exponent)
+    pairs = zip(wholes, exponents.tolist(), strict=True)
+    total = sum(whole * whole << 2 * (exponent + 148) for whole, exponent in pairs)
+    return np.float64(np.sqrt(float(Fraction(total, 2 ** (2 * (24 + 148))))))
+
+
 def clip_coef(norm: np.float64, max_grad_norm: float) -> np.float32:
     return min(ONE, f32(max_grad_norm / (norm + 1e-6)))
 

@@ -6,7 +6,10 @@ import weakref
 
 import pytest
 import torch
+from fake_ranks import fake_ranks
 from protocol_helpers import fallback_is_expected, give_grads, make_ours, on_every_backend, step_all
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fusedopt
@@ -37,18 +40,34 @@ def replace(opt, param):
 
 
 def shard(opt, param):
-    param.data = param.data.new_empty(0)
+    if isinstance(param, DTensor):
+        param._local_tensor = param._local_tensor.new_empty(0)
+    else:
+        param.data = param.data.new_empty(0)
+
+
+@pytest.fixture(params=["plain", "dtensor"])
+def spread(request):
+    """Makes a parameter of a tensor. The rank is alone, so that its part is the whole."""
+    if request.param == "plain":
+        yield torch.nn.Parameter
+        return
+    with fake_ranks(1):
+        mesh = init_device_mesh("cpu", (1,))
+        yield lambda value: torch.nn.Parameter(
+            distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)
+        )
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_what_is_dropped_between_steps_is_freed(kind, dtype):
+def test_what_is_dropped_between_steps_is_freed(kind, dtype, spread):
     """At once, as with torch: a plan keeps neither parameters nor states of any size."""
     cls = {"adamw": fusedopt.FusedAdamW, "sgd": functools.partial(fusedopt.FusedSGD, momentum=0.9)}
     sizes = {}
 
     def train(drop):
-        param = torch.nn.Parameter(torch.ones(100_000, dtype=dtype))
+        param = spread(torch.ones(100_000, dtype=dtype))
         param.grad = torch.ones_like(param)
         opt = cls[kind]([param])
         opt.step()

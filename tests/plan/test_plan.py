@@ -326,7 +326,7 @@ def test_rows_hold_the_addresses_of_the_tensors(cpu_backend):
         address = [state[n].data_ptr() if n in state else 0 for n in names]
         master = state["master_param"].data_ptr() if "master_param" in state else 0
         expected = (p.data_ptr(), master, *address, state["step"].data_ptr())
-        assert row == (*expected, p.numel(), i // 2, codes[p.dtype], *[0] * 5)
+        assert row == (*expected, p.numel(), i // 2, codes[p.dtype], *[0] * 5, 0)
         if p.grad is None:
             assert grad[2] == 0
         elif p.numel():

@@ -12,9 +12,14 @@ import pytest
 import torch
 from cases import transposed
 from conftest import require_cpu_backend
+from fake_ranks import fake_ranks
 from harness import make_param, randn
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fusedopt.backends import modules
 from fusedopt.backends.records import AWAITS_STATE, CODECS, GRAD, READY, STAGED
@@ -219,7 +224,7 @@ class Look:
 
     def __init__(self, make: Callable[..., Any], scene: Any) -> None:
         self.scene = scene
-        self.watch = make(scene.groups, scene.state, scene.kinds)
+        self.watch = make(scene.groups, scene.state, scene.kinds, getattr(scene, "dtensor", None))
         self.table = torch.full((max(len(scene.params), 1) * GRAD.size,), 0x5A, dtype=torch.uint8)
         self.address = self.table.data_ptr()
 
@@ -237,7 +242,8 @@ class Look:
             assert held[row] is param.grad or isinstance(param, Elsewhere)
             assert (row in absent) is (param.grad is None)
             grad = None if row in odd else param.grad
-            record = (0, 0, 0) if grad is None else (grad.data_ptr(), CODECS[grad.dtype], 1)
+            part = getattr(grad, "_local_tensor", grad)
+            record = (0, 0, 0) if grad is None else (part.data_ptr(), CODECS[grad.dtype], 1)
             expected += GRAD.pack(*record)
         assert bytes(self.table.tolist())[: len(expected)] == expected
         return odd, len(absent)
@@ -372,3 +378,130 @@ def test_what_a_step_holds_lives_until_it_is_released(make: Callable[..., Any]) 
     assert {ref() for ref in grads} == {None}
     look.watch = None  # which is another owner of small tensors
     assert {ref() for ref in states} == {None}
+
+
+# ---- DTensors ------------------------------------------------------------------------------------
+
+
+class ShardedScene(Scene):
+    """Rank 0 of two, which has the first part of each tensor."""
+
+    dtensor = DTensor
+
+    def start(self) -> None:
+        self.mesh = init_device_mesh("cpu", (2,))
+        self.matrix, self.row, self.copy = (
+            self.spread(randn(shape, seed), placement)
+            for seed, (shape, placement) in enumerate(
+                [((5, 3), Shard(0)), ((7,), Shard(0)), ((4, 2), Replicate())]
+            )
+        )
+        self.plain = make_param(randn((3,), 4))
+        self.params = [self.matrix, self.row, self.copy, self.plain]
+        self.kinds = [READY] * 4
+        self.groups = [{"params": self.params[:2]}, {"params": self.params[2:]}]
+        self.state = {
+            p: {"step": torch.tensor(1.0), "exp_avg": self.like(p, torch.float32)}
+            for p in self.params
+        }
+        self.own = self.state[self.matrix]
+        for param in self.params:
+            self.hand(param, self.like(param, torch.float32))
+
+    def spread(self, value: Tensor, placement: Any) -> Any:
+        whole = distribute_tensor(value, self.mesh, [placement], src_data_rank=None)
+        return make_param(whole)
+
+    @staticmethod
+    def like(param: Any, dtype: torch.dtype) -> Any:
+        """Of the very same spec, as FSDP's gradients are."""
+        if not isinstance(param, DTensor):
+            return torch.ones_like(param, dtype=dtype)
+        local = torch.ones_like(param._local_tensor, dtype=dtype)
+        return DTensor(local, param._spec, requires_grad=False)
+
+    @staticmethod
+    def hand(param: Any, grad: Any) -> None:
+        """Where torch would refuse such a gradient."""
+        with torch._C.DisableTorchFunctionSubclass():
+            param.grad = grad
+
+
+def kept_with_dtensors(s: ShardedScene) -> Iterator[tuple[str, list[int], int]]:
+    yield "nothing", [], 0
+    for param in s.params:
+        s.hand(param, s.like(param, torch.bfloat16))
+    yield "gradients of another dtype", [], 0
+    s.matrix.grad = None
+    yield "no gradient of one", [], 1
+    before = s.matrix._local_tensor
+    s.matrix._local_tensor = before.clone()
+    s.matrix._local_tensor = before
+    yield "another local tensor, there and back", [], 0
+    s.matrix._local_tensor = s.matrix._local_tensor.detach()
+    yield "another object on the same memory", [], 0
+    s.hand(s.matrix, distribute_tensor(torch.ones(5, 3), s.mesh, [Shard(0)], src_data_rank=None))
+    yield "a gradient of an equal spec", [0], 0
+    s.hand(s.copy, DTensor.from_local(torch.ones(4, 2), s.mesh, [Partial()], run_check=False))
+    yield "a partial sum", [2], 0
+    s.hand(s.copy, torch.ones(4, 2))
+    yield "a plain gradient that looks like the local tensor", [2], 0
+    s.hand(s.plain, s.spread(torch.ones(3), Replicate()).detach())
+    yield "a DTensor as gradient of a plain tensor", [3], 0
+    s.matrix.grad._local_tensor = TwoTensor(torch.ones(3, 3), torch.ones(3, 3))
+    yield "a gradient whose local tensor keeps its values elsewhere", [0], 0
+    s.matrix.grad._local_tensor = transposed(torch.ones(3, 3))
+    yield "a local gradient of other strides", [0], 0
+    s.matrix.grad._local_tensor = torch.ones(2, 3)
+    yield "a local gradient of another shape", [0], 0
+
+
+def rebuilt_with_dtensors(s: ShardedScene) -> Iterator[str]:
+    s.matrix._local_tensor = s.matrix._local_tensor.clone()
+    yield "local tensor replaced"
+    s.matrix._local_tensor = s.matrix._local_tensor[:2]
+    yield "local tensor of fewer rows"
+    s.matrix._local_tensor = s.matrix._local_tensor.to(torch.float16)
+    yield "local tensor of another dtype"
+    s.matrix._local_tensor = s.matrix._local_tensor.new_empty(0)
+    yield "no local tensor, as FSDP between two uses"
+    spec = s.matrix._spec
+    s.matrix._spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=spec.tensor_meta)
+    yield "another spec"
+    s.own["exp_avg"]._local_tensor = torch.zeros(3, 3)
+    yield "local tensor of a state replaced"
+    s.own["exp_avg"] = s.own["exp_avg"]._local_tensor
+    yield "a plain state on the same memory"
+    s.groups[0]["params"][0] = torch.nn.Parameter(s.matrix.detach())
+    yield "another parameter on the same local tensor"
+
+
+def test_dtensors(make: Callable[..., Any]) -> None:
+    """Their local tensors are looked at; the parameter and its state are those of the plan."""
+    with fake_ranks(2):
+        scene = ShardedScene()
+        look = Look(make, scene)
+        for situation, odd, absent in kept_with_dtensors(scene):
+            for _ in range(2):
+                assert look.refresh() == (odd, absent), situation
+            scene.start()
+            look = Look(make, scene)
+        for situation in rebuilt_with_dtensors(scene):
+            assert look.hold() is None, situation
+            scene.start()
+            look = Look(make, scene)
+
+
+def test_a_step_holds_local_tensors_of_state(make: Callable[..., Any]) -> None:
+    """And the plan does not: what is dropped between two steps is freed."""
+    with fake_ranks(2):
+        scene = ShardedScene()
+        look = Look(make, scene)
+        held = look.hold()[2]
+        refs = [weakref.ref(scene.own["exp_avg"]._local_tensor), weakref.ref(scene.matrix.grad)]
+        scene.own["exp_avg"]._local_tensor = torch.zeros(3, 3)
+        scene.matrix.grad = None
+        del held, scene.own
+        look.watch = None
+        gc.collect()
+        assert [ref() for ref in refs] == [None, None]

@@ -156,6 +156,7 @@ OPTIONS = {
     "skip_nonfinite": True,
     "amp_scaling": False,
     "master_weights": False,
+    "norm_bits": "exact",
     "backend": "reference",
 }
 
@@ -206,7 +207,7 @@ def test_copy_keeps_every_option(copier, cls, stepped):
     if stepped:
         run(params, opt, range(1))
     twin = COPIERS[copier](opt)
-    for name in ("max_grad_norm", "norm_type", "max_grad_value", "skip_nonfinite"):
+    for name in ("max_grad_norm", "norm_type", "max_grad_value", "skip_nonfinite", "norm_bits"):
         assert getattr(twin, name) == getattr(opt, name) == OPTIONS[name]
     assert twin._step_supports_amp_scaling is False
     twin_params = twin.param_groups[0]["params"]

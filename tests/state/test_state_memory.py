@@ -6,9 +6,8 @@ import functools
 
 import pytest
 import torch
-from checkpoint_helpers import assert_same_run, make, resumed, run, trained
+from checkpoint_helpers import assert_same_run, make, resumed, run, traced, trained
 from protocol_helpers import fallback_is_expected, on_every_backend
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 import fusedopt
@@ -17,18 +16,6 @@ pytestmark = fallback_is_expected
 _every_backend = pytest.fixture(autouse=True)(on_every_backend)
 
 BODY, HEAD = 600_000, 1000  # of 2.3 MiB, where huge pages are asked for
-
-
-def traced(call):
-    """Bytes that `call` held at most, and those it left behind; of what no trace saw, none."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        call()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = now = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, now
 
 
 def large(dtype=torch.float32, cls=fusedopt.FusedAdamW, **options):
@@ -234,3 +221,17 @@ def test_no_memory_while_loading_changes_nothing(after, monkeypatch):
     assert all(map(torch.equal, before, tensors_of(opt)))
     assert [*snapshot["state"].values()] == [*opt.state.values()]
     opt.load_state_dict(saved)
+
+
+def test_loading_its_own_tensors_takes_no_memory():
+    """torch.distributed.checkpoint reads a file into them, and then has them loaded."""
+    params, opt = large()
+    opt.init_state()
+    saved, tensors = opt.state_dict(), tensors_of(opt)
+    for value in tensors:
+        value.fill_(3.0)
+    peak, _ = traced(lambda: opt.load_state_dict(saved))
+    assert peak <= 5000
+    assert {id(v) for v in tensors if v.dim()} == {id(v) for v in tensors_of(opt) if v.dim()}
+    for p in params:
+        assert all(bool((value == 3.0).all()) for value in opt.state[p].values())

@@ -76,14 +76,6 @@ def run_dtypes(case: OptimizerCase, **common: Any) -> Iterator[Result]:
         yield run(case, params, grads, **common)
 
 
-@pytest.fixture
-def simd_levels(cpu_backend: str) -> Iterator[list[str]]:
-    """Those of this machine and build, "generic" among them."""
-    in_use = _cpu.simd()
-    yield _cpu.simd_levels()
-    _cpu.set_simd(in_use)
-
-
 @parametrize("case", CASES)
 @pytest.mark.parametrize("master_weights", [None, False])
 def test_thread_counts(

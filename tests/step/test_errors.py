@@ -67,13 +67,15 @@ def test_dtensor(cls):
     dist = pytest.importorskip("torch.distributed")
     fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        bad = torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
-        assert_refused_as_a_parameter(cls, bad, "DTensor")
+        whole = torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
+        partial = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+        assert_refused_as_a_parameter(cls, torch.nn.Parameter(partial), "partial sum")
+        cls([whole], lr=0.1)
     finally:
         dist.destroy_process_group()
 

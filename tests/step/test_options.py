@@ -39,6 +39,7 @@ BAD_OPTIONS = {
     "skip_nonfinite": [torch.ones(2), np.ones(2), None],
     "amp_scaling": [torch.ones(2), np.ones(2)],
     "backend": ["gpu", "", ["cpu"]],
+    "norm_bits": ["Exact", "", 53, True, ["exact"], torch.ones(2)],
 }
 
 
@@ -60,7 +61,7 @@ def test_bad_option(cls, name):
     before = getattr(opt, name)
     for value in BAD_OPTIONS[name]:
         assert_refused(name, value, lambda value=value: cls([param(3)], **{name: value}))
-        if name in ("max_grad_norm", "norm_type", "max_grad_value"):
+        if name in ("max_grad_norm", "norm_type", "max_grad_value", "norm_bits"):
             assert_refused(name, value, lambda value=value: setattr(opt, name, value))
             assert getattr(opt, name) == before
 
@@ -133,6 +134,7 @@ GLOBAL_OPTIONS = {
     "skip_nonfinite": True,
     "amp_scaling": False,
     "backend": "reference",
+    "norm_bits": "exact",
 }
 
 

@@ -209,6 +209,8 @@ COMMON = {
     "skip_nonfinite": False,
     "amp_scaling": None,
     "backend": None,
+    "norm_group": None,
+    "norm_bits": None,
 }
 
 

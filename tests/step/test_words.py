@@ -26,7 +26,7 @@ using namespace fusedopt;
 extern "C" {
 void add(int64_t n, const float* sums, const int* exponents, int64_t times, uint64_t* words) {
   for (int64_t i = 0; i < n; ++i) {
-    const Addend addend = addend_of({sums[i], exponents[i]});
+    const Addend addend = addend_of({sums[i], exponents[i]}, true);
     words[addend.at] += addend.low * times;
     words[addend.at + 1] += addend.high * times;
   }

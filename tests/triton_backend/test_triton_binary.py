@@ -90,8 +90,10 @@ def test_no_spills_and_accesses_of_16_bytes(name, target):
     (code,) = sass.parse_code(listing.splitlines()).values()
     if name.startswith("update"):
         assert_update_is_wide(VARIANTS[name], target, wide_loops(code))
-    if name.startswith("reduce"):
+    if name.startswith("reduce-"):
         assert_reduce_is_wide(wide_loops(code))
+    if name.startswith("reduce_exactly-"):
+        assert_reduce_exactly_is_wide(wide_loops(code))
 
 
 def assert_update_is_wide(
@@ -128,6 +130,14 @@ def assert_reduce_is_wide(loops: list[list[sass.Instruction]]) -> None:
         assert not [i for i in loop if i.is_generic_or_local or i.is_store]
 
 
+def assert_reduce_exactly_is_wide(loops: list[list[sass.Instruction]]) -> None:
+    assert len(loops) == 1
+    for loop in loops:
+        # 128 elements of a warp: fp32, and in the other branch of 16 bits
+        assert sorted(i.bits for i in loop if i.is_load) == [64, 128]
+        assert not [i for i in loop if i.is_generic_or_local or i.is_store]
+
+
 @each(NVIDIA, "reduce")
 def test_the_ticket_publishes_the_words(name, target):
     """The program that draws the last ticket reads what others wrote; no interpreter shows that."""
@@ -158,7 +168,7 @@ def test_no_spills_and_accesses_of_16_bytes_on_amd(name, target):
     assert used.get("agpr_count", 0) == 0, used  # a spill by another name
     if name.startswith("update"):
         assert_update_is_wide_on_amd(VARIANTS[name], target, amdgcn.parse_code(text))
-    if name.startswith("reduce"):
+    if name.startswith("reduce-"):
         assert_reduce_is_wide_on_amd(target, amdgcn.parse_code(text))
 
 

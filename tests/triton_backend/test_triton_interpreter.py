@@ -144,11 +144,16 @@ def test_a_partial_is_added_exactly() -> None:
     exact = Fraction(0)
     for k, (sum, exponent) in enumerate(itertools.product(sums, range(-195, 142, 7))):
         block = np.array(words, np.int64)
-        words = in_words("with_partial", block, np.float32(sum), np.int32(exponent)).tolist()
+        partial = np.float32(sum), np.int32(exponent)
+        words = in_words("with_partial", block, *partial, np.bool_(True)).tolist()
+        assert in_words("with_partial", block, *partial, np.bool_(False)).tolist() == block.tolist()
         exact += Fraction(float(np.float32(sum))) * Fraction(2) ** exponent
         assert value_of(words) == exact and words[DIGITS:] == [0] * (SLOTS - DIGITS), k
     block = np.array(words, np.int64)
-    assert in_words("with_partial", block, np.float32(0), np.int32(0)).tolist() == words
-    for value, slot in ((math.inf, INF_CHUNKS), (math.nan, NAN_CHUNKS), (-math.nan, NAN_CHUNKS)):
-        added = in_words("with_partial", block, np.float32(value), np.int32(0)) - block
+    zero = np.float32(0), np.int32(0), np.bool_(True)
+    assert in_words("with_partial", block, *zero).tolist() == words
+    bad = ((math.inf, INF_CHUNKS), (math.nan, NAN_CHUNKS), (-math.nan, NAN_CHUNKS))
+    for (value, slot), counted in itertools.product(bad, (True, False)):
+        partial = np.float32(value), np.int32(0), np.bool_(counted)
+        added = in_words("with_partial", block, *partial) - block
         assert added.tolist() == [int(s == slot) for s in range(SLOTS)]

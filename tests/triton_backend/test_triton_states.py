@@ -31,8 +31,8 @@ def interpreter(_interpreter, monkeypatch):
     require_cpu_backend()
     fits = plan_state.fits
 
-    def fits_narrow(value: object, like: Tensor) -> bool:
-        return fits(value.float() if isinstance(value, Tensor) else value, like)
+    def fits_narrow(value: object, *like: Tensor) -> bool:
+        return fits(value.float() if isinstance(value, Tensor) else value, *like)
 
     monkeypatch.setattr(plan_state, "fits", fits_narrow)
     return _interpreter

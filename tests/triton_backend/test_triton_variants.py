@@ -136,6 +136,12 @@ def test_each_variant_is_compiled_once(driver):
     for case in ALL_CASES:
         for dtype, grad_dtype in DTYPE_PAIRS:
             run(case, [7], dtype, grad_dtype, steps=1)
+    for case in FULL_CASES:
+        optimizer, params = optimizer_of(case, [7])
+        for bits in ("exact", None, "exact"):
+            optimizer.norm_bits = bits
+            step(optimizer, params, grads_like(params, 0))
+            assert driver.names[-2] == f"reduce{'_exactly' if bits else ''}-{case.rule}"
     served = [name for name in NAMES if not name.endswith("any-states")]  # no plan has such states
     assert sorted(driver.asked) == sorted(served)
     assert set(driver.names) == set(served)
@@ -187,7 +193,7 @@ def test_the_scaler_and_groups_ask_for_nothing_new(driver):
 
 
 def test_the_docs_list_the_variants():
-    rows = re.findall(r"^\| `([a-z]+-[\w-]+)` \|", DOCS.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z_]+-[\w-]+)` \|", DOCS.read_text(), re.MULTILINE)
     assert rows == NAMES
 
 
