@@ -21,6 +21,7 @@ from sass import Instruction, Key
 from fusedopt.rules.declaration import declared
 
 REGISTERS = 64  # with more, no four blocks of 256 threads fit on a multiprocessor
+REGISTERS_OF_EXACT = 80  # three blocks
 
 
 def _skip(reason: str) -> None:
@@ -118,7 +119,8 @@ def test_the_binary_holds_what_the_build_recorded(binary, tools):
 def test_registers_and_no_spills(binary, tools, code):
     resources = sass.parse_resources(sass.cuobjdump(tools, "-res-usage", str(binary)))
     for key, used in hot(resources).items():
-        assert used["REG"] <= REGISTERS, (key, used)
+        most = REGISTERS_OF_EXACT if kind(key) == EXACT else REGISTERS
+        assert used["REG"] <= most, (key, used)
         assert used["STACK"] == used["LOCAL"] == 0, (key, used)
         assert not [i for i in code[key] if re.match(r"(LDL|STL)\b", i.opcode)], key
 
