@@ -205,8 +205,9 @@ class RanksClock:
             every = gathered((times, own, waiting))
             slowest = [max(of_ranks) for of_ranks in zip(*(each[0] for each in every), strict=True)]
             others = busy - sum(each[1] for each in every) - 2 / CLOCK_TICKS
-            # Where there are more ranks than CPUs, they wait for each other.
-            crowded = len(every) > torch.multiprocessing.cpu_count()
+            # A rank has gloo's threads besides its own. Without a CPU to spare, they wait for each
+            # other.
+            crowded = len(every) >= torch.multiprocessing.cpu_count()
             most = max(others, 0.0 if crowded else max(each[2] for each in every))
             disturbed = any(gathered(most / wall > MAX_FOREIGN_SHARE))
             return Sample((statistics.median(slowest),), disturbed)
