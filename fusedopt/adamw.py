@@ -82,11 +82,13 @@ class FusedAdamW(FusedOptimizer):
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         max_grad_value: float | None = None,
-        master_weights: bool | None = None,
+        master_weights: bool | str | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool | None = None,
         backend: str | None = None,
         norm_group: Any = None,
         norm_bits: str | None = None,
+        state_dtype: str | dict[str, str | None] | None = None,
+        min_8bit_size: int = 4096,
     ) -> None:
         super().__init__(params, locals())

@@ -81,7 +81,7 @@ def _option(name: str) -> property:
     @untraced  # a trace would lose the new value
     def write(self: SharingOptimizer, value: Any) -> None:
         options = self._shared.options.changed(**{name: value})
-        if name in ("master_weights", "norm_group"):
+        if name in ("master_weights", "norm_group", "min_8bit_size"):
             self._shared.drop_plans()
         self._shared.options = options
 
@@ -171,6 +171,8 @@ class SharingOptimizer(Optimizer):
     amp_scaling = _option("amp_scaling")
     norm_group = _option("norm_group")
     norm_bits = _option("norm_bits")
+    state_dtype = _option("state_dtype")
+    min_8bit_size = _option("min_8bit_size")
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with states in the order of the parameters.

@@ -99,6 +99,80 @@ void narrow(const float* in, Codec codec, int64_t n, uint16_t* out) {
   });
 }
 
+// Of a bf16 state; element: the place of the first one in its tensor.
+void narrow_dithered(const float* in, uint32_t seed, uint32_t element, int64_t n, uint16_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = Dithered::narrowed(in[i], dither(seed, element + static_cast<uint32_t>(i)));
+  }
+}
+
+// Log8 states from the first element of a block on.
+template <class C>
+void widen_log8(const uint8_t* in, const uint8_t* scales, int64_t n, float* out) {
+  prefetch<Fetch::kNear>(in, n);
+  for (int64_t at = 0; at < n; at += kScaleBlock) {
+    const float down = C::down(scales[at / kScaleBlock]);
+    const int64_t last = min(at + kScaleBlock, n);
+#pragma omp simd
+    for (int64_t i = at; i < last; ++i) out[i] = C::widened(in[i], down);
+  }
+}
+
+template <class C>
+void narrow_log8(const float* in, uint32_t seed, uint32_t element, int64_t n, uint8_t* out,
+                 uint8_t* scales) {
+  for (int64_t at = 0; at < n; at += kScaleBlock) {
+    const int64_t last = min(at + kScaleBlock, n);
+    uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = at; i < last; ++i) {
+      const uint32_t magnitude = C::magnitude(in[i]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const uint32_t scale = C::scale_of(largest);
+    const float up = C::up(scale);
+    scales[at / kScaleBlock] = static_cast<uint8_t>(scale);
+#pragma omp simd
+    for (int64_t i = at; i < last; ++i) {
+      const uint32_t t = dither(seed, element + static_cast<uint32_t>(i));
+      out[i] = static_cast<uint8_t>(C::narrowed(in[i], up, t));
+    }
+  }
+}
+
+// Masters that lie beside a half param.
+template <class Param>
+void join16(const uint16_t* param, const int16_t* remainder, int64_t n, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = Remainder16::joined(Param{param[i]}, remainder[i]);
+}
+
+template <class Param>
+void split16(const float* in, int64_t n, uint16_t* param, int16_t* remainder) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    Param p;
+    remainder[i] = Remainder16::split(in[i], p);
+    param[i] = p.bits;
+  }
+}
+
+void join8(const uint16_t* param, const int8_t* remainder, int64_t n, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = Remainder8::joined(BFloat16{param[i]}, remainder[i]);
+}
+
+void split8(const float* in, uint32_t seed, uint32_t element, int64_t n, uint16_t* param,
+            int8_t* remainder) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    BFloat16 p;
+    remainder[i] = Remainder8::split(in[i], dither(seed, element + static_cast<uint32_t>(i)), p);
+    param[i] = p.bits;
+  }
+}
+
 // fp32 data is used where it lies; anything else is widened into buffer.
 template <Fetch kFetch>
 const float* as_float(const void* data, Codec codec, int64_t begin, int64_t n, float* buffer) {

@@ -21,13 +21,13 @@
 
 namespace fusedopt {
 
-// The tensors that a kernel is compiled for: those of rule R with n states or fewer. kHalfStates:
+// The tensors that a kernel is compiled for: those of rule R with n states or fewer. kCoded:
 // states and masters may be 16 bits wide; else all are fp32.
-template <class R_, int n, bool kHalfStates_>
+template <class R_, int n, bool kCoded_>
 struct Compiled {
   using R = R_;
   static constexpr int kStates = n;
-  static constexpr bool kHalfStates = kHalfStates_;
+  static constexpr bool kCoded = kCoded_;
 };
 
 // A chunk's streams and numbers, uniform over the block. They stay in shared memory and are read
@@ -116,11 +116,11 @@ struct Group {
 
 template <class K, bool kHalfParam>
 FUSEDOPT_DEVICE void load(const Work<K>& w, int at, int t, Group<K>& x) {
-  if (!kHalfParam || w.primary.data) load_group<K::kHalfStates>(w.primary, at, t, x.param);
+  if (!kHalfParam || w.primary.data) load_group<K::kCoded>(w.primary, at, t, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
     if (w.has_state(k)) {
-      load_group<K::kHalfStates>(w.state[k], at, t, x.state[k]);
+      load_group<K::kCoded>(w.state[k], at, t, x.state[k]);
     } else {
       for (float& value : x.state[k]) value = K::R::absent(k);
     }
@@ -129,9 +129,9 @@ FUSEDOPT_DEVICE void load(const Work<K>& w, int at, int t, Group<K>& x) {
 
 template <class K, GradAccess kGrad, bool kHalfParam>
 FUSEDOPT_DEVICE void update_group(const Work<K>& w, Group<K>& x) {
-  widen_group<K::kHalfStates>(w.primary, x.param);
+  widen_group<K::kCoded>(w.primary, x.param);
 #pragma unroll
-  for (int k = 0; k < K::kStates; ++k) widen_group<K::kHalfStates>(w.state[k], x.state[k]);
+  for (int k = 0; k < K::kStates; ++k) widen_group<K::kCoded>(w.state[k], x.state[k]);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int shift = 16 * (j % 2);
@@ -152,10 +152,10 @@ FUSEDOPT_DEVICE void update_group(const Work<K>& w, Group<K>& x) {
 
 template <class K, bool kHalfParam>
 FUSEDOPT_DEVICE void store(const Work<K>& w, int at, int t, const Group<K>& x) {
-  if (!kHalfParam || w.primary.data) store_group<K::kHalfStates>(w.primary, at, t, x.param);
+  if (!kHalfParam || w.primary.data) store_group<K::kCoded>(w.primary, at, t, x.param);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
-    if (w.has_state(k)) store_group<K::kHalfStates>(w.state[k], at, t, x.state[k]);
+    if (w.has_state(k)) store_group<K::kCoded>(w.state[k], at, t, x.state[k]);
   }
 }
 
@@ -197,7 +197,7 @@ FUSEDOPT_DEVICE void update_groups(const Work<K>& w, int at, int t, int first,
 template <class K, GradAccess kGrad, bool kHalfParam>
 FUSEDOPT_DEVICE void update_warp(const Work<K>& w, int at, int t) {
   constexpr bool kOneByOne =
-      K::kStates > 2 || K::kHalfStates || (kHalfParam && kGrad != GradAccess::kHalf);
+      K::kStates > 2 || K::kCoded || (kHalfParam && kGrad != GradAccess::kHalf);
   constexpr int kGroups = kOneByOne ? 1 : 2;
   uint4 grad_bits = {}, half_bits = {};
   if (kGrad == GradAccess::kHalf) grad_bits = load_eight(w.grad, at, t);
@@ -213,20 +213,20 @@ FUSEDOPT_DEVICE void update_warp(const Work<K>& w, int at, int t) {
 // For elements that do not fill a warp's share, and for tensors that are not on 16-byte boundaries.
 template <class K>
 FUSEDOPT_DEVICE void update_element(const Work<K>& w, int i) {
-  float p = w.primary.data ? load_element<K::kHalfStates>(w.primary, i) : 0.0f;
+  float p = w.primary.data ? load_element<K::kCoded>(w.primary, i) : 0.0f;
   if (w.half.data) p = current_param<true>(w, p, w.half.half()[i]);
   float state[K::R::kStates] = {};
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
     const bool there = w.has_state(k);
-    state[k] = there ? load_element<K::kHalfStates>(w.state[k], i) : K::R::absent(k);
+    state[k] = there ? load_element<K::kCoded>(w.state[k], i) : K::R::absent(k);
   }
   apply(w, load_element<true>(w.grad, i), p, state);
-  if (w.primary.data) store_element<K::kHalfStates>(w.primary, i, p);
+  if (w.primary.data) store_element<K::kCoded>(w.primary, i, p);
   if (w.half.data) w.half.half()[i] = narrowed(p, w.half.codec);
 #pragma unroll
   for (int k = 0; k < K::kStates; ++k) {
-    if (w.has_state(k)) store_element<K::kHalfStates>(w.state[k], i, state[k]);
+    if (w.has_state(k)) store_element<K::kCoded>(w.state[k], i, state[k]);
   }
 }
 

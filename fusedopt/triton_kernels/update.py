@@ -14,7 +14,7 @@ For one element::
       the elements that are left over, a quarter at a time:  update_block()
 
 STREAMS says which streams may not be fp32: none ("float32"), only params and gradients ("any"), or
-also masters and states ("any-states").
+also masters and states ("coded").
 """
 
 # mypy: ignore-errors
@@ -129,7 +129,7 @@ def work_of(
     begin, n = span_of(chunk, row, grad)
     grad = access.stream_at(grad.data, grad.codec, begin, STREAMS == "float32")
     param = access.stream_of(row, PARAM, begin, STREAMS == "float32")
-    master = access.stream_of(row, MASTER, begin, STREAMS != "any-states")
+    master = access.stream_of(row, MASTER, begin, STREAMS != "coded")
     is_float = param.codec == FLOAT32
     primary = tl.where(is_float, param.address, master.address)
     primary = Stream(primary, tl.where(is_float, FLOAT32, master.codec), primary != 0)
@@ -138,7 +138,7 @@ def work_of(
     addresses = primary.address | half.address
     states = ()
     for k in tl.static_range(STATES):
-        state = access.stream_of(row, STATES_FROM + k, begin, STREAMS != "any-states")
+        state = access.stream_of(row, STATES_FROM + k, begin, STREAMS != "coded")
         there = state.there | (k < RULE.n_always)
         states = states + (Stream(state.address, state.codec, there),)
         addresses = addresses | state.address
@@ -162,10 +162,10 @@ def update_chunk(
     w, aligned = work_of(step, options, grads, rows, chunk, row_steps, RULE, STATES, STREAMS)
     yes, no = tl.full([], True, tl.int1), tl.full([], False, tl.int1)
     grad_aligned = w.grad.address % 16 == 0
-    if STREAMS == "any-states":
+    if STREAMS == "coded":
         aligned = aligned & grad_aligned  # AMD has no registers left for two more masks
     whole = tl.where(aligned, w.n // BLOCK * BLOCK, 0)
-    if STREAMS == "any-states":
+    if STREAMS == "coded":
         update_blocks(w, yes, 0, whole, RULE, STATES, True, BLOCK)
     elif STREAMS == "float32" and STATES == 1:
         # A gradient of unknown alignment takes two loads, and the second waits for the first. With
