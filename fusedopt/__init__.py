@@ -9,6 +9,7 @@ import torch as _torch  # noqa: F401  first: the native module then shares torch
 
 from .adamw import FusedAdamW
 from .backends.registry import FusedOptFallbackWarning
+from .export import to_torch
 from .lion import FusedLion
 from .param_groups import param_groups
 from .scaler.grad_scaler import GradScaler, fuse_scaler
@@ -25,4 +26,5 @@ __all__ = [
     "__version__",
     "fuse_scaler",
     "param_groups",
+    "to_torch",
 ]

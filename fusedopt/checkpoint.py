@@ -178,7 +178,10 @@ def _is_reusable(
     """Whether the optimizer has such a tensor, and nobody else refers to it."""
     name = wish.name
     tensor = _own(optimizer, param, name)
-    if tensor is None or stream != wish or not _is_alone(tensor, param, like, wish):
+    both_plain = not (stream.codec.suffix or wish.codec.suffix or wish.codec.dithers)
+    if stream != wish and not both_plain:
+        return False
+    if tensor is None or not _is_alone(tensor, param, like, wish):
         return False
     del tensor  # this reference would count as an owner
     nobody_else = SimpleNamespace(state={param: {name: wrapped(torch.empty(1), param)}})

@@ -113,6 +113,7 @@ def encode(
     scales: Tensor | None = None,
     param: Tensor | None = None,
     dither: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> None:
     """Write fp32 ``values`` to a stream; all tensors are laid out alike.
 
@@ -121,6 +122,7 @@ def encode(
         scales: overwritten, for a codec that has them.
         param: overwritten, for a remainder.
         dither: None: round to nearest.
+        known: scales that the blocks may have had before; used where they give ``values`` exactly.
     """
     x, codes = flat(values), flat(data)
     for at, end in _pieces(values.numel()):
@@ -132,9 +134,9 @@ def encode(
         )
         if codec.scaled:
             assert scales is not None
-            codes[at:end], scales[at // SCALE_BLOCK : n_scales(end)] = _to_log8(
-                piece, t, codec is LOG8
-            )
+            blocks = slice(at // SCALE_BLOCK, n_scales(end))
+            own = None if known is None else known[blocks]
+            codes[at:end], scales[blocks] = _to_log8(piece, t, codec is LOG8, own)
         elif codec in (REMAINDER16, REMAINDER8):
             assert param is not None
             flat(param)[at:end], codes[at:end] = _split(codec, piece, param.dtype, t)
@@ -220,17 +222,39 @@ def _of_log8(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     return torch.where(code == 0xFF, torch.inf, x)
 
 
-def _to_log8(x: Tensor, t: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def _to_log8(
+    x: Tensor, t: Tensor, signed: bool, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales. Scales that follow from decoded values may be others than they had."""
+    scales = _scales_of(x)
+    codes = _codes_of(x, t, signed, scales)
+    if known is not None:
+        before = known.to(scales.device).round().clamp(EMPTY_SCALE, 253).to(scales.dtype)
+        again = _codes_of(x, t, signed, before)
+        differs = (_of_log8(again, before, signed) != x) & ~(x != x)
+        padded = torch.zeros(scales.numel() * SCALE_BLOCK, dtype=torch.bool, device=x.device)
+        padded[: x.numel()] = differs
+        fits = ~padded.view(-1, SCALE_BLOCK).any(dim=1)
+        codes = torch.where(fits.repeat_interleave(SCALE_BLOCK)[: x.numel()], again, codes)
+        scales = torch.where(fits, before, scales)
+    return codes, scales
+
+
+def _scales_of(x: Tensor) -> Tensor:
+    magnitude = _bits(x) & 0x7FFFFFFF
+    padded = torch.zeros(n_scales(x.numel()) * SCALE_BLOCK, dtype=torch.int64, device=x.device)
+    padded[: x.numel()] = torch.where(magnitude >= 0x7F800000, 0, magnitude)
+    largest = padded.view(-1, SCALE_BLOCK).amax(dim=1)
+    return ((largest + 0xFFFFF) >> 23).clamp(EMPTY_SCALE, 253).to(torch.uint8)
+
+
+def _codes_of(x: Tensor, t: Tensor, signed: bool, scales: Tensor) -> Tensor:
     zero, last = ((127 - 9) << 23, 127) if signed else ((127 - 20) << 23, 254)
     bits = _bits(x)
     magnitude = bits & 0x7FFFFFFF
     is_none = magnitude >= 0x7F800000
     if not signed:
         is_none = is_none | (bits > 0x80000000)
-    padded = torch.zeros(n_scales(x.numel()) * SCALE_BLOCK, dtype=torch.int64, device=x.device)
-    padded[: x.numel()] = torch.where(magnitude >= 0x7F800000, 0, magnitude)
-    largest = padded.view(-1, SCALE_BLOCK).amax(dim=1)
-    scales = ((largest + 0xFFFFF) >> 23).clamp(7, 253)
     down, offset = _cells(scales, x.numel(), zero)
     # As fma: exact in fp64 for what can change the rounding to fp32.
     sums = (_float(magnitude).double() / down + offset.to(x.device)).float()
@@ -242,7 +266,7 @@ def _to_log8(x: Tensor, t: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     else:
         code = torch.where((code == 0) & (magnitude > 0), 1, code)
     code = torch.where(is_none, 0x80 if signed else 0xFF, code)
-    return code.to(torch.uint8), scales.to(torch.uint8)
+    return code.to(torch.uint8)
 
 
 def _unit(p: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from .plan.groups import (
     take_out_options,
     torch_defaults,
 )
-from .plan.kept import check_precision, kept_of
+from .plan.kept import check_masters, check_precision, kept_of
 from .plan.options_table import Line, pack
 from .plan.plan import N_STEP_SCALARS, Layout, Plan, StepInputs
 from .plan.rows import checked_rows, complete_rows, label_of
@@ -65,7 +65,7 @@ class FusedOptimizer(AgreeingOptimizer):
             scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
         self._shared = Shared(options, scalars, Line(self.rule), made_by_zero=made_by_zero())
         super().__init__(params, defaults)
-        check_precision(self.rule, self.param_groups, options)
+        check_masters(self.param_groups, options)
         prepare(options.backend, list(served_params(self.param_groups)))
 
     # ---- the step -------------------------------------------------------------------------------
@@ -309,7 +309,9 @@ class FusedOptimizer(AgreeingOptimizer):
             for i, p in enumerate(self.param_groups[index]["params"]):
                 if is_served(p):
                     check_param(label_of(self.param_groups[index], index, i, {}), p)
-        except TypeError:
+            names, options = self._shared.line.state_names, self._shared.options
+            check_precision(self.rule, names, options, self.param_groups[index])
+        except (TypeError, ValueError):
             del self.param_groups[index]
             raise
 

@@ -457,7 +457,10 @@ def _fill(missing: Missing, data: Tensor, scales: Tensor | None) -> None:
     elif stream.codec is FLOAT32:
         data.copy_(part)
     else:
-        encode(stream.codec, part, data, scales)
+        known = own.get(stream.name + SCALE)
+        if not isinstance(known, Tensor) or known.numel() != n_scales(dense.numel()):
+            known = None
+        encode(stream.codec, part, data, scales, known=known)
 
 
 def like(tensor: Tensor, dense: Tensor) -> Tensor:
