@@ -9,6 +9,7 @@ import torch as _torch  # noqa: F401  first: the native module then shares torch
 
 from .adamw import FusedAdamW
 from .backends.registry import FusedOptFallbackWarning
+from .estimate import MemoryEstimate, estimate_memory
 from .export import to_torch
 from .lion import FusedLion
 from .param_groups import param_groups
@@ -23,7 +24,9 @@ __all__ = [
     "FusedOptFallbackWarning",
     "FusedSGD",
     "GradScaler",
+    "MemoryEstimate",
     "__version__",
+    "estimate_memory",
     "fuse_scaler",
     "param_groups",
     "to_torch",

@@ -251,7 +251,10 @@ class FusedOptimizer(AgreeingOptimizer):
             backend = choose(options.backend, [row.param for row in rows if row.served])
             # Moved here, too: the first step may run under graph capture.
             shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
-            new = complete_rows(rows, state, layout, options, every_param)
+            try:
+                new = complete_rows(rows, state, layout, options, every_param)
+            except RuntimeError as error:
+                raise self._with_advice(error, groups) from error
             self.state.update({param: dict(own) for param, own in new.items()})
             wanted = (backend.name, layout)
             if plan is None or (plan.backend, plan.layout) != wanted or not plan.rebind(rows):
@@ -268,6 +271,16 @@ class FusedOptimizer(AgreeingOptimizer):
             plan.look_at(groups, state)
         shared.take_up(plan)
         return plan
+
+    def _with_advice(self, error: RuntimeError, groups: list[Group]) -> RuntimeError:
+        """If memory has run out, the same error with what would take less."""
+        text = str(error)
+        of_cpu = "not enough memory" in text or "can't allocate memory" in text
+        if not of_cpu and not isinstance(error, torch.OutOfMemoryError):
+            return error
+        from .estimate import advice  # imports this module
+
+        return type(error)(f"{text}; {advice(groups, type(self), self._shared.options)}")
 
     @untraced
     def init_state(self) -> None:
