@@ -9,12 +9,13 @@ import torch as _torch  # noqa: F401  first: the native module then shares torch
 
 from .adamw import FusedAdamW
 from .backends.registry import FusedOptFallbackWarning
-from .estimate import MemoryEstimate, estimate_memory
+from .estimate import estimate_memory
 from .export import to_torch
 from .lion import FusedLion
 from .param_groups import param_groups
 from .scaler.grad_scaler import GradScaler, fuse_scaler
 from .sgd import FusedSGD
+from .sizes import MemoryEstimate
 
 __version__ = "0.1.0"
 

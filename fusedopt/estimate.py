@@ -1,140 +1,18 @@
-"""Will it fit? The memory of training with each precision of state, without allocating any."""
+"""``fusedopt.estimate_memory``: will it fit?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adamw import FusedAdamW
-from .backends.tables import plan_nbytes
-from .codecs import SCALE, n_scales
 from .optimizer import FusedOptimizer
 from .options import OPTION_NAMES, Options
-from .plan.checks import is_served
-from .plan.kept import kept_of
-from .plan.local import local_of
-from .plan.memory import is_dense
-from .plan.options_table import Line
-from .plan.plan import HALF_DTYPES
-from .plan.state import STEP, Stream, streams_of
 from .rules.declaration import Group
-
-Arguments = dict[str, Any]
-# From the most to the least state. The last two are for bf16 alone.
-OF_FP32: tuple[Arguments, ...] = ({}, {"state_dtype": "bf16"}, {"state_dtype": "8bit"})
-OF_HALF: tuple[Arguments, ...] = (
-    {},
-    {"master_weights": "remainder"},
-    {"master_weights": "remainder", "state_dtype": "bf16"},
-    {"master_weights": "remainder", "state_dtype": "8bit"},
-)
-OF_BF16: tuple[Arguments, ...] = (
-    {"master_weights": "remainder8", "state_dtype": "8bit"},
-    {"master_weights": "dither", "state_dtype": "8bit"},
-)
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One way to keep state, and what it costs. Sizes are in bytes.
-
-    Attributes:
-        arguments: of the optimizer, that choose it.
-        param, grad: of the parameters, and of a gradient for each that requires one.
-        state: by the names in ``optimizer.state``.
-        plan: of the optimizer's own tables.
-        staging: of copies without gaps.
-        activations: as given.
-        traffic: bytes read and written a step, per parameter that is updated.
-        budget: as given; None: unknown.
-    """
-
-    arguments: Arguments
-    param: int
-    grad: int
-    state: dict[str, int]
-    plan: int
-    staging: int
-    activations: int
-    traffic: float
-    budget: int | None
-
-    @property
-    def peak(self) -> int:
-        sizes = (self.param, self.grad, *self.state.values(), self.plan, self.staging)
-        return sum(sizes) + self.activations
-
-    @property
-    def fits(self) -> bool | None:
-        return None if self.budget is None else self.peak <= self.budget
-
-    @property
-    def name(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.arguments.items()) or "the defaults"
-
-    @property
-    def fidelity(self) -> str:
-        """What the study of docs/memory.md found, in words."""
-        state = self.arguments.get("state_dtype")
-        words = {None: "fp32", "bf16": "updates within 2 %", "8bit": "updates within 13 %"}
-        text = words.get(state, "as its parts") if not isinstance(state, dict) else "as its parts"
-        narrow = {"remainder8": "24-bit master", "dither": "no master", False: "no master"}
-        master = narrow.get(self.arguments.get("master_weights"))
-        return text if master is None else f"{text}, {master}"
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """The modes, from the most to the least state; ``print`` it for a table."""
-
-    modes: list[Mode] = field(default_factory=list)
-
-    def best(self) -> Mode | None:
-        """The first mode that fits; None if none does, or without a budget."""
-        return next((mode for mode in self.modes if mode.fits), None)
-
-    def __str__(self) -> str:
-        heads = (
-            "mode",
-            "params",
-            "grads",
-            "state",
-            "staging",
-            "peak",
-            "fits",
-            "B/step",
-            "fidelity",
-        )
-        rows = [heads, *map(_cells, self.modes)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i in (0, len(heads) - 1) else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines)
-
-
-def _cells(mode: Mode) -> tuple[str, ...]:
-    fits = {None: "", True: "yes", False: "no"}[mode.fits]
-    state, staging = sum(mode.state.values()), mode.staging + mode.plan
-    sizes = map(readable, (mode.param, mode.grad, state, staging, mode.peak))
-    return (mode.name, *sizes, fits, f"{mode.traffic:.1f}", mode.fidelity)
-
-
-def readable(n_bytes: int) -> str:
-    value, unit = float(n_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+from .sizes import MemoryEstimate, Place, modes_of
 
 
 def estimate_memory(
@@ -168,22 +46,16 @@ def estimate_memory(
     """
     groups = _groups(model)
     params = [p for group in groups for p in group["params"]]
-    kinds = {p.dtype for p in params if is_served(p)}
-    asked: Arguments = {
-        k: options.pop(k) for k in ("state_dtype", "master_weights") if k in options
-    }
-    halves = kinds.intersection(HALF_DTYPES)
-    modes = OF_HALF if halves else OF_FP32
-    if halves == {torch.bfloat16}:
-        modes += OF_BF16
-    if options.get("amsgrad"):
-        modes = tuple(mode for mode in modes if mode.get("state_dtype") != "8bit")
-    if asked:
-        modes = (asked, *(mode for mode in modes if mode != asked))
+    whole = Options(**{k: v for k, v in options.items() if k in OPTION_NAMES})
+    # The defaults of the class are those of an optimizer of anything.
+    given = {k: v for k, v in options.items() if k not in OPTION_NAMES}
+    defaults = optimizer([torch.empty(0, requires_grad=True)], **given).defaults
     if device is None:
         device = "cpu" if params and all(p.device.type == "cpu" for p in params) else "cuda"
-    found = [_mode(groups, optimizer, mode, options, device, activations, budget) for mode in modes]
-    return MemoryEstimate(found)
+    asked = whole.state_dtype is not None or whole.master_weights is not None
+    place = Place(device != "cpu", activations, budget)
+    full = [{**defaults, **group} for group in groups]
+    return MemoryEstimate(modes_of(optimizer.rule, full, whole, asked, place))
 
 
 def _groups(model: Any) -> list[Group]:
@@ -198,75 +70,3 @@ def _groups(model: Any) -> list[Group]:
 def _tensors(params: Any) -> list[Tensor]:
     entries = [params] if isinstance(params, Tensor) else list(params)
     return [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
-
-
-def _mode(
-    groups: Sequence[Group],
-    optimizer: type[FusedOptimizer],
-    arguments: Arguments,
-    options: Arguments,
-    device: str,
-    activations: int,
-    budget: int | None,
-) -> Mode:
-    whole = Options(**{k: v for k, v in {**options, **arguments}.items() if k in OPTION_NAMES})
-    # The defaults of the class, from an optimizer of nothing that matters.
-    given = {k: v for k, v in options.items() if k not in OPTION_NAMES}
-    defaults = optimizer([torch.empty(0, requires_grad=True)], **given).defaults
-    rule, line = optimizer.rule, Line(optimizer.rule)
-    state: dict[str, int] = {}
-    param = grad = staging = numel = 0
-    traffic, numels = 0.0, []
-    measured = whole.max_grad_norm is not None or whole.skip_nonfinite
-    for group in groups:
-        kept = kept_of(rule, line.state_names, whole, {**defaults, **group})
-        for p in group["params"]:
-            local = local_of(p)
-            n, size = local.numel(), local.element_size()
-            param += n * size
-            numels.append(n if is_served(p) else 0)
-            if not is_served(p):
-                continue
-            grad += n * size
-            staging += 0 if is_dense(local) else n * size
-            streams = streams_of(p, kept, whole)
-            own = _sizes(streams.all, n)
-            for name, n_bytes in own.items():
-                state[name] = state.get(name, 0) + n_bytes
-            if streams.counts:
-                state[STEP] = state.get(STEP, 0) + 4
-            traffic += n * size * (4 if measured else 3) + 2 * sum(own.values())
-            numel += n
-    plan = plan_nbytes(rule, numels, len(groups), on_device=device != "cpu")
-    each = traffic / max(numel, 1)
-    return Mode(arguments, param, grad, state, plan, staging, activations, each, budget)
-
-
-def _sizes(streams: Iterable[Stream], n: int) -> dict[str, int]:
-    sizes = {}
-    for stream in streams:
-        sizes[stream.name] = n * stream.codec.dtype.itemsize
-        if stream.codec.scaled:
-            sizes[stream.name + SCALE] = n_scales(n)
-    return sizes
-
-
-# ---- when there is no room -----------------------------------------------------------------------
-
-
-def advice(groups: list[Group], optimizer: type[FusedOptimizer], options: Options) -> str:
-    """What to add to an allocator's message: the size of the state, and how to have the least."""
-    asked: Arguments = {
-        "state_dtype": options.state_dtype,
-        "master_weights": options.master_weights,
-        "amsgrad": any(group.get("amsgrad") for group in groups),
-    }
-    given = {k: v for k, v in asked.items() if k != "amsgrad" or v}
-    now, *others = estimate_memory(groups, optimizer, **given).modes
-    sizes = {sum(mode.state.values()): mode for mode in (*others, now)}
-    least = sizes[min(sizes)]
-    text = f"the state of {optimizer.__name__} takes {readable(sum(now.state.values()))}"
-    if least is now:
-        return f"{text}, and there is no smaller one"
-    name, takes = ", ".join(f"`{k}={v!r}`" for k, v in least.arguments.items()), min(sizes)
-    return f"{text}; with {name} it takes {readable(takes)}"

@@ -39,6 +39,7 @@ from .plan.shards import has_fsdp1_shards, made_by_zero, refuse_own_norm
 from .rules.declaration import Group
 from .scaler.attributes import ours
 from .shared import Shared
+from .sizes import advice
 
 # Attempts to build a plan: another thread may change gradients and states meanwhile.
 BUILDS = 8
@@ -278,9 +279,8 @@ class FusedOptimizer(AgreeingOptimizer):
         of_cpu = "not enough memory" in text or "can't allocate memory" in text
         if not of_cpu and not isinstance(error, torch.OutOfMemoryError):
             return error
-        from .estimate import advice  # imports this module
-
-        return type(error)(f"{text}; {advice(groups, type(self), self._shared.options)}")
+        added = advice(type(self).__name__, self.rule, groups, self._shared.options)
+        return type(error)(f"{text}; {added}")
 
     @untraced
     def init_state(self) -> None:
