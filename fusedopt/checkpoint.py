@@ -30,7 +30,9 @@ from .plan.state import (
     ParamState,
     Stream,
     as_ours,
+    cut_anywhere,
     dense_like,
+    each_scale,
     fill_in,
     fits,
     names_of,
@@ -118,8 +120,10 @@ def _receive(
     if streams.master is None:  # this parameter keeps no master
         own = {name: value for name, value in own.items() if name not in names_of(MASTER)}
     wanted = {stream.of: stream for stream in streams.all}
+    own = cut_anywhere(own, param)
     there = stored(own, kept.names)
     scales = {stream.name + SCALE for stream in there.values() if stream.codec.scaled}
+    blocks = {s.name + SCALE for s in there.values() if each_scale(own, s) is None}
     state: ParamState = {}
     for name, value in own.items():
         stream = there.get(name) or Stream(name, plain_codec(param))
@@ -129,8 +133,13 @@ def _receive(
             state[name] = step_tensor(value, param)
         elif not isinstance(value, Tensor):
             state[name] = copy.deepcopy(value)
+        elif name in scales and name not in blocks:
+            state[name] = value  # of each element: what it belongs to is filled in from both
         elif name in scales or value.shape != param.shape or not is_number:
             state[name] = value.detach().clone().to(param.device)
+        elif stream.codec.scaled and stream.name + SCALE not in blocks:
+            state[name] = value
+            fills.append(Missing(state, wish, param, like))
         elif value is _own(optimizer, param, name) and _is_alone(value, param, like, wish):
             state[name] = value
         elif _is_here(param, value) and _is_reusable(optimizer, param, like, stream, wish):

@@ -165,6 +165,48 @@ def remainder_of(codec: Codec, master: Tensor, param: Tensor, data: Tensor) -> N
         flat(data)[at:end] = kept.clamp(limits.min, limits.max).to(codec.dtype)
 
 
+def spread(scales: Tensor, codes: Tensor) -> Tensor:
+    """The scale of each element, laid out like ``codes``. So a tensor can be cut anywhere."""
+    out = torch.empty_like(codes)
+    flat(out).copy_(scales.repeat_interleave(SCALE_BLOCK)[: codes.numel()])
+    return out
+
+
+def gather(codec: Codec, codes: Tensor, each: Tensor, data: Tensor, scales: Tensor) -> None:
+    """Write codes whose elements have scales of their own, as ``spread`` gives them, to a stream.
+
+    A block whose elements all had the same scale keeps its codes; another one is encoded again.
+    """
+    for at, end in _pieces(codes.numel()):
+        piece, own = flat(codes)[at:end], flat(each)[at:end]
+        blocks = slice(at // SCALE_BLOCK, n_scales(end))
+        first = own[::SCALE_BLOCK]
+        values = _of_log8_each(piece, own, codec is LOG8)
+        nearest = torch.full_like(values, _TO_NEAREST, dtype=torch.int64)
+        again, scales[blocks] = _to_log8(values, nearest, codec is LOG8)
+        is_cut = _any(own != first.repeat_interleave(SCALE_BLOCK)[: own.numel()])
+        scales[blocks] = torch.where(is_cut, scales[blocks], first)
+        is_cut = is_cut.repeat_interleave(SCALE_BLOCK)[: own.numel()]
+        flat(data)[at:end] = torch.where(is_cut, again, piece)
+
+
+def decode_each(codec: Codec, codes: Tensor, each: Tensor) -> Tensor:
+    """As ``decode``, of codes with a scale for each element."""
+    out = torch.empty_like(codes, dtype=torch.float32)
+    for at, end in _pieces(codes.numel()):
+        flat(out)[at:end] = _of_log8_each(flat(codes)[at:end], flat(each)[at:end], codec is LOG8)
+    return out
+
+
+def _any(elements: Tensor) -> Tensor:
+    """Whether any element of each block is true."""
+    padded = torch.zeros(
+        n_scales(elements.numel()) * SCALE_BLOCK, dtype=torch.bool, device=elements.device
+    )
+    padded[: elements.numel()] = elements
+    return padded.view(-1, SCALE_BLOCK).any(dim=1)
+
+
 def _pieces(n: int) -> Iterator[tuple[int, int]]:
     return ((at, min(at + _PIECE, n)) for at in range(0, n, _PIECE))
 
@@ -204,18 +246,22 @@ def _dithered(x: Tensor, t: Tensor) -> Tensor:
     return _half(torch.where(_is_nan(bits), down | 0x40, finite), torch.bfloat16)
 
 
-def _cells(scales: Tensor, n: int, zero: int) -> tuple[Tensor, Tensor]:
-    """2^(e - 127) of each element's block, and the float whose bits stand for zero, in fp64."""
-    down = torch.exp2(scales.double() - 127.0)
-    return down.repeat_interleave(SCALE_BLOCK)[:n], _float(torch.tensor(zero)).double()
+def _cells(each: Tensor, zero: int) -> tuple[Tensor, Tensor]:
+    """2^(e - 127) of each element, and the float whose bits stand for zero, in fp64."""
+    offset = _float(torch.tensor(zero, device=each.device)).double()
+    return torch.exp2(each.double() - 127.0), offset
 
 
 def _of_log8(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    return _of_log8_each(codes, scales.repeat_interleave(SCALE_BLOCK)[: codes.numel()], signed)
+
+
+def _of_log8_each(codes: Tensor, each: Tensor, signed: bool) -> Tensor:
     zero = (127 - 9 if signed else 127 - 20) << 23
-    down, offset = _cells(scales, codes.numel(), zero)
+    down, offset = _cells(each, zero)
     code = codes.long()
     cell = code & 0x7F if signed else code
-    magnitude = _float(zero + (cell << 21) // 3).double() - offset.to(codes.device)
+    magnitude = _float(zero + (cell << 21) // 3).double() - offset
     x = (magnitude * down).float()  # exact up to the one rounding of a denormal
     if signed:
         return torch.where(code == 0x80, torch.nan, torch.where(code >= 0x80, -x, x))
@@ -232,9 +278,7 @@ def _to_log8(
         before = known.to(scales.device).round().clamp(EMPTY_SCALE, 253).to(scales.dtype)
         again = _codes_of(x, t, signed, before)
         differs = (_of_log8(again, before, signed) != x) & ~(x != x)
-        padded = torch.zeros(scales.numel() * SCALE_BLOCK, dtype=torch.bool, device=x.device)
-        padded[: x.numel()] = differs
-        fits = ~padded.view(-1, SCALE_BLOCK).any(dim=1)
+        fits = ~_any(differs)
         codes = torch.where(fits.repeat_interleave(SCALE_BLOCK)[: x.numel()], again, codes)
         scales = torch.where(fits, before, scales)
     return codes, scales
@@ -255,9 +299,9 @@ def _codes_of(x: Tensor, t: Tensor, signed: bool, scales: Tensor) -> Tensor:
     is_none = magnitude >= 0x7F800000
     if not signed:
         is_none = is_none | (bits > 0x80000000)
-    down, offset = _cells(scales, x.numel(), zero)
+    down, offset = _cells(scales.repeat_interleave(SCALE_BLOCK)[: x.numel()], zero)
     # As fma: exact in fp64 for what can change the rounding to fp32.
-    sums = (_float(magnitude).double() / down + offset.to(x.device)).float()
+    sums = (_float(magnitude).double() / down + offset).float()
     n = 3 * (_bits(sums) - zero)
     code = ((n + (t >> 11)) >> 21).clamp(max=last)
     if signed:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .codecs import LOG8, LOG8_POSITIVE, SCALE, decode
+from torch import Tensor
+
+from .codecs import LOG8, LOG8_POSITIVE, SCALE, Codec, decode, decode_each, n_scales
+from .plan.local import local_of, wrapped
 from .rules.declaration import POSITIVE
 
 _CODES = LOG8.suffix
@@ -34,6 +37,12 @@ def to_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state}
 
 
+def _decoded(codec: Codec, codes: Tensor, scales: Tensor) -> Tensor:
+    if scales.shape == (n_scales(local_of(codes).numel()),):
+        return wrapped(decode(codec, local_of(codes), scales, None), codes)
+    return wrapped(decode_each(codec, local_of(codes), local_of(scales)), codes)
+
+
 def _plain(key: Any, own: dict[str, Any]) -> dict[str, Any]:
     out = {}
     for name, value in own.items():
@@ -47,7 +56,7 @@ def _plain(key: Any, own: dict[str, Any]) -> dict[str, Any]:
                     "optimizer.state_dict() returned"
                 )
             codec = LOG8_POSITIVE if of in POSITIVE else LOG8
-            out[of] = decode(codec, value, own[name + SCALE], None)
+            out[of] = _decoded(codec, value, own[name + SCALE])
         elif getattr(value, "is_floating_point", lambda: False)() and value.itemsize == 2:
             out[name] = value.float()
         else:

@@ -22,9 +22,10 @@ from .modes import untraced
 from .options import NOT_PICKLED, Options
 from .plan.checks import served_params
 from .plan.exchange import REPLICATED, Ranks, Refusal, ranks_of, same_objects
-from .plan.local import local_of
+from .plan.local import is_dtensor, local_of
 from .plan.options_table import Line
 from .plan.plan import CLIP_COEF, GRAD_NORM, SKIPPED_STEPS, Plan
+from .plan.state import for_other_ranks
 from .rules.declaration import Group, Rule
 from .scaler.exchange import ScalerExchange
 
@@ -179,6 +180,9 @@ class SharingOptimizer(Optimizer):
 
         A state is made when its parameter first has a gradient, which may be in another order on
         another rank. Ranks that gather a checkpoint would meet at different tensors.
+
+        The state of a DTensor is saved so that other ranks can take any part of it: 8-bit states
+        with the scale of each element, and 16-bit remainders as int32.
         """
         saved: dict[str, Any] = super().state_dict()
         if "state" not in saved or "param_groups" not in saved:  # a hook has returned another
@@ -186,6 +190,11 @@ class SharingOptimizer(Optimizer):
         keys = [key for group in saved["param_groups"] for key in group["params"]]
         state = saved["state"]
         in_order = {key: state[key] for key in keys if key in state}
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(params) == len(keys):
+            for key, param in zip(keys, params, strict=True):
+                if key in in_order and is_dtensor(param) and isinstance(in_order[key], dict):
+                    in_order[key] = for_other_ranks(in_order[key], param)
         saved["state"] = {**in_order, **{k: v for k, v in state.items() if k not in in_order}}
         return saved
 

@@ -14,14 +14,13 @@ from ..options import Options
 from ..rules.declaration import Group
 from .checks import check_grad, check_memory, check_param, is_of_inference
 from .groups import is_plain_dict
-from .local import first_element, is_dtensor
+from .local import first_element
 from .memory import extent, is_dense
 from .plan import Layout, Row
 from .state import (
     MASTER,
     STEP,
     ParamState,
-    Streams,
     check_state,
     complete_all,
     copy_without_gaps,
@@ -95,7 +94,6 @@ def complete_rows(
     for row in served:
         row.copy = copy_without_gaps(row.local)
         own, streams = state.get(row.param, {}), streams_of(row.param, layout[row.group], options)
-        check_sharding(row, streams)
         if not is_complete(row, own, streams):
             wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
             row.awaits_state = not wanted
@@ -116,15 +114,6 @@ def complete_rows(
             row.set_state([*tensors.values()], master, step, scales, streams.codecs)
             row.first = first_element(row.param)
     return new
-
-
-def check_sharding(row: Row, streams: Streams) -> None:
-    """Raise ``RuntimeError`` for blocks of scales that a shard would cut."""
-    if is_dtensor(row.param) and any(codec.scaled for codec in streams.codecs):
-        raise RuntimeError(
-            f"{row.label}: state_dtype='8bit' is not supported for a DTensor, whose shards would "
-            "cut blocks that share a scale; use 16 bits: `optimizer.state_dtype = 'bf16'`"
-        )
 
 
 def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:

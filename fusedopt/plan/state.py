@@ -29,9 +29,12 @@ from ..codecs import (
     SCALE,
     Codec,
     decode,
+    decode_each,
     encode,
+    gather,
     n_scales,
     remainder_of,
+    spread,
 )
 from ..options import Options, number
 from ..rules.declaration import NOT_BESIDE, OF_SOME_RULE, POSITIVE, STARTS_LATER, UNCOUNTED
@@ -129,6 +132,7 @@ def _codec(name: str, form: str | None) -> Codec:
 
 # Every way to store a master, and every way to store a state.
 _OF_MASTERS = (FLOAT32, REMAINDER16, REMAINDER8)
+_BETWEEN_RANKS = (REMAINDER16, torch.int32)  # see for_other_ranks
 
 
 def found_in(own: ParamState, name: str) -> Stream | None:
@@ -140,7 +144,8 @@ def found_in(own: ParamState, name: str) -> Stream | None:
     for codec in _OF_MASTERS[1:] if name == MASTER else (_codec(name, "8bit"),):
         coded = Stream(name, codec)
         value = own.get(coded.name)
-        if value is not None and getattr(value, "dtype", codec.dtype) == codec.dtype:
+        dtype = getattr(value, "dtype", codec.dtype)
+        if value is not None and (dtype == codec.dtype or (codec, dtype) == _BETWEEN_RANKS):
             return coded
     return None
 
@@ -310,8 +315,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _check_scales(label: str, name: str, own: ParamState, param: Tensor, anew: str) -> None:
-    scales, n = own.get(name + SCALE), n_scales(local_of(param).numel())
-    if isinstance(scales, Tensor) and scales.dtype == torch.uint8 and scales.shape == (n,):
+    scales, codes = own.get(name + SCALE), own[name]
+    n, of_all = n_scales(local_of(codes).numel()), n_scales(codes.numel())
+    is_table = isinstance(scales, Tensor) and scales.dtype == torch.uint8
+    if is_table and scales is not None and scales.shape in ((n,), (of_all,), param.shape):
         return
     found = (
         f"{scales.dtype} of shape {tuple(scales.shape)}" if isinstance(scales, Tensor) else scales
@@ -337,7 +344,7 @@ def _check_tensor(
         value = local_of(value)
     kind, wrapped = f"a {type(value).__name__}", is_traceable_wrapper_subclass(value)
     if isinstance(value, Tensor) and not wrapped and value.layout == torch.strided:
-        if value.is_floating_point() or value.dtype == codec.dtype:
+        if value.is_floating_point() or value.dtype == codec.dtype or codec is REMAINDER16:
             return
         kind = f"of dtype {value.dtype}"
     raise TypeError(
@@ -438,7 +445,18 @@ def _fill(missing: Missing, data: Tensor, scales: Tensor | None) -> None:
             data.zero_()
         return
     part = part_for(param, own[there.name])
+    each = each_scale(own, there)
+    if each is not None and each.shape != param.shape:
+        # torch cuts the scales of a whole tensor as it cuts the codes.
+        each = spread(
+            each.full_tensor(), torch.empty(param.shape, device=dense.device, dtype=torch.uint8)
+        )
     if there.codec is stream.codec:
+        if each is not None and scales is not None:
+            gather(
+                stream.codec, like(part, dense), like(part_for(param, each), dense), data, scales
+            )
+            return
         data.copy_(part)
         if scales is not None:
             scales.copy_(own[there.name + SCALE])
@@ -447,7 +465,9 @@ def _fill(missing: Missing, data: Tensor, scales: Tensor | None) -> None:
         data.copy_(part)
         return
     half = local_of(param.detach())
-    if there.codec.suffix:
+    if each is not None:
+        part = decode_each(there.codec, like(part, dense), like(part_for(param, each), dense))
+    elif there.codec.suffix:
         scales_there = own.get(there.name + SCALE)
         part = decode(there.codec, like(part, dense), scales_there, like(half, dense))
     else:
@@ -461,6 +481,45 @@ def _fill(missing: Missing, data: Tensor, scales: Tensor | None) -> None:
         if not isinstance(known, Tensor) or known.numel() != n_scales(dense.numel()):
             known = None
         encode(stream.codec, part, data, scales, known=known)
+
+
+def each_scale(own: ParamState, stream: Stream) -> Tensor | None:
+    """The scale of each element, if ``own`` has those; ``None`` where there is one for a block."""
+    if not stream.codec.scaled:
+        return None
+    codes, scales = own[stream.name], own[stream.name + SCALE]
+    if is_dtensor(scales) or (
+        scales.shape == codes.shape and scales.shape != (n_scales(codes.numel()),)
+    ):
+        each: Tensor = scales
+        return each
+    return None
+
+
+def cut_anywhere(own: ParamState, param: Tensor) -> ParamState:
+    """Of the state of a whole tensor, for a DTensor to take its part: a scale for each element."""
+    spreads = {}
+    for name, scales in own.items():
+        of_blocks = isinstance(scales, Tensor) and scales.shape == (n_scales(param.numel()),)
+        if of_blocks and name.endswith(SCALE) and not is_dtensor(scales) and is_dtensor(param):
+            whole = torch.empty(param.shape, dtype=torch.uint8, device=scales.device)
+            spreads[name] = spread(scales, whole)
+    return {**own, **spreads}
+
+
+def for_other_ranks(own: ParamState, param: Tensor) -> ParamState:
+    """A copy of the state of ``param``, a DTensor, of which other ranks can take any part.
+
+    Codes get the scale of each element. Collectives know no int16, so such remainders are int32.
+    """
+    saved = dict(own)
+    for name, value in own.items():
+        scales = own.get(f"{name}{SCALE}")
+        if scales is not None and not is_dtensor(scales):
+            saved[f"{name}{SCALE}"] = wrapped(spread(scales, local_of(value)), param)
+        elif is_dtensor(value) and value.dtype == torch.int16:
+            saved[name] = wrapped(local_of(value).int(), param)
+    return saved
 
 
 def like(tensor: Tensor, dense: Tensor) -> Tensor:
