@@ -32,8 +32,8 @@ enum class Codec : int32_t {
 };
 
 FUSEDOPT_FN int64_t bytes_of(Codec codec) {
-  const bool is_byte = codec == Codec::kLog8 || codec == Codec::kLog8Positive ||
-                       codec == Codec::kRemainder8;
+  const bool is_byte =
+      codec == Codec::kLog8 || codec == Codec::kLog8Positive || codec == Codec::kRemainder8;
   return codec == Codec::kFloat32 ? 4 : is_byte ? 1 : 2;
 }
 
@@ -157,13 +157,13 @@ struct Log8 {
   static constexpr uint32_t kNonFinite = kSigned ? 0x80 : 0xff;
 
   // What counts for the scale: bits of the magnitude, which order as integers do.
-  FUSEDOPT_FN uint32_t magnitude(float x) {
-    const uint32_t a = bits_of(x) & 0x7fffffffu;
-    return a < 0x7f800000u ? a : 0;
+  FUSEDOPT_FN int32_t magnitude(float x) {
+    const auto a = static_cast<int32_t>(bits_of(x) & 0x7fffffffu);
+    return a & (a - 0x7f800000) >> 31;  // zero where it is not finite, without a choice
   }
 
-  FUSEDOPT_FN uint32_t scale_of(uint32_t largest_magnitude) {
-    const uint32_t e = (largest_magnitude + 0xfffffu) >> 23;
+  FUSEDOPT_FN uint32_t scale_of(int32_t largest_magnitude) {
+    const uint32_t e = (static_cast<uint32_t>(largest_magnitude) + 0xfffffu) >> 23;
     return e < 7 ? 7 : e > 253 ? 253 : e;
   }
 
@@ -173,7 +173,8 @@ struct Log8 {
   FUSEDOPT_FN uint32_t narrowed(float x, float up, uint32_t dither) {
     const uint32_t bits = bits_of(x);
     const uint32_t a = bits & 0x7fffffffu;
-    const uint32_t n = 3 * (bits_of(fma(float_of(a), up, float_of(kZero))) - kZero);
+    const uint32_t thirds = bits_of(fma(float_of(a), up, float_of(kZero))) - kZero;
+    const uint32_t n = thirds + (thirds << 1);
     uint32_t code = (n + (dither >> 11)) >> 21;
     code = code < kLast ? code : kLast;
     if (kSigned) {
@@ -182,7 +183,8 @@ struct Log8 {
       code = n < (1u << 20) ? 0 : code;
       code |= code > 0 ? bits >> 24 & 0x80u : 0;
     } else {
-      code = code == 0 && a > 0 ? 1 : code;
+      const uint32_t least = a < 1 ? a : 1;
+      code = code > least ? code : least;
     }
     // A second moment below zero is none, and is treated as NaN.
     const bool is_none = a >= 0x7f800000u || (!kSigned && bits > 0x80000000u);

@@ -28,8 +28,8 @@ struct Row {
   void* data[kStreams];  // dense, in memory order; null: there is no such stream
   float* step;           // applied steps; null: the rule does not count (SGD without momentum)
   int64_t numel;
-  int32_t group;                  // line in the options table
-  uint32_t codecs;                // kCodecBits a stream, the param's lowest; zero: all are fp32
+  int32_t group;              // line in the options table
+  uint32_t codecs;            // kCodecBits a stream, the param's lowest; zero: all are fp32
   uint8_t* scales[kStreams];  // null: the codec has none
   int64_t uncounted;          // 1: another rank counts this tensor's gradient in the norm
   int64_t first;              // place of a shard's first element in the whole tensor, for dithers

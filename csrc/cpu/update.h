@@ -104,12 +104,21 @@ class Stream {
   // param: of a master that is a remainder, else ignored.
   float* load(int64_t n, float* buffer, const Stream& param) const {
     switch (codec_) {
-      case Codec::kFloat32: return static_cast<float*>(data_);
+      case Codec::kFloat32:
+        return static_cast<float*>(data_);
       case Codec::kFloat16:
-      case Codec::kBFloat16: widen<Fetch::kNear>(half(), codec_, n, buffer); break;
-      case Codec::kDithered: widen<Fetch::kNear>(half(), Codec::kBFloat16, n, buffer); break;
-      case Codec::kLog8: widen_log8<Log8<true>>(bytes(), scales_, n, buffer); break;
-      case Codec::kLog8Positive: widen_log8<Log8<false>>(bytes(), scales_, n, buffer); break;
+      case Codec::kBFloat16:
+        widen<Fetch::kNear>(half(), codec_, n, buffer);
+        break;
+      case Codec::kDithered:
+        widen<Fetch::kNear>(half(), Codec::kBFloat16, n, buffer);
+        break;
+      case Codec::kLog8:
+        widen_log8<Log8<true>>(bytes(), scales_, n, buffer);
+        break;
+      case Codec::kLog8Positive:
+        widen_log8<Log8<false>>(bytes(), scales_, n, buffer);
+        break;
       case Codec::kRemainder16:
         HalfCodecs::with(param.codec_, [=, &param](auto p) {
           join16<decltype(p)>(param.half(), static_cast<int16_t*>(data_), n, buffer);
@@ -125,11 +134,18 @@ class Stream {
   // x: the result of this stream's load(), or of another's. A remainder writes the param, too.
   void store(int64_t n, const float* x, const Stream& param) const {
     switch (codec_) {
-      case Codec::kFloat32: break;  // x is where the data lies
+      case Codec::kFloat32:
+        break;  // x is where the data lies
       case Codec::kFloat16:
-      case Codec::kBFloat16: narrow(x, codec_, n, half()); break;
-      case Codec::kDithered: narrow_dithered(x, seed_, begin_, n, half()); break;
-      case Codec::kLog8: narrow_log8<Log8<true>>(x, seed_, begin_, n, bytes(), scales_); break;
+      case Codec::kBFloat16:
+        narrow(x, codec_, n, half());
+        break;
+      case Codec::kDithered:
+        narrow_dithered(x, seed_, begin_, n, half());
+        break;
+      case Codec::kLog8:
+        narrow_log8<Log8<true>>(x, seed_, begin_, n, bytes(), scales_);
+        break;
       case Codec::kLog8Positive:
         narrow_log8<Log8<false>>(x, seed_, begin_, n, bytes(), scales_);
         break;

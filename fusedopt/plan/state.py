@@ -445,12 +445,11 @@ def _fill(missing: Missing, data: Tensor, scales: Tensor | None) -> None:
             data.zero_()
         return
     part = part_for(param, own[there.name])
-    each = each_scale(own, there)
+    each: Any = each_scale(own, there)
     if each is not None and each.shape != param.shape:
         # torch cuts the scales of a whole tensor as it cuts the codes.
-        each = spread(
-            each.full_tensor(), torch.empty(param.shape, device=dense.device, dtype=torch.uint8)
-        )
+        whole = torch.empty(param.shape, dtype=torch.uint8, device=dense.device)
+        each = spread(each.full_tensor(), whole)
     if there.codec is stream.codec:
         if each is not None and scales is not None:
             gather(
