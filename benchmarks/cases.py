@@ -67,6 +67,7 @@ _SCALING = ("fusedopt_adamw_amp_scaling", "adamw_fused")
 _ROOF = ("adamw_fused", "stream_huge")  # no step can be further ahead of torch than a stream is
 _ADAMW_MANY = (
     *_ADAMW("adamw_fused", "adamw_foreach", "adamw_deepspeed", "stream_huge", "stream_4k"),
+    *_ADAMW("fusedopt_adamw_exact"),
     *(_SCALING, ("adamw_foreach", "adamw_fused"), ("adamw_deepspeed", "adamw_fused"), _ROOF),
 )
 _ADAMW_ONE = (*_ADAMW("adamw_fused", "stream_huge"), _SCALING, _ROOF)

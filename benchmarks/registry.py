@@ -75,6 +75,7 @@ def ours(name: str, backend: str | None, **options: Any) -> Build:
 def _ours_on(backend: str | None, suffix: str) -> dict[str, Kind]:
     adamw = ours("FusedAdamW", backend, **ADAMW)
     by_torch = ours("FusedAdamW", backend, amp_scaling=True, **ADAMW)
+    exact = ours("FusedAdamW", backend, norm_bits="exact", **ADAMW)
     sgd = ours("FusedSGD", backend, decoupled_weight_decay=False, **SGD)
     label, half = f"fusedopt{TITLES[suffix]}", _bytes(params="fp16")
     under = f"{label}, torch's scaler, amp_scaling=True"
@@ -82,6 +83,7 @@ def _ours_on(backend: str | None, suffix: str) -> dict[str, Kind]:
     kinds = {
         "fusedopt_adamw": Kind(label, _bytes(), adamw),
         "fusedopt_adamw_amp_scaling": Kind(under, _bytes(scaler="torch"), by_torch),
+        "fusedopt_adamw_exact": Kind(f"{label}, norm_bits='exact'", _bytes(), exact),
         "fusedopt_adamw_fp16": Kind(label, half, adamw, dtypes=(FP16,)),
         "fusedopt_adamw_fp16_amp_scaling": Kind(under, half_by_torch, by_torch, dtypes=(FP16,)),
         "fusedopt_adamw_bf16": Kind(label, half, adamw, dtypes=(BF16,)),

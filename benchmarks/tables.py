@@ -75,6 +75,11 @@ SHARES: tuple[Line, ...] = tuple(
     )
     for pipeline, label in ((OURS, "fusedopt"), ("adamw_fused", FUSED))
 )
+EXACT: tuple[Line, ...] = tuple(
+    (f"adamw-gpt-{params}", OURS, f"{OURS}_exact", f"AdamW, {params} in 148 tensors",
+     "`norm_bits=\"exact\"`")
+    for params in ("100M", "10M", "1M")
+)  # fmt: skip
 KERNELS: tuple[Line, ...] = tuple(
     (f"kernel-2^{size} kept", f"fusedopt_cpu:{kernel}", "stream_huge", "" if n else label,
      f"2^{size}")
@@ -206,6 +211,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
             lines, ("100M in 148 tensors", "pipeline"), OVER_PREDICTED, over_predicted, "cpu"
         ),
         "shares": partial(lines, ("AdamW, fp32", "pipeline"), SHARES, ratio, "cpu"),
+        "exact": partial(lines, ("parameters", "how many times longer"), EXACT, ratio, "cpu"),
         "kernels": partial(lines, ("kernel", "elements"), KERNELS, ratio, "kernels"),
         "picture": partial(pictures, "ratio-by-model", "pictures", "Times faster, by case"),
         "ranks": partial(lines, RANKS_HEADER, RANKS, time_and_ratio, "distributed", figure="step"),

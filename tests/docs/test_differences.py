@@ -82,6 +82,7 @@ REFUSALS = {
     "clear it after resharding": "a gradient that lies on another mesh than its parameter",
     "another rank refused this step": "a rank that fails in `step()`",
     "the ranks' options differ": "options that differ between ranks",
+    "this step or one before it was refused": "a rank that fails in `step()`",
     "use True or False": "plain tensors beside DTensors",
     "is a plain tensor beside DTensors": "plain tensors beside DTensors",
     "norm_group has not all ranks of": "a `norm_group` without some ranks",
