@@ -52,8 +52,8 @@ def _plain(key: Any, own: dict[str, Any]) -> dict[str, Any]:
         if of != name:
             if name + SCALE not in own:
                 raise KeyError(
-                    f"state {name!r} of parameter {key!r} has no {name + SCALE!r}; pass what "
-                    "optimizer.state_dict() returned"
+                    f"to_torch: state {name!r} of parameter {key!r} lacks its {name + SCALE!r}; "
+                    "pass what the optimizer's state_dict() returned"
                 )
             codec = LOG8_POSITIVE if of in POSITIVE else LOG8
             out[of] = _decoded(codec, value, own[name + SCALE])

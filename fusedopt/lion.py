@@ -35,7 +35,7 @@ class FusedLion(FusedOptimizer):
         foreach, capturable, fused: accepted and change nothing, as in :class:`FusedAdamW`.
         decoupled_weight_decay: False adds the decay to the gradient.
         max_grad_norm, norm_type, max_grad_value, master_weights, skip_nonfinite, amp_scaling,
-            backend, norm_group, norm_bits: as in :class:`FusedAdamW`.
+            backend, norm_group, norm_bits, state_dtype, min_8bit_size: as in :class:`FusedAdamW`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :class:`FusedAdamW`.

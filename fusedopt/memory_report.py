@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adamw import FusedAdamW
 from .estimate import estimate_memory
-from .lion import FusedLion
-from .sgd import FusedSGD
+from .optimizer import FusedOptimizer
 
-OPTIMIZERS = {"adamw": FusedAdamW, "sgd": FusedSGD, "lion": FusedLion}
+OPTIMIZERS = {cls.rule.name: cls for cls in FusedOptimizer.__subclasses__()}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Of the dtypes in a file of safetensors; others are no parameters that can be trained.
 _OF_SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

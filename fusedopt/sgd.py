@@ -39,7 +39,7 @@ class FusedSGD(FusedOptimizer):
         maximize: maximize the objective.
         decoupled_weight_decay: False adds the decay to the gradient, as torch.optim.SGD does.
         max_grad_norm, norm_type, max_grad_value, master_weights, skip_nonfinite, amp_scaling,
-            backend, norm_group, norm_bits: as in :class:`FusedAdamW`.
+            backend, norm_group, norm_bits, state_dtype, min_8bit_size: as in :class:`FusedAdamW`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :class:`FusedAdamW`.

@@ -37,8 +37,7 @@ def kept_of(
     if "8bit" in forms and not RATCHETS.isdisjoint(own):
         raise error(
             f"Invalid state_dtype value: {wish!r} with amsgrad=True, whose maximum would keep "
-            "every second moment that was rounded up; use 16 bits, "
-            "`optimizer.state_dtype = 'bf16'`, or no maximum: `amsgrad=False`"
+            "every second moment that was rounded up; use 'bf16', or amsgrad=False"
         )
     return Kept(own, tuple(None if form == "fp32" else form for form in forms))
 

@@ -112,6 +112,7 @@ REFUSALS = {
     "the checkpoint has no … of …": "a flattened load of `torch.distributed.checkpoint`",
     "in the checkpoint depend on": "a flattened load of `torch.distributed.checkpoint`",
     "it had no state for torch.distributed": "a flattened load of `torch.distributed.checkpoint`",
+    "scales of torch.uint8": "codes without their scales",
     "make it whole, on all ranks": "a state on another mesh than its parameter",
 }
 # The same in torch: a gradient always has its parameter's shape and device, a state dict is a dict.

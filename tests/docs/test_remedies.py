@@ -208,6 +208,11 @@ def broken_state(s: Training) -> Iterator[str]:
         yield shape
     s.step_once()["exp_avg"].untyped_storage().resize_(0)
     yield "state 'exp_avg' has no memory"
+    small = {"state_dtype": "8bit", "min_8bit_size": 1}
+    s.start(**small)
+    s.optimizer.step()
+    s.optimizer.state[s.param]["exp_avg_log8_scale"] = torch.zeros(2, dtype=torch.uint8)
+    yield "scales of torch.uint8"
 
 
 def lost_by_dcp(s: Training) -> Iterator[str]:
