@@ -131,7 +131,7 @@ def _classes(given: Any) -> tuple[type[nn.Module], ...]:
     if not all(isinstance(each, type) and issubclass(each, nn.Module) for each in classes):
         raise TypeError(
             f"param_groups: fp32_state_for must be a class of modules or a tuple of them, got "
-            f"{given!r}: torch.nn.Embedding, say"
+            f"{given!r}: use torch.nn.Embedding, say"
         )
     return classes
 
