@@ -89,6 +89,6 @@ def test_deltas_are_told_in_deviations_of_seeds(tmp_path: Path) -> None:
     delta = fidelity_tables.deltas(known, "fidelity-words")["linear_32"]
     assert delta == pytest.approx((1.5, 0.5, 1.5 / 2**0.5, 0.5 / 2**0.5))
     table = fidelity_tables.trainings_table(known)
-    assert "| linear, 32 | 9.00 | +1.5000 \u00b1 0.5000 | +1.06 \u00b1 0.35 | 40 | 2 |" in table
+    assert "| linear, 32 | 9.00 | +1.5000 \u00b1 0.5000 | +1.06 \u00b1 0.35 | 40 | 4 |" in table
     path = write(tmp_path / "rows.csv", *found)
     assert plot.draw(plot.FIDELITY, plot.read_fidelity(path), tmp_path / "picture.png")
