@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from benchmarks import roofline
+from benchmarks import fidelity_tables, roofline
 from benchmarks.plot import PICTURES
 from benchmarks.rows import (
     RESULTS,
@@ -178,6 +178,15 @@ def wide_table(columns: Sequence[str], command: str) -> str:
     return "\n\n".join(found) or NO_ROW.format(command)
 
 
+def of_machines(table: Callable[[Sequence[Figure]], str], command: str) -> str:
+    """A table for each machine that has rows of it."""
+    found = []
+    for machine, known in by_machine().items():
+        if text := table(known):
+            found.append(f"**{machine}**\n\n{text}")
+    return "\n\n".join(found) or NO_ROW.format(command)
+
+
 def ratio(figure: Figure) -> str:
     return shown(figure.ratio(), "x")
 
@@ -223,6 +232,11 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
             lines, ("300 DTensors", "step"), HOST, ratio, "distributed", figure="step"
         ),
         **roofline.TABLES,
+    },
+    "docs/memory.md": {
+        "traces": partial(of_machines, fidelity_tables.traces_table, "fidelity"),
+        "trainings": partial(of_machines, fidelity_tables.trainings_table, "fidelity"),
+        "picture": partial(pictures, "fidelity", "pictures", "Loss added, by bytes a parameter"),
     },
     "docs/training.md": {
         "profile": partial(wide_table, PROFILE, "profile"),
