@@ -46,7 +46,17 @@ from .codecs import (
     remainder16_split_float16,
     widened,
 )
-from .tables import CODEC_BITS, CODEC_MASK, MASTER, PARAM, ROW, STATES_FROM, load, read
+from .tables import (
+    CODEC_BITS,
+    CODEC_MASK,
+    MASTER,
+    PARAM,
+    ROW,
+    STATES_FROM,
+    fields_at,
+    load,
+    read,
+)
 
 
 class Row(NamedTuple):
@@ -94,7 +104,7 @@ def block_of(row, first, n, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def row_of(rows, r, begin, count):
-    at = rows + r * ROW.size
+    at = fields_at(ROW, rows, r).data  # the first one
     first = read(ROW, at).first
     return Row(at, begin, dither(dither_seed(first, count, 0), begin))  # linear in the element
 
