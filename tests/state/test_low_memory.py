@@ -196,6 +196,21 @@ def test_a_master_and_a_remainder_become_each_other(backend, dtype):
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_remainder_follows_a_write_to_the_param(backend, dtype):
+    """A master that is not near its param any more is not turned into a remainder."""
+    params, opt = make(dtype, None, backend=backend)
+    run(params, opt, range(3))
+    with torch.no_grad():
+        params[0].copy_(torch.linspace(-3, 3, params[0].numel()).view(params[0].shape))
+    opt.master_weights = "remainder"
+    opt.init_state()
+    rest = opt.state[params[0]]["master_remainder"]
+    assert (rest == 0).float().mean() > 0.95  # elsewhere the value was near by chance
+    assert opt.state[params[1]]["master_remainder"].count_nonzero() > 0
+
+
+@every_backend
 @pytest.mark.parametrize("master", ["remainder", "remainder8"])
 def test_a_write_to_a_param_is_honoured(backend, master):
     params, opt = make(torch.bfloat16, master, backend=backend, lr=0.0)
