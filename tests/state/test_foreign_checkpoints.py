@@ -221,5 +221,5 @@ def test_8_bit_states_of_other_packages_are_refused_by_name():
         own.update(
             step=1, state1=codes, state2=codes, qmap1=torch.zeros(256), absmax1=torch.ones(1)
         )
-    with pytest.raises(KeyError, match="state1.*state2.*lacks"):
+    with pytest.raises(KeyError, match=r"state1.*state2.*lacks"):
         opt.load_state_dict(saved)
