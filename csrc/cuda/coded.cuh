@@ -161,7 +161,8 @@ FUSEDOPT_DEVICE void narrow_log8(const CodedStream& s, const Place& at, uint32_t
   }
   x[0] = codes;
   __syncwarp();
-  if (threadIdx.x % kWarp == 0) s.scales[at.block] = static_cast<uint8_t>(scale);
+  if (threadIdx.x % kWarp != 0) return;
+  __stcg(static_cast<unsigned char*>(s.scales) + at.block, static_cast<unsigned char>(scale));
 }
 
 // Of a state, a gradient, or a param without a master.
