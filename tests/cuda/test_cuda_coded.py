@@ -186,6 +186,20 @@ def test_blocks_of_zeros_and_of_one_value() -> None:
         twins.check()
 
 
+@pytest.mark.parametrize("schedule", [
+    dict(threads_descending=1), dict(blocks_descending=1), dict(host_threads=3),
+], ids=lambda schedule: next(iter(schedule)))  # fmt: skip
+def test_grid_and_schedule_leave_no_trace(schedule: dict[str, int], runner: Any) -> None:
+    if real():
+        pytest.skip("only the shim has a schedule")
+    modes = itertools.product(("8bit", "bf16"), ("remainder", "remainder8", "dither"))
+    for grid, (form, master) in zip(itertools.cycle([(1, 1), (1, 3), (7, 1)]), modes, strict=False):
+        runner.reset()
+        runner.set(processors=grid[0], blocks_per_processor=grid[1], **schedule)
+        values = [randn(n, n, torch.bfloat16) for n in (*EDGES, CHUNK + 300, 3 * CHUNK)]
+        twins_of(BY_NAME["adamw-plain"], values, form, master).run(steps=2)
+
+
 @pytest.mark.parametrize("first", [1, 12345, 2**32 + 77])
 def test_a_shard_is_dithered_by_its_place_in_the_tensor(
     first: int, monkeypatch: pytest.MonkeyPatch
