@@ -57,6 +57,30 @@ def twins_of(
     return Twins.of(case, values, state_dtype=form, master_weights=master, **common)
 
 
+STRANGE = (1e30, -1e30, 1e-30, -1e-30, 1e-44, 3e38, 0.0, -0.0, math.inf, -math.inf, math.nan)
+
+
+@pytest.mark.parametrize("master", ["remainder", "remainder8", "dither", None])
+@parametrize("case", CASES)
+def test_strange_numbers(case: OptimizerCase, master: object) -> None:
+    """States that are huge, tiny, denormal, inf and NaN, alone in a block and beside others."""
+    lengths = (1, 127, 128, 129, 300, 700)
+    own = list(itertools.product(lengths, dtypes_of(master)))
+    forms = [form for form in forms_of(case) if form is not None]
+    for form in forms:
+        twins = twins_of(case, [randn(n, n, p) for n, p in own], form, master, max_grad_norm=None)
+        twins.opt.skip_nonfinite = twins.twin.skip_nonfinite = False
+        for step in range(4):
+            grads = grads_like(twins.params, step, torch.float32)
+            for k, grad in enumerate(grads):
+                some = STRANGE if step < 3 else STRANGE[:8]
+                for j, value in enumerate(some[k % 3 :: 1 + k % 2]):
+                    if step in (1, 2):
+                        grad[(37 * j + 11 * k + step) % len(grad)] = value
+            twins.step(grads)
+            twins.check()
+
+
 MODES = [
     (case, form, master)
     for case in CASES
@@ -145,30 +169,6 @@ def test_a_skipped_step_moves_no_byte(case: OptimizerCase, form: Any, master: ob
     twins.step(grads_like(twins.params, 2), grad_scale=8.0, found_inf=0.0)
     twins.check()
     assert not all(map(same_bits, bytes_of(twins), before))
-
-
-STRANGE = (1e30, -1e30, 1e-30, -1e-30, 1e-44, 3e38, 0.0, -0.0, math.inf, -math.inf, math.nan)
-
-
-@pytest.mark.parametrize("master", ["remainder", "remainder8", "dither", None])
-@parametrize("case", CASES)
-def test_strange_numbers(case: OptimizerCase, master: object) -> None:
-    """States that are huge, tiny, denormal, inf and NaN, alone in a block and beside others."""
-    lengths = (1, 127, 128, 129, 300, 700)
-    own = list(itertools.product(lengths, dtypes_of(master)))
-    forms = [form for form in forms_of(case) if form is not None]
-    for form in forms:
-        twins = twins_of(case, [randn(n, n, p) for n, p in own], form, master, max_grad_norm=None)
-        twins.opt.skip_nonfinite = twins.twin.skip_nonfinite = False
-        for step in range(4):
-            grads = grads_like(twins.params, step, torch.float32)
-            for k, grad in enumerate(grads):
-                some = STRANGE if step < 3 else STRANGE[:8]
-                for j, value in enumerate(some[k % 3 :: 1 + k % 2]):
-                    if step in (1, 2):
-                        grad[(37 * j + 11 * k + step) % len(grad)] = value
-            twins.step(grads)
-            twins.check()
 
 
 def test_blocks_of_zeros_and_of_one_value() -> None:
