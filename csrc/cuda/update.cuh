@@ -11,6 +11,8 @@
 //       R::update(hyper, kind, g, p, s...)                     the rule, in registers
 //       master[i] = p, param[i] = narrowed(p), state[k][i] = s[k]
 //     the elements that are left over, one in each thread:     update_element()
+//
+// States and masters are fp32. coded_update.cuh has the loop for fewer bits.
 #pragma once
 
 #include <utility>
