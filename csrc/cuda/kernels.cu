@@ -1,6 +1,8 @@
 // The kernels and their launches; with exact.cu, the files that know of grids.
 #include <cstring>
+#include <type_traits>
 
+#include "coded_update.cuh"
 #include "finalize.cuh"
 #include "grid.cuh"
 #include "launch.h"
@@ -57,7 +59,7 @@ FUSEDOPT_DEVICE void write_step_counts(const PlanView& plan, int64_t first, int6
 }
 
 // Step counts are written in the last launch of a step, so that a step that raised has not counted.
-// With 64 registers four blocks are resident.
+// With 64 registers four blocks are resident. Without kCoded all states and masters are fp32.
 template <class R, int n, bool kCoded>
 __global__ void __launch_bounds__(kThreads, 4)
     update_kernel(const __grid_constant__ DeviceStep step) {
@@ -69,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     return;
   }
   write_step_counts<R>(step.plan, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
-  update_chunks<Compiled<R, n, kCoded>>(step);
+  using K = Compiled<R, n>;
+  update_chunks<std::conditional_t<kCoded, CodedWork<K>, Work<K>>>(step);
 }
 
 using UpdateKernel = void (*)(DeviceStep);
