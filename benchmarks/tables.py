@@ -75,6 +75,16 @@ SHARES: tuple[Line, ...] = tuple(
     )
     for pipeline, label in ((OURS, "fusedopt"), ("adamw_fused", FUSED))
 )
+SMALL_STATES: tuple[Line, ...] = (
+    ("adamw-gpt-100M", f"{OURS}_8bit", OURS, "fp32, 8-bit states: 20", "fp32 states: 32"),
+    (
+        "bf16-gpt-100M",
+        f"{BF16}_8bit",
+        BF16,
+        "bf16, remainder, 8-bit states: 16",
+        "fp32 masters: 32",
+    ),
+)
 EXACT: tuple[Line, ...] = tuple(
     (f"adamw-gpt-{params}", OURS, f"{OURS}_exact", f"AdamW, {params} in 148 tensors",
      "`norm_bits=\"exact\"`")
@@ -234,6 +244,9 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         **roofline.TABLES,
     },
     "docs/memory.md": {
+        "small_states": partial(
+            lines, ("100M in 148 tensors", "times faster than"), SMALL_STATES, ratio, "cpu"
+        ),
         "traces": partial(of_machines, fidelity_tables.traces_table, "fidelity"),
         "trainings": partial(of_machines, fidelity_tables.trainings_table, "fidelity"),
         "picture": partial(pictures, "fidelity", "pictures", "Loss added, by bytes a parameter"),
