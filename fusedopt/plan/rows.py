@@ -21,6 +21,7 @@ from .state import (
     MASTER,
     STEP,
     ParamState,
+    Streams,
     check_state,
     complete_all,
     copy_without_gaps,
@@ -94,6 +95,7 @@ def complete_rows(
     for row in served:
         row.copy = copy_without_gaps(row.local)
         own, streams = state.get(row.param, {}), streams_of(row.param, layout[row.group], options)
+        _check_flattened(row, streams)
         if not is_complete(row, own, streams):
             wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
             row.awaits_state = not wanted
@@ -114,6 +116,15 @@ def complete_rows(
             row.set_state([*tensors.values()], master, step, scales, streams.codecs)
             row.first = first_element(row.param)
     return new
+
+
+def _check_flattened(row: Row, streams: Streams) -> None:
+    """FSDP1 cuts every state as it cuts the flat parameter, and scales are no such state."""
+    if getattr(row.param, "_fsdp_flattened", False) and any(c.scaled for c in streams.codecs):
+        raise RuntimeError(
+            f"{row.label}: state_dtype='8bit' is not supported for parameters of FSDP1, which "
+            "could not save the scales; use FSDP2, or 16 bits: `optimizer.state_dtype = 'bf16'`"
+        )
 
 
 def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:

@@ -112,6 +112,7 @@ REFUSALS = {
     "the checkpoint has no … of …": "a flattened load of `torch.distributed.checkpoint`",
     "in the checkpoint depend on": "a flattened load of `torch.distributed.checkpoint`",
     "it had no state for torch.distributed": "a flattened load of `torch.distributed.checkpoint`",
+    "is not supported for parameters of FSDP1": 'state_dtype="8bit"` for parameters of FSDP1',
     "scales of torch.uint8": "codes without their scales",
     "make it whole, on all ranks": "a state on another mesh than its parameter",
 }

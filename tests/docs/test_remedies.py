@@ -213,6 +213,10 @@ def broken_state(s: Training) -> Iterator[str]:
     s.optimizer.step()
     s.optimizer.state[s.param]["exp_avg_log8_scale"] = torch.zeros(2, dtype=torch.uint8)
     yield "scales of torch.uint8"
+    s.start(**small)
+    s.param._fsdp_flattened = True  # type: ignore[attr-defined]
+    s.fails = s.helps = lambda: s.optimizer.init_state()
+    yield "is not supported for parameters of FSDP1"
 
 
 def lost_by_dcp(s: Training) -> Iterator[str]:
