@@ -114,7 +114,8 @@ def complete_rows(
             scales = [own[s.name + SCALE] if s.codec.scaled else None for s in streams.states]
             step = own[STEP] if streams.counts else None
             row.set_state([*tensors.values()], master, step, scales, streams.codecs)
-            row.first = first_element(row.param)
+            if any(codec.dithers for codec in streams.codecs):
+                row.first = first_element(row.param)
     return new
 
 
