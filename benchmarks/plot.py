@@ -130,6 +130,7 @@ PICTURE_OF: dict[str, Callable[[Sequence[Figure]], Drawn]] = {
     "step-time": step_time,
     "ratio-by-model": ratio_by_model,
 }
+AGAINST = "adamw_fused"  # a sweep compares every size with it
 FIDELITY = "fidelity"  # of other rows, where a CSV has them
 
 
@@ -143,7 +144,8 @@ def of_commit(rows: Sequence[Row], commit: str) -> list[Figure]:
         and row["grads"] in ("new", "")
     ]
     known = list(figures(clean).values())
-    swept = [figure for figure in known if in_sweep(figure) and figure["pipeline"] == OURS]
+    ours = [f for f in known if (f["pipeline"], f["reference"]) == (OURS, AGAINST)]
+    swept = [figure for figure in ours if in_sweep(figure)]
     if len({figure["params"] for figure in swept}) < MIN_SIZES:
         return []
     setting = [max(swept, key=lambda f: f["timestamp"])[c] for c in ("machine", "torch", "threads")]

@@ -148,6 +148,10 @@ def _receive(
         else:
             state[name] = value
             fills.append(Missing(state, wish, param, like))
+    filled = {fill.stream.of for fill in fills if fill.param is param}
+    for stream in streams.all:
+        for name in () if stream.of in filled else names_of(stream.of).difference(stream.names):
+            state.pop(name, None)  # scales that came back from torch, of states in fp32
     return state
 
 

@@ -38,11 +38,12 @@ def estimate_memory(
             they ask for.
 
     Returns:
-        Sizes equal to those of ``memory_footprint()`` once every parameter has state and a
-        gradient.
+        Sizes equal to those of ``memory_footprint()`` with a native backend, once every parameter
+        has state and a gradient that lies in memory as it does. A mode that the optimizer would
+        refuse for these parameters is left out.
 
     Raises:
-        ValueError, RuntimeError: as the optimizer.
+        ValueError: as the optimizer.
     """
     groups = _groups(model)
     params = [p for group in groups for p in group["params"]]

@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     params = list(parameters(arguments))
     if not params:
         raise SystemExit(f"{arguments.model} has no parameters that can be trained")
-    options: dict[str, Any] = {"max_grad_norm": 1.0}
+    options: dict[str, Any] = {"max_grad_norm": 1.0}  # whose sweep over the gradients counts
     if arguments.optimizer == "sgd":
         options["momentum"] = arguments.momentum
     estimate = estimate_memory(
@@ -86,9 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(estimate)
         if arguments.budget is not None:
             name = OPTIMIZERS[arguments.optimizer].__name__
-            words = (
-                "" if best is None else "".join(f", {k}={v!r}" for k, v in best.arguments.items())
-            )
+            chosen = {} if best is None else {**options, **best.arguments}
+            words = "".join(f", {k}={v!r}" for k, v in chosen.items())
             print(f"\n{name}(params{words})" if best is not None else "\nnone of these fits")
     return int(arguments.budget is not None and best is None)
 
@@ -112,21 +112,38 @@ def _meta(shape: Any, dtype: torch.dtype, requires_grad: bool = True) -> Tensor:
 
 def of_file(path: Path) -> Iterator[Tensor]:
     """The floating-point tensors of a checkpoint. Reads no values."""
-    if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            (n_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(n_bytes))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in _OF_SAFETENSORS:
-                yield _meta(entry["shape"], _OF_SAFETENSORS[entry["dtype"]])
-        return
+    try:
+        found = _of_safetensors(path) if path.suffix == ".safetensors" else _of_torch(path)
+    except (ValueError, KeyError, OSError, RuntimeError, struct.error, UnpicklingError) as error:
+        raise SystemExit(
+            f"{path} cannot be read as tensors ({type(error).__name__}); give a file of "
+            "safetensors, one of torch.save(model.state_dict()), or module:function that makes "
+            "the model"
+        ) from error
+    return iter(found)
+
+
+def _of_safetensors(path: Path) -> list[Tensor]:
+    with path.open("rb") as file:
+        (n_bytes,) = struct.unpack("<Q", file.read(8))
+        if n_bytes > path.stat().st_size:
+            raise ValueError(n_bytes)
+        header = json.loads(file.read(n_bytes))
+    return [
+        _meta(entry["shape"], _OF_SAFETENSORS[entry["dtype"]])
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in _OF_SAFETENSORS
+    ]
+
+
+def _of_torch(path: Path) -> list[Tensor]:
     state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    for name in ("state_dict", "model_state_dict", "model"):  # of whole checkpoints
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
     tensors = state.values() if isinstance(state, Mapping) else [state]
     distinct = {id(t): t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
-    for tensor in distinct.values():
-        yield _meta(tensor.shape, tensor.dtype)
+    return [_meta(tensor.shape, tensor.dtype) for tensor in distinct.values()]
 
 
 def made_by(name: str) -> Iterator[Tensor]:

@@ -22,6 +22,7 @@ from .modes import untraced
 from .options import NOT_PICKLED, Options
 from .plan.checks import served_params
 from .plan.exchange import REPLICATED, Ranks, Refusal, ranks_of, same_objects
+from .plan.kept import check_masters, check_precision
 from .plan.local import is_dtensor, local_of
 from .plan.options_table import Line
 from .plan.plan import CLIP_COEF, GRAD_NORM, SKIPPED_STEPS, Plan
@@ -30,6 +31,7 @@ from .rules.declaration import Group, Rule
 from .scaler.exchange import ScalerExchange
 
 PLANS_ASIDE = 8
+OF_PRECISION = ("state_dtype", "master_weights", "min_8bit_size")
 
 
 @dataclass
@@ -82,7 +84,12 @@ def _option(name: str) -> property:
     @untraced  # a trace would lose the new value
     def write(self: SharingOptimizer, value: Any) -> None:
         options = self._shared.options.changed(**{name: value})
-        if name in ("master_weights", "norm_group", "min_8bit_size"):
+        if name in OF_PRECISION:
+            names = self._shared.line.state_names
+            check_masters(self.param_groups, options)
+            for group in self.param_groups:
+                check_precision(self.rule, names, options, group)
+        if name in (*OF_PRECISION, "norm_group"):
             self._shared.drop_plans()
         self._shared.options = options
 

@@ -13,11 +13,12 @@ from .checks import served_params
 from .plan import HALF_DTYPES, Kept
 
 STATE_DTYPE = "state_dtype"
+Names = Callable[[Group], tuple[str, ...]]  # of the states of a group's parameters
 
 
 def kept_of(
     rule: Rule,
-    names: Callable[[Group], tuple[str, ...]],
+    names: Names,
     options: Options,
     group: Group,
     error: type[Exception] = RuntimeError,
@@ -57,7 +58,7 @@ def _check_state_dtype(rule: Rule, wish: Any, error: type[Exception]) -> None:
 
 def check_precision(
     rule: Rule,
-    names: Callable[[Group], tuple[str, ...]],
+    names: Names,
     options: Options,
     group: Group,
 ) -> None:

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..codecs import SCALE
+from ..codecs import DITHERED, REMAINDER8, SCALE
 from ..options import Options
 from ..rules.declaration import Group
 from .checks import check_grad, check_memory, check_param, is_of_inference
 from .groups import is_plain_dict
 from .local import first_element
 from .memory import extent, is_dense
-from .plan import Layout, Row
+from .plan import Kept, Layout, Row
 from .state import (
     MASTER,
     STEP,
@@ -95,7 +95,7 @@ def complete_rows(
     for row in served:
         row.copy = copy_without_gaps(row.local)
         own, streams = state.get(row.param, {}), streams_of(row.param, layout[row.group], options)
-        _check_flattened(row, streams)
+        _check_kept(row, layout[row.group], streams)
         if not is_complete(row, own, streams):
             wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
             row.awaits_state = not wanted
@@ -119,12 +119,24 @@ def complete_rows(
     return new
 
 
-def _check_flattened(row: Row, streams: Streams) -> None:
-    """FSDP1 cuts every state as it cuts the flat parameter, and scales are no such state."""
-    if getattr(row.param, "_fsdp_flattened", False) and any(c.scaled for c in streams.codecs):
+def _check_kept(row: Row, kept: Kept, streams: Streams) -> None:
+    """Refuse forms that the parameter, as it is now, cannot have."""
+    dtype, scaled = row.param.dtype, any(codec.scaled for codec in streams.codecs)
+    if scaled and getattr(row.param, "_fsdp_flattened", False):
+        # FSDP1 cuts every state as it cuts the flat parameter, and scales are no such state.
         raise RuntimeError(
             f"{row.label}: state_dtype='8bit' is not supported for parameters of FSDP1, which "
             "could not save the scales; use FSDP2, or 16 bits: `optimizer.state_dtype = 'bf16'`"
+        )
+    if dtype == torch.float16 and (streams.master is REMAINDER8 or streams.param is DITHERED):
+        raise RuntimeError(
+            f"{row.label} is fp16, and its master_weights are a form for bf16 alone; use 16 bits "
+            "beside it: `optimizer.master_weights = 'remainder'`"
+        )
+    if dtype == torch.float64 and any(form is not None for form in kept.forms):
+        raise RuntimeError(
+            f"{row.label} is float64, which keeps its state in float64; say so: "
+            f"`optimizer.param_groups[{row.group}]['state_dtype'] = None`"
         )
 
 

@@ -445,16 +445,10 @@ def _fill(missing: Missing, data: Tensor, scales: Tensor | None) -> None:
             data.zero_()
         return
     part = part_for(param, own[there.name])
-    each: Any = each_scale(own, there)
-    if each is not None and each.shape != param.shape:
-        # torch cuts the scales of a whole tensor as it cuts the codes.
-        whole = torch.empty(param.shape, dtype=torch.uint8, device=dense.device)
-        each = spread(each.full_tensor(), whole)
+    mine = _own_scales(own, there, param, part, dense)
     if there.codec is stream.codec:
-        if each is not None and scales is not None:
-            gather(
-                stream.codec, like(part, dense), like(part_for(param, each), dense), data, scales
-            )
+        if mine is not None and scales is not None:
+            gather(stream.codec, like(part, dense), like(mine, dense), data, scales)
             return
         data.copy_(part)
         if scales is not None:
@@ -464,8 +458,8 @@ def _fill(missing: Missing, data: Tensor, scales: Tensor | None) -> None:
         data.copy_(part)
         return
     half = local_of(param.detach())
-    if each is not None:
-        part = decode_each(there.codec, like(part, dense), like(part_for(param, each), dense))
+    if mine is not None:
+        part = decode_each(there.codec, like(part, dense), like(mine, dense))
     elif there.codec.suffix:
         scales_there = own.get(there.name + SCALE)
         part = decode(there.codec, like(part, dense), scales_there, like(half, dense))
@@ -480,6 +474,24 @@ def _fill(missing: Missing, data: Tensor, scales: Tensor | None) -> None:
         if not isinstance(known, Tensor) or known.numel() != n_scales(dense.numel()):
             known = None
         encode(stream.codec, part, data, scales, known=known)
+
+
+def _own_scales(
+    own: ParamState, there: Stream, param: Tensor, part: Tensor, dense: Tensor
+) -> Tensor | None:
+    """The scale of each element of ``part``, this rank's codes; ``None`` where the blocks of
+    ``part`` are those of ``dense``, or there are no scales."""
+    if not there.codec.scaled:
+        return None
+    each: Any = each_scale(own, there)
+    if each is None:
+        same = strides(part) == strides(dense)  # blocks are runs of memory
+        return None if same else spread(own[there.name + SCALE], part)
+    if each.shape != param.shape:
+        # torch cuts the scales of a whole tensor as it cuts the codes.
+        whole = torch.empty(param.shape, dtype=torch.uint8, device=dense.device)
+        each = spread(each.full_tensor(), whole)
+    return part_for(param, each)
 
 
 def each_scale(own: ParamState, stream: Stream) -> Tensor | None:

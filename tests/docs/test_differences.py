@@ -113,6 +113,8 @@ REFUSALS = {
     "in the checkpoint depend on": "a flattened load of `torch.distributed.checkpoint`",
     "it had no state for torch.distributed": "a flattened load of `torch.distributed.checkpoint`",
     "is not supported for parameters of FSDP1": 'state_dtype="8bit"` for parameters of FSDP1',
+    "a form for bf16 alone": '"dither"` for an fp16 parameter',
+    "keeps its state in float64": "a `state_dtype` for a float64 one",
     "scales of torch.uint8": "codes without their scales",
     "make it whole, on all ranks": "a state on another mesh than its parameter",
 }

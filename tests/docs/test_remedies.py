@@ -213,6 +213,18 @@ def broken_state(s: Training) -> Iterator[str]:
     s.optimizer.step()
     s.optimizer.state[s.param]["exp_avg_log8_scale"] = torch.zeros(2, dtype=torch.uint8)
     yield "scales of torch.uint8"
+    for dtype, words in (
+        (torch.float16, "a form for bf16 alone"),
+        (torch.float64, "keeps its state in float64"),
+    ):
+        s.start(**({"state_dtype": "bf16"} if dtype == torch.float64 else {}))
+        s.optimizer._shared.options = s.optimizer._shared.options.changed(
+            master_weights=None if dtype == torch.float64 else "remainder8"
+        )
+        s.param.grad = None
+        s.param.data = s.param.data.to(dtype)
+        s.fails = s.helps = lambda: s.optimizer.init_state()
+        yield words
     s.start(**small)
     s.param._fsdp_flattened = True  # type: ignore[attr-defined]
     s.fails = s.helps = lambda: s.optimizer.init_state()

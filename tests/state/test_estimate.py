@@ -52,6 +52,23 @@ def test_sizes_are_those_of_the_optimizer(cpu_backend: str, name: str, kind: str
         assert found == {**wanted, "plan": mode.plan, "total": mode.peak - 5}, mode.name
 
 
+def test_gaps_are_staged_with_their_gradients(cpu_backend: str) -> None:
+    param = nn.Parameter(torch.randn(100, 200)[:, :100])
+    (param**2).sum().backward()
+    opt = fusedopt.FusedAdamW([param], backend="cpu")
+    opt.step()
+    (mode,) = fusedopt.estimate_memory([param]).modes[:1]
+    assert opt.memory_footprint()["plan"] == mode.plan + mode.staging
+
+
+def test_modes_that_would_be_refused_are_left_out() -> None:
+    params = [nn.Parameter(torch.ones(9, dtype=dtype)) for dtype in (torch.float64, torch.float32)]
+    assert [mode.arguments for mode in fusedopt.estimate_memory(params).modes] == [{}]
+    with pytest.raises(ValueError, match="some parameters are fp16"):
+        half = nn.Parameter(torch.ones(9, dtype=torch.float16))
+        fusedopt.estimate_memory([half], master_weights="remainder8")
+
+
 def test_what_is_asked_for_comes_first_and_budgets_decide() -> None:
     whole = torch.empty(10_000_000, dtype=torch.bfloat16, device="meta", requires_grad=True)
     estimate = fusedopt.estimate_memory([whole], state_dtype="bf16", budget=145_000_000)
@@ -80,7 +97,7 @@ def test_groups_and_names_are_taken() -> None:
 def test_bad_options_are_refused_as_by_the_optimizer() -> None:
     with pytest.raises(ValueError, match="Invalid state_dtype value: '4bit'"):
         fusedopt.estimate_memory(nn.Linear(2, 2), state_dtype="4bit")
-    with pytest.raises(RuntimeError, match="with amsgrad=True"):
+    with pytest.raises(ValueError, match="with amsgrad=True"):
         fusedopt.estimate_memory(nn.Linear(2, 2), state_dtype="8bit", amsgrad=True)
 
 
@@ -109,7 +126,8 @@ def test_what_is_no_size_is_refused(text: str, capsys: pytest.CaptureFixture[str
 def test_the_table_and_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "--params", "400M", "--dtype", "fp16", "--budget", "5.5G"]) == 0
     text = capsys.readouterr().out
-    assert text.rstrip().endswith("FusedAdamW(params, master_weights='remainder')")
+    line = "FusedAdamW(params, max_grad_norm=1.0, master_weights='remainder')"
+    assert text.rstrip().endswith(line)
     assert main(["memory", "--params", "9B", "--optimizer", "sgd", "--budget", "8G"]) == 1
     assert "none of these fits" in capsys.readouterr().out
 
@@ -142,6 +160,23 @@ def test_files_and_functions(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)[0]["param"] == 2 * 4160
+
+
+@pytest.mark.parametrize("name", ["broken.safetensors", "broken.pt", "module.pt"])
+def test_files_that_hold_no_tensors_are_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(bytes(range(1, 101)))
+    if name == "module.pt":
+        torch.save(nn.Linear(2, 2), path)
+    with pytest.raises(SystemExit, match="cannot be read as tensors"):
+        main(["memory", str(path)])
+
+
+def test_whole_checkpoints_are_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("model", "state_dict", "model_state_dict"):
+        torch.save({key: nn.Linear(64, 64).state_dict(), "epoch": 3}, tmp_path / "c.pt")
+        assert main(["memory", str(tmp_path / "c.pt"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["param"] == 4 * 4160
 
 
 @pytest.mark.parametrize(
