@@ -31,6 +31,9 @@ OF_ADAMW = [
     {"exp_avg_sq": "8bit"},
 ]
 CASES = [*KERNEL_CASES, adamw("tiny_eps", lr=0.02, eps=1e-8), sgd("momentum", lr=0.1, momentum=0.9)]
+# How a stream is stored does not depend on the case: everything with one of each rule and number of
+# states, and a third of it with the others.
+WHOLE = {case.rule + str(case.hyper.get("amsgrad")): case for case in reversed(CASES)}
 BY_NAME = {str(case): case for case in CASES}
 
 
@@ -61,7 +64,7 @@ STRANGE = (1e30, -1e30, 1e-30, -1e-30, 1e-44, 3e38, 0.0, -0.0, math.inf, -math.i
 
 
 @pytest.mark.parametrize("master", ["remainder", "remainder8", "dither", None])
-@parametrize("case", CASES)
+@parametrize("case", [*WHOLE.values()])
 def test_strange_numbers(case: OptimizerCase, master: object) -> None:
     """States that are huge, tiny, denormal, inf and NaN, alone in a block and beside others."""
     lengths = (1, 127, 128, 129, 300, 700)
@@ -86,6 +89,9 @@ MODES = [
     for case in CASES
     for form, master in itertools.product(forms_of(case), MASTERS)
     if form is not None or isinstance(master, str)
+]
+MODES = [
+    mode for k, mode in enumerate(MODES) if any(mode[0] is c for c in WHOLE.values()) or k % 3 == 0
 ]
 
 
