@@ -95,83 +95,97 @@ class Stream {
  public:
   Stream(const Row& row, int number, int64_t begin, float step)
       : data_(static_cast<char*>(row.data[number]) + begin * bytes_of(row.codec(number))),
-        scales_(row.scales[number] ? row.scales[number] + begin / kScaleBlock : nullptr),
         codec_(row.codec(number)),
-        seed_(dither_seed(static_cast<uint32_t>(row.first), step,
-                          static_cast<uint32_t>(number < kStates ? 0 : number - kStates + 1))),
-        begin_(static_cast<uint32_t>(begin)) {}
+        row_(row),
+        number_(number),
+        begin_(begin),
+        step_(step) {}
 
   // param: of a master that is a remainder, else ignored.
   float* load(int64_t n, float* buffer, const Stream& param) const {
-    switch (codec_) {
-      case Codec::kFloat32:
-        return static_cast<float*>(data_);
-      case Codec::kFloat16:
-      case Codec::kBFloat16:
-        widen<Fetch::kNear>(half(), codec_, n, buffer);
-        break;
-      case Codec::kDithered:
-        widen<Fetch::kNear>(half(), Codec::kBFloat16, n, buffer);
-        break;
-      case Codec::kLog8:
-        widen_log8<Log8<true>>(bytes(), scales_, n, buffer);
-        break;
-      case Codec::kLog8Positive:
-        widen_log8<Log8<false>>(bytes(), scales_, n, buffer);
-        break;
-      case Codec::kRemainder16:
-        HalfCodecs::with(param.codec_, [=, &param](auto p) {
-          join16<decltype(p)>(param.half(), static_cast<int16_t*>(data_), n, buffer);
-        });
-        break;
-      case Codec::kRemainder8:
-        join8(param.half(), static_cast<int8_t*>(data_), n, buffer);
-        break;
+    if (codec_ == Codec::kFloat32) return static_cast<float*>(data_);
+    if (codec_ <= Codec::kBFloat16) {
+      widen<Fetch::kNear>(half(), codec_, n, buffer);
+    } else {
+      decode(n, buffer, param);
     }
     return buffer;
   }
 
   // x: the result of this stream's load(), or of another's. A remainder writes the param, too.
   void store(int64_t n, const float* x, const Stream& param) const {
-    switch (codec_) {
-      case Codec::kFloat32:
-        break;  // x is where the data lies
-      case Codec::kFloat16:
-      case Codec::kBFloat16:
-        narrow(x, codec_, n, half());
-        break;
-      case Codec::kDithered:
-        narrow_dithered(x, seed_, begin_, n, half());
-        break;
-      case Codec::kLog8:
-        narrow_log8<Log8<true>>(x, seed_, begin_, n, bytes(), scales_);
-        break;
-      case Codec::kLog8Positive:
-        narrow_log8<Log8<false>>(x, seed_, begin_, n, bytes(), scales_);
-        break;
-      case Codec::kRemainder16:
-        HalfCodecs::with(param.codec_, [=, &param](auto p) {
-          split16<decltype(p)>(x, n, param.half(), static_cast<int16_t*>(data_));
-        });
-        break;
-      case Codec::kRemainder8:
-        split8(x, seed_, begin_, n, param.half(), static_cast<int8_t*>(data_));
-        break;
+    if (codec_ == Codec::kFloat32) return;  // x is where the data lies
+    if (codec_ <= Codec::kBFloat16) {
+      narrow(x, codec_, n, half());
+    } else {
+      encode(n, x, param);
     }
   }
 
   uint16_t* half() const { return static_cast<uint16_t*>(data_); }
-  uint8_t* bytes() const { return static_cast<uint8_t*>(data_); }
   Codec codec() const { return codec_; }
   bool is_remainder() const {
     return codec_ == Codec::kRemainder16 || codec_ == Codec::kRemainder8;
   }
 
  private:
+  // Codecs of states and masters: apart, so that plans without them do not carry their code.
+  __attribute__((noinline)) void decode(int64_t n, float* buffer, const Stream& param) const {
+    switch (codec_) {
+      case Codec::kDithered:
+        widen<Fetch::kNear>(half(), Codec::kBFloat16, n, buffer);
+        break;
+      case Codec::kLog8:
+        widen_log8<Log8<true>>(bytes(), scales(), n, buffer);
+        break;
+      case Codec::kLog8Positive:
+        widen_log8<Log8<false>>(bytes(), scales(), n, buffer);
+        break;
+      case Codec::kRemainder16:
+        HalfCodecs::with(param.codec_, [=, &param](auto p) {
+          join16<decltype(p)>(param.half(), static_cast<int16_t*>(data_), n, buffer);
+        });
+        break;
+      default:  // kRemainder8
+        join8(param.half(), static_cast<int8_t*>(data_), n, buffer);
+    }
+  }
+
+  __attribute__((noinline)) void encode(int64_t n, const float* x, const Stream& param) const {
+    switch (codec_) {
+      case Codec::kDithered:
+        narrow_dithered(x, seed(), at(), n, half());
+        break;
+      case Codec::kLog8:
+        narrow_log8<Log8<true>>(x, seed(), at(), n, bytes(), scales());
+        break;
+      case Codec::kLog8Positive:
+        narrow_log8<Log8<false>>(x, seed(), at(), n, bytes(), scales());
+        break;
+      case Codec::kRemainder16:
+        HalfCodecs::with(param.codec_, [=, &param](auto p) {
+          split16<decltype(p)>(x, n, param.half(), static_cast<int16_t*>(data_));
+        });
+        break;
+      default:  // kRemainder8
+        split8(x, seed(), at(), n, param.half(), static_cast<int8_t*>(data_));
+    }
+  }
+
+  uint8_t* bytes() const { return static_cast<uint8_t*>(data_); }
+  uint8_t* scales() const { return row_.scales[number_] + begin_ / kScaleBlock; }
+  uint32_t at() const { return static_cast<uint32_t>(begin_); }
+  uint32_t seed() const {
+    const int stream = number_ < kStates ? 0 : number_ - kStates + 1;
+    return dither_seed(static_cast<uint32_t>(row_.first), step_, static_cast<uint32_t>(stream));
+  }
+
   void* const data_;
-  uint8_t* const scales_;
   const Codec codec_;
-  const uint32_t seed_, begin_;
+  const Row& row_;
+  const int number_;
+  const int64_t begin_;
+  const float step_;
 };
 
 // For any codecs: streams that are not fp32 go through buffers.
