@@ -9,6 +9,7 @@
   roofline      bytes per parameter from the options, and predicted times
   profile       the share of the optimizer in the examples' training
   memory        peak memory of the first and the second step
+  fidelity      how true AdamW stays with states and masters of fewer bits
   plot          pictures of the rows
   tables        the generated blocks of README and docs, from the rows
   compare       what got slower between two commits or CSVs
@@ -25,7 +26,7 @@ COMMANDS = {
     name: {"list": "listing", "cpu": "cpu_step", "gpu": "gpu.step", "host": "host_time",
            "profile": "profile_training"}.get(name, name)
     for name in ("list", "cpu", "gpu", "host", "distributed", "kernels", "instructions", "roofline",
-                 "profile", "memory", "plot", "tables", "compare")
+                 "profile", "memory", "fidelity", "plot", "tables", "compare")
 }  # fmt: skip
 
 

@@ -67,6 +67,7 @@ _SCALING = ("fusedopt_adamw_amp_scaling", "adamw_fused")
 _ROOF = ("adamw_fused", "stream_huge")  # no step can be further ahead of torch than a stream is
 _ADAMW_MANY = (
     *_ADAMW("adamw_fused", "adamw_foreach", "adamw_deepspeed", "stream_huge", "stream_4k"),
+    *_ADAMW("fusedopt_adamw_exact"),
     *(_SCALING, ("adamw_foreach", "adamw_fused"), ("adamw_deepspeed", "adamw_fused"), _ROOF),
 )
 _ADAMW_ONE = (*_ADAMW("adamw_fused", "stream_huge"), _SCALING, _ROOF)
@@ -75,6 +76,10 @@ _SWEEP = (*_MODEL, *_ADAMW("adamw_deepspeed"))
 _SGD_MODEL = _against("fusedopt_sgd", "sgd_fused", "sgd_foreach")
 _SGD = _SGD_MODEL[:1]
 _BF16 = _against("fusedopt_adamw_bf16", "adamw_bf16_torch_ops")
+_8BIT = _against("fusedopt_adamw_8bit", "fusedopt_adamw")
+_BF16_8BIT = _against("fusedopt_adamw_bf16_8bit", "fusedopt_adamw_bf16")
+_BF16_8BIT_PACKAGES = _against("fusedopt_adamw_bf16_8bit", "bitsandbytes_adamw8bit",
+                               "torchao_adamw8bit")  # fmt: skip
 _BF16_PACKAGES = _against("fusedopt_adamw_bf16", "optimi_adamw", "bitsandbytes_adamw8bit",
                           "torchao_adamw8bit")  # fmt: skip
 
@@ -92,13 +97,13 @@ _CASES: tuple[tuple[str, Pairs], ...] = (
     ("gpt-10M", (*_ADAMW_MANY, *_ADAMW("adamw_optimi", "adamw_torchao"))),
     ("one-10M", _ADAMW_ONE),
     ("gpt-10M", _SGD),
-    ("gpt-10M", (*_BF16, *_BF16_PACKAGES)),
+    ("gpt-10M", (*_BF16, *_BF16_PACKAGES, *_BF16_8BIT, *_BF16_8BIT_PACKAGES)),
     ("gpt-30M", _SWEEP),
     ("resnet50", _MODEL),
     ("resnet50", _SGD_MODEL),
-    ("gpt-100M", _ADAMW_MANY),
+    ("gpt-100M", (*_ADAMW_MANY, *_8BIT)),
     ("gpt-100M", (*_SGD_MODEL, ("sgd_fused", "stream_huge"))),
-    ("gpt-100M", (*_BF16, ("adamw_bf16_torch_ops", "stream_huge"))),
+    ("gpt-100M", (*_BF16, *_BF16_8BIT, ("adamw_bf16_torch_ops", "stream_huge"))),
     ("gpt2-124M", _MODEL),
     ("gpt2-124M", _BF16),
 )

@@ -19,6 +19,7 @@ from typing import Any
 import matplotlib
 import matplotlib.figure
 
+from benchmarks import fidelity_tables
 from benchmarks.registry import base_kinds, gpu_kinds
 from benchmarks.rows import (
     LOCAL,
@@ -129,6 +130,8 @@ PICTURE_OF: dict[str, Callable[[Sequence[Figure]], Drawn]] = {
     "step-time": step_time,
     "ratio-by-model": ratio_by_model,
 }
+AGAINST = "adamw_fused"  # a sweep compares every size with it
+FIDELITY = "fidelity"  # of other rows, where a CSV has them
 
 
 def of_commit(rows: Sequence[Row], commit: str) -> list[Figure]:
@@ -141,7 +144,8 @@ def of_commit(rows: Sequence[Row], commit: str) -> list[Figure]:
         and row["grads"] in ("new", "")
     ]
     known = list(figures(clean).values())
-    swept = [figure for figure in known if in_sweep(figure) and figure["pipeline"] == OURS]
+    ours = [f for f in known if (f["pipeline"], f["reference"]) == (OURS, AGAINST)]
+    swept = [figure for figure in ours if in_sweep(figure)]
     if len({figure["params"] for figure in swept}) < MIN_SIZES:
         return []
     setting = [max(swept, key=lambda f: f["timestamp"])[c] for c in ("machine", "torch", "threads")]
@@ -162,6 +166,13 @@ def read_figures(path: Path, commit: str = "") -> list[Figure]:
     raise SystemExit(f"{path}: no commit has clean rows of {MIN_SIZES} sizes")
 
 
+def read_fidelity(path: Path) -> list[Figure]:
+    """The newest clean figures of trainings with states of fewer bits, of one commit."""
+    own = [row for row in read(path) if row["case"] in fidelity_tables.TRAININGS]
+    clean = sorted((r for r in own if r["dirty"] == "0"), key=lambda r: r["timestamp"])
+    return list(figures(r for r in clean if r["commit"] == clean[-1]["commit"]).values())
+
+
 def caption(known: Sequence[Figure]) -> str:
     first = find(known, pipeline=OURS) or known[0]
     on_gpu, runs = first["figure"] != "step", max(len(figure.rows) for figure in known)
@@ -173,10 +184,13 @@ def caption(known: Sequence[Figure]) -> str:
 
 def draw(name: str, known: Sequence[Figure], path: Path) -> str:
     """The picture as PNG; its checksum."""
+    drawn, told = PICTURE_OF.get(name, fidelity_tables.picture), caption
+    if name == FIDELITY:
+        told = fidelity_tables.caption
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
-        figure, numbers = PICTURE_OF[name](known)
-        figure.supxlabel(caption(known), fontsize=7.5, color="#555555")
-        said = json.dumps([numbers, caption(known)], sort_keys=True)
+        figure, numbers = drawn(known)
+        figure.supxlabel(told(known), fontsize=7.5, color="#555555")
+        said = json.dumps([numbers, told(known)], sort_keys=True)
         digest = hashlib.sha256(said.encode()).hexdigest()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={CHECKSUM: digest})
@@ -192,9 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where.add_argument("--record", action="store_const", dest="out", const=PICTURES,
                        help="draw those of the documents, in docs/pictures")  # fmt: skip
     options = args.parse_args(arguments)
-    known = read_figures(options.rows, options.commit)
-    for name in PICTURE_OF:
+    known = dict.fromkeys(PICTURE_OF, read_figures(options.rows, options.commit))
+    if trainings := read_fidelity(options.rows):
+        known[FIDELITY] = trainings
+    for name, own in known.items():
         path = options.out / f"{options.rows.stem}-{name}.png"
-        draw(name, known, path)
+        draw(name, own, path)
         print(path)
     return 0

@@ -75,16 +75,29 @@ def ours(name: str, backend: str | None, **options: Any) -> Build:
 def _ours_on(backend: str | None, suffix: str) -> dict[str, Kind]:
     adamw = ours("FusedAdamW", backend, **ADAMW)
     by_torch = ours("FusedAdamW", backend, amp_scaling=True, **ADAMW)
+    exact = ours("FusedAdamW", backend, norm_bits="exact", **ADAMW)
     sgd = ours("FusedSGD", backend, decoupled_weight_decay=False, **SGD)
+    codes = ours("FusedAdamW", backend, state_dtype="8bit", **ADAMW)
+    beside = {"state_dtype": "8bit", "master_weights": "remainder"}
+    beside_8bit = ours("FusedAdamW", backend, **beside, **ADAMW)
     label, half = f"fusedopt{TITLES[suffix]}", _bytes(params="fp16")
+    of_beside = _bytes(params="bf16", state_dtype="8bit", masters="remainder")
+    named_beside = f"{label}, remainder, 8-bit states"
     under = f"{label}, torch's scaler, amp_scaling=True"
     half_by_torch = _bytes(params="fp16", scaler="torch")
     kinds = {
         "fusedopt_adamw": Kind(label, _bytes(), adamw),
         "fusedopt_adamw_amp_scaling": Kind(under, _bytes(scaler="torch"), by_torch),
+        "fusedopt_adamw_exact": Kind(f"{label}, norm_bits='exact'", _bytes(), exact),
         "fusedopt_adamw_fp16": Kind(label, half, adamw, dtypes=(FP16,)),
         "fusedopt_adamw_fp16_amp_scaling": Kind(under, half_by_torch, by_torch, dtypes=(FP16,)),
         "fusedopt_adamw_bf16": Kind(label, half, adamw, dtypes=(BF16,)),
+        "fusedopt_adamw_8bit": Kind(
+            f"{label}, 8-bit states", _bytes(state_dtype="8bit"), codes, allowed=BY_SMALL_STATES
+        ),
+        "fusedopt_adamw_bf16_8bit": Kind(
+            named_beside, of_beside, beside_8bit, dtypes=(BF16,), allowed=BY_SMALL_STATES
+        ),
         "fusedopt_sgd": Kind(label, _bytes(optimizer="sgd-momentum"), sgd),
     }
     return {name + suffix: kind for name, kind in kinds.items()}
@@ -92,9 +105,12 @@ def _ours_on(backend: str | None, suffix: str) -> dict[str, Kind]:
 
 def _bytes(
     pipeline: str = "fusedopt", *, optimizer: str = "adamw", params: str = "fp32",
-    scaler: str = "ours",
-) -> int:  # fmt: skip
-    return traffic(Options(optimizer, params, clip=True, scaler=scaler), pipeline).total
+    scaler: str = "ours", masters: bool | str = True, state_dtype: str = "",
+) -> float:  # fmt: skip
+    options = Options(
+        optimizer, params, masters=masters, clip=True, scaler=scaler, state_dtype=state_dtype
+    )
+    return traffic(options, pipeline).total
 
 
 def _torch(compiler: str) -> dict[str, Kind]:

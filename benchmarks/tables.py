@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from benchmarks import roofline
+from benchmarks import fidelity_tables, roofline
 from benchmarks.plot import PICTURES
 from benchmarks.rows import (
     RESULTS,
@@ -75,6 +75,21 @@ SHARES: tuple[Line, ...] = tuple(
     )
     for pipeline, label in ((OURS, "fusedopt"), ("adamw_fused", FUSED))
 )
+SMALL_STATES: tuple[Line, ...] = (
+    ("adamw-gpt-100M", f"{OURS}_8bit", OURS, "fp32, 8-bit states: 20", "fp32 states: 32"),
+    (
+        "bf16-gpt-100M",
+        f"{BF16}_8bit",
+        BF16,
+        "bf16, remainder, 8-bit states: 16",
+        "fp32 masters: 32",
+    ),
+)
+EXACT: tuple[Line, ...] = tuple(
+    (f"adamw-gpt-{params}", OURS, f"{OURS}_exact", f"AdamW, {params} in 148 tensors",
+     "`norm_bits=\"exact\"`")
+    for params in ("100M", "10M", "1M")
+)  # fmt: skip
 KERNELS: tuple[Line, ...] = tuple(
     (f"kernel-2^{size} kept", f"fusedopt_cpu:{kernel}", "stream_huge", "" if n else label,
      f"2^{size}")
@@ -173,6 +188,15 @@ def wide_table(columns: Sequence[str], command: str) -> str:
     return "\n\n".join(found) or NO_ROW.format(command)
 
 
+def of_machines(table: Callable[[Sequence[Figure]], str], command: str) -> str:
+    """A table for each machine that has rows of it."""
+    found = []
+    for machine, known in by_machine().items():
+        if text := table(known):
+            found.append(f"**{machine}**\n\n{text}")
+    return "\n\n".join(found) or NO_ROW.format(command)
+
+
 def ratio(figure: Figure) -> str:
     return shown(figure.ratio(), "x")
 
@@ -206,6 +230,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
             lines, ("100M in 148 tensors", "pipeline"), OVER_PREDICTED, over_predicted, "cpu"
         ),
         "shares": partial(lines, ("AdamW, fp32", "pipeline"), SHARES, ratio, "cpu"),
+        "exact": partial(lines, ("parameters", "how many times longer"), EXACT, ratio, "cpu"),
         "kernels": partial(lines, ("kernel", "elements"), KERNELS, ratio, "kernels"),
         "picture": partial(pictures, "ratio-by-model", "pictures", "Times faster, by case"),
         "ranks": partial(lines, RANKS_HEADER, RANKS, time_and_ratio, "distributed", figure="step"),
@@ -217,6 +242,14 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
             lines, ("300 DTensors", "step"), HOST, ratio, "distributed", figure="step"
         ),
         **roofline.TABLES,
+    },
+    "docs/memory.md": {
+        "small_states": partial(
+            lines, ("100M in 148 tensors", "times faster than"), SMALL_STATES, ratio, "cpu"
+        ),
+        "traces": partial(of_machines, fidelity_tables.traces_table, "fidelity"),
+        "trainings": partial(of_machines, fidelity_tables.trainings_table, "fidelity"),
+        "picture": partial(pictures, "fidelity", "pictures", "Loss added, by bytes a parameter"),
     },
     "docs/training.md": {
         "profile": partial(wide_table, PROFILE, "profile"),

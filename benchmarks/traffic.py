@@ -22,10 +22,12 @@ SCALERS = ("none", "ours", "torch")
 
 class Array(NamedTuple):
     name: str  # grad, param, or as in the optimizer's state
-    itemsize: int
+    itemsize: float  # bytes; of 8 bits with their share of a scale
 
 
 MASTER = Array("master_param", 4)
+STATE_SIZES = {"": 4, "bf16": 2, "8bit": 1 + 1 / 128}  # by state_dtype
+REMAINDERS = {"remainder": 2, "remainder8": 1}  # by master_weights
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,19 @@ class Options:
     optimizer: str = "adamw"
     params: str = "fp32"
     grads: str = ""  # as params
-    masters: bool = True  # where params are half
+    masters: bool | str = True  # where params are half; or as master_weights
     clip: bool = False  # or anything else that wants the norm
     scaler: str = "none"
+    state_dtype: str = ""  # of ours
 
     @property
     def has_master(self) -> bool:
-        return self.masters and self.params != "fp32"
+        return bool(self.masters) and self.masters != "dither" and self.params != "fp32"
+
+    @property
+    def remainder(self) -> Array | None:
+        size = REMAINDERS.get(str(self.masters))
+        return Array("master_remainder", size) if size and self.has_master else None
 
     @property
     def param(self) -> Array:
@@ -51,7 +59,7 @@ class Options:
     def grad(self) -> Array:
         return Array("grad", ITEMSIZE[self.grads or self.params])
 
-    def states(self, itemsize: int = 4) -> tuple[Array, ...]:
+    def states(self, itemsize: float = 4) -> tuple[Array, ...]:
         return tuple(Array(name, itemsize) for name in STATES[self.optimizer])
 
 
@@ -67,11 +75,11 @@ class Sweep(NamedTuple):
     looks: tuple[Array, ...] = ()
 
     @property
-    def floor(self) -> int:
+    def floor(self) -> float:
         return sum(array.itemsize for array in (*self.reads, *self.writes))
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         return self.floor + sum(array.itemsize for array in self.looks)
 
 
@@ -81,16 +89,16 @@ class Traffic(NamedTuple):
     sweeps: tuple[Sweep, ...]
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         return sum(sweep.total for sweep in self.sweeps)
 
     @property
-    def floor(self) -> int:
+    def floor(self) -> float:
         return sum(sweep.floor for sweep in self.sweeps)
 
-    def parts(self) -> dict[str, int]:
+    def parts(self) -> dict[str, float]:
         """Bytes by the names of the sweeps, in order."""
-        found: dict[str, int] = {}
+        found: dict[str, float] = {}
         for sweep in self.sweeps:
             found[sweep.name] = found.get(sweep.name, 0) + sweep.total
         return found
@@ -108,10 +116,12 @@ def _fusedopt(o: Options) -> list[Sweep]:
         sweeps.append(Sweep("unscale", (o.grad,), (o.grad,)))
     if o.clip or o.scaler == "ours":
         sweeps.append(Sweep("reduce", (o.grad,)))
-    if o.has_master:
-        kept = (MASTER, *o.states())
+    states = o.states(STATE_SIZES[o.state_dtype])
+    if o.has_master and o.remainder is None:
+        kept = (MASTER, *states)
         return [*sweeps, Sweep("update", (o.grad, *kept), (*kept, o.param), looks=(o.param,))]
-    kept = (o.param, *o.states())
+    beside = () if o.remainder is None else (o.remainder,)
+    kept = (o.param, *beside, *states)
     return [*sweeps, Sweep("update", (o.grad, *kept), kept)]
 
 
@@ -165,7 +175,8 @@ PIPELINES: dict[str, Callable[[Options], list[Sweep]]] = {
 }
 
 
-def memory_per_param(o: Options) -> int:
+def memory_per_param(o: Options) -> float:
     """Bytes that live through the step: param, gradient, master and states of ours."""
-    master = (MASTER,) if o.has_master else ()
-    return sum(array.itemsize for array in (o.param, o.grad, *master, *o.states()))
+    master = (o.remainder or MASTER,) if o.has_master else ()
+    states = o.states(STATE_SIZES[o.state_dtype])
+    return sum(array.itemsize for array in (o.param, o.grad, *master, *states))

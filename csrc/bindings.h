@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "check.h"
 #include "records.h"
@@ -116,8 +117,17 @@ inline void describe(py::module_& m) {
   m.attr("STREAMS") = kStreams;
   m.attr("CODEC_BITS") = kCodecBits;
   m.attr("OPTIONS_BYTES") = kOptionsBytes;
-  m.attr("FLOAT32") = static_cast<int>(Codec::kFloat32);
-  HalfCodecs::for_each([&](auto half) { m.attr(half.kName) = static_cast<int>(half.kCodec); });
+  m.attr("SCALE_BLOCK") = kScaleBlock;
+  for (auto [name, codec] : {std::pair("FLOAT32", Codec::kFloat32),
+                             {"FLOAT16", Codec::kFloat16},
+                             {"BFLOAT16", Codec::kBFloat16},
+                             {"DITHERED", Codec::kDithered},
+                             {"LOG8", Codec::kLog8},
+                             {"LOG8_POSITIVE", Codec::kLog8Positive},
+                             {"REMAINDER16", Codec::kRemainder16},
+                             {"REMAINDER8", Codec::kRemainder8}}) {
+    m.attr(name) = static_cast<int>(codec);
+  }
   m.attr("NORM_IS_TWO") = static_cast<uint64_t>(StepRecord::kNormIsTwo);
   m.attr("MEASURED") = static_cast<uint64_t>(StepRecord::kMeasured);
   m.attr("SKIP_NONFINITE") = static_cast<uint64_t>(StepRecord::kSkipNonfinite);

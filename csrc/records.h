@@ -21,19 +21,21 @@ constexpr int kStreams = kStates + kMaxStates;
 constexpr int kCodecBits = 4;  // of one stream in Row::codecs
 
 // One tensor; changes only when the plan is rebuilt or bound to other memory. A stream is its data,
-// the codec of its elements and, if the codec needs one, a table of scales. Without a master the
-// param takes its place. Kernels for fp32 read the first half of the record only.
+// the codec of its elements and, for a log8 state, a scale for each block of kScaleBlock elements.
+// Without a master the param takes its place. Kernels for fp32 read the first half of the record
+// only.
 struct Row {
   void* data[kStreams];  // dense, in memory order; null: there is no such stream
   float* step;           // applied steps; null: the rule does not count (SGD without momentum)
   int64_t numel;
-  int32_t group;                  // line in the options table
-  uint32_t codecs;                // kCodecBits a stream, the param's lowest; zero: all are fp32
-  const float* scales[kStreams];  // for codecs that have them
-  int64_t uncounted;              // 1: another rank counts this tensor's gradient in the norm
-  int64_t reserved[2];
+  int32_t group;              // line in the options table
+  uint32_t codecs;            // kCodecBits a stream, the param's lowest; zero: all are fp32
+  uint8_t* scales[kStreams];  // null: the codec has none
+  int64_t uncounted;          // 1: another rank counts this tensor's gradient in the norm
+  int64_t first;              // place of a shard's first element in the whole tensor, for dithers
+  int64_t reserved;
 
-  FUSEDOPT_FIELDS(data, step, numel, group, codecs, scales, uncounted, reserved)
+  FUSEDOPT_FIELDS(data, step, numel, group, codecs, scales, uncounted, first, reserved)
 
   FUSEDOPT_MEMBER float* as_float(int stream) const { return static_cast<float*>(data[stream]); }
   FUSEDOPT_MEMBER Codec codec(int stream) const {
@@ -41,6 +43,7 @@ struct Row {
   }
 };
 static_assert(sizeof(Row) == 128, "two cache lines");
+static_assert(kChunk % kScaleBlock == 0, "a chunk has whole blocks");
 
 // The gradient of a row; refreshed before every step.
 struct Grad {

@@ -9,10 +9,13 @@ import torch as _torch  # noqa: F401  first: the native module then shares torch
 
 from .adamw import FusedAdamW
 from .backends.registry import FusedOptFallbackWarning
+from .estimate import estimate_memory
+from .export import to_torch
 from .lion import FusedLion
 from .param_groups import param_groups
 from .scaler.grad_scaler import GradScaler, fuse_scaler
 from .sgd import FusedSGD
+from .sizes import MemoryEstimate
 
 __version__ = "0.1.0"
 
@@ -22,7 +25,10 @@ __all__ = [
     "FusedOptFallbackWarning",
     "FusedSGD",
     "GradScaler",
+    "MemoryEstimate",
     "__version__",
+    "estimate_memory",
     "fuse_scaler",
     "param_groups",
+    "to_torch",
 ]

@@ -1,4 +1,7 @@
-"""`python -m fusedopt [--json]`: the environment report, for a bug report."""
+"""`python -m fusedopt [--json]`: the environment report, for a bug report.
+
+`python -m fusedopt memory`: what training takes with each precision of state.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 
 import fusedopt
-from fusedopt import installation
+from fusedopt import installation, memory_report
 from fusedopt.backends import registry as backends
 
 MAPS = Path("/proc/self/maps")
@@ -142,7 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
     about = "Environment report. Exits with 1 where something is broken."
     parser = argparse.ArgumentParser(prog="python -m fusedopt", description=about)
     parser.add_argument("--json", action="store_true", help="for programs")
+    commands = parser.add_subparsers(title="other commands", dest="command")
+    what = "what training takes with each precision of state; exits with 1 where nothing fits"
+    memory_report.add_arguments(commands.add_parser("memory", help=what, description=what))
     options = parser.parse_args(arguments)
+    if options.command == "memory":
+        return memory_report.run(options)
     report = collect()
     found = list(problems(report))
     report["warnings"] = [text for text, _ in found]

@@ -42,6 +42,8 @@ class FusedAdamW(FusedOptimizer):
         max_grad_value: clamp each unscaled gradient element to ``[-max_grad_value,
             max_grad_value]``, after clipping by norm.
         master_weights: None or True: keep fp32 masters of fp16/bf16 parameters; False: none.
+            "remainder": the master is the parameter and 16 bits beside it. For bf16 alone:
+            "remainder8": 8 bits beside it; "dither": no master, the parameter is dithered.
         skip_nonfinite: without a GradScaler, skip a step whose gradients are not all finite. If
             False, they propagate as in torch. With a scaler such a step is always skipped.
         amp_scaling: False: let a GradScaler treat this like a stock optimizer (it unscales first),
@@ -54,6 +56,10 @@ class FusedAdamW(FusedOptimizer):
         norm_bits: "exact": the sum of squares is that of all elements, rounded once, so the norm
             has the same bits however tensors are sharded. None: the sum of fp32 sums over chunks of
             8,192 elements, which is faster. Changes nothing with ``norm_type=inf``.
+        state_dtype: how states are kept: None for fp32, "bf16" (2 bytes, dithered), "8bit" (about 1
+            byte, blocks of 128), or a dict of these by the names of states. A param group may have
+            its own (docs/memory.md).
+        min_8bit_size: a parameter with fewer elements keeps fp32 where "8bit" is asked for.
 
     Raises:
         ValueError: an argument is out of range; the message names it, its value and the remedy.
@@ -82,11 +88,13 @@ class FusedAdamW(FusedOptimizer):
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         max_grad_value: float | None = None,
-        master_weights: bool | None = None,
+        master_weights: bool | str | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool | None = None,
         backend: str | None = None,
         norm_group: Any = None,
         norm_bits: str | None = None,
+        state_dtype: str | dict[str, str | None] | None = None,
+        min_8bit_size: int = 4096,
     ) -> None:
         super().__init__(params, locals())

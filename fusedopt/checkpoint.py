@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,29 +14,37 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .codecs import SCALE
 from .loadable import Wanted, check, without_gaps
 from .modes import durable
 from .options import OPTION_NAMES
 from .plan.checks import check_param
 from .plan.exchange import REPLICATED
+from .plan.kept import STATE_DTYPE
 from .plan.local import is_dtensor, local_of, part_for, same_sharding, wrapped
-from .plan.memory import unfilled_state
-from .plan.plan import copy_all
+from .plan.plan import Kept, copy_all
 from .plan.state import (
     MASTER,
     STEP,
+    Missing,
     ParamState,
+    Stream,
     as_ours,
+    cut_anywhere,
     dense_like,
+    each_scale,
+    fill_in,
     fits,
+    names_of,
+    plain_codec,
     step_tensor,
-    wanted_names,
+    stored,
+    streams_of,
 )
 from .rules.declaration import Group
 from .shared import SharingOptimizer
 
 Write = tuple[Tensor, Tensor]  # a tensor of the optimizer, and the tensor that is copied to it
-Fill = tuple[ParamState, str, Tensor, Tensor]  # a state, its name, param, the wanted layout
 OF_TORCH = "torch.distributed.checkpoint.state_dict"
 
 
@@ -50,7 +57,7 @@ def load(optimizer: SharingOptimizer, state_dict: dict[str, Any]) -> None:
             state_dict = dict(replaced)
     groups = [_hyper_parameters(group) for group in state_dict["param_groups"]]
     for own, group in zip(optimizer.param_groups, groups, strict=False):
-        group.update({name: own[name] for name in (REPLICATED,) if name in own})
+        group.update({name: own[name] for name in (REPLICATED, STATE_DTYPE) if name in own})
     state_dict["param_groups"] = groups
     wanted = check(optimizer, groups, state_dict)
     optimizer._check_loaded_groups(groups)
@@ -71,7 +78,7 @@ def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wa
     """Copy a checked checkpoint; nothing is changed until all memory has been allocated."""
     state: dict[Any, Any] = {}
     writes: list[Write] = []
-    fills: list[Fill] = []
+    fills: list[Missing] = []
     for key, value in state_dict["state"].items():
         if key in wanted:
             state[wanted[key][0]] = _receive(optimizer, *wanted[key], value, writes, fills)
@@ -79,12 +86,8 @@ def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wa
             state[key] = copy.deepcopy(value)
     # Ranks that exchange parts have to meet at each: their dicts may be in different orders.
     place = {param: number for number, (param, _) in enumerate(wanted.values())}
-    fills.sort(key=lambda fill: (place[fill[2]], fill[1]))
-    with unfilled_state([like for *_, like in fills]) as new:
-        for (own, name, param, _), tensor in zip(fills, new, strict=True):
-            tensor.copy_(part_for(param, own[name]))  # one at a time: a part may be a copy
-    for (own, name, param, _), tensor in zip(fills, new, strict=True):
-        own[name] = wrapped(tensor, param)
+    fills.sort(key=lambda fill: (place[fill.param], fill.stream.name))
+    fill_in(fills)
     names = _names_given(optimizer)
     # torch would cast state to the parameter's dtype, so torch loads the groups only.
     _load_without_hooks(optimizer, {**state_dict, "state": {}})
@@ -96,10 +99,10 @@ def _copy_in(optimizer: SharingOptimizer, state_dict: dict[str, Any], wanted: Wa
 def _receive(
     optimizer: SharingOptimizer,
     param: Tensor,
-    names: Sequence[str],
+    kept: Kept,
     saved: ParamState,
     writes: list[Write],
-    fills: list[Fill],
+    fills: list[Missing],
 ) -> ParamState:
     """Make the state of ``param`` from ``saved``; the two share no memory.
 
@@ -109,28 +112,46 @@ def _receive(
     Accepts what ``torch.optim`` saves: states in the parameter's dtype, ``step`` as a number or in
     any dtype, a ``momentum_buffer`` that is None or comes without ``step``.
     """
-    own = as_ours(without_gaps(saved), names)
+    own = as_ours(without_gaps(saved), kept.names)
     if is_lazy(param) or not _can_be_updated(param):
         return copy.deepcopy(own)  # the step converts it, once the parameter can be updated
     like = dense_like(param)
-    if MASTER not in wanted_names(param, names, optimizer._shared.options.master_weights):
-        own.pop(MASTER, None)  # this parameter keeps no master
+    streams = streams_of(param, kept, optimizer._shared.options)
+    if streams.master is None:  # this parameter keeps no master
+        own = {name: value for name, value in own.items() if name not in names_of(MASTER)}
+    wanted = {stream.of: stream for stream in streams.all}
+    own = cut_anywhere(own, param)
+    there = stored(own, kept.names)
+    scales = {stream.name + SCALE for stream in there.values() if stream.codec.scaled}
+    blocks = {s.name + SCALE for s in there.values() if each_scale(own, s) is None}
     state: ParamState = {}
     for name, value in own.items():
-        if name == STEP and names:
+        stream = there.get(name) or Stream(name, plain_codec(param))
+        wish = wanted.get(stream.of, stream)
+        is_number = name in there or (isinstance(value, Tensor) and value.is_floating_point())
+        if name == STEP and streams.counts:
             state[name] = step_tensor(value, param)
         elif not isinstance(value, Tensor):
             state[name] = copy.deepcopy(value)
-        elif value.shape != param.shape or not value.is_floating_point():
+        elif name in scales and name not in blocks:
+            state[name] = value  # of each element: what it belongs to is filled in from both
+        elif name in scales or value.shape != param.shape or not is_number:
             state[name] = value.detach().clone().to(param.device)
-        elif value is _own(optimizer, param, name) and _is_alone(value, param, like):
+        elif stream.codec.scaled and stream.name + SCALE not in blocks:
             state[name] = value
-        elif _is_here(param, value) and _is_reusable(optimizer, param, name, like):
+            fills.append(Missing(state, wish, param, like))
+        elif value is _own(optimizer, param, name) and _is_alone(value, param, like, wish):
+            state[name] = value
+        elif _is_here(param, value) and _is_reusable(optimizer, param, like, stream, wish):
             state[name] = optimizer.state[param][name]
             writes.append((local_of(state[name]), part_for(param, value)))
         else:
             state[name] = value
-            fills.append((state, name, param, like))
+            fills.append(Missing(state, wish, param, like))
+    filled = {fill.stream.of for fill in fills if fill.param is param}
+    for stream in streams.all:
+        for name in () if stream.of in filled else names_of(stream.of).difference(stream.names):
+            state.pop(name, None)  # scales that came back from torch, of states in fp32
     return state
 
 
@@ -153,9 +174,9 @@ def _can_be_updated(param: Tensor) -> bool:
     return True
 
 
-def _is_alone(tensor: Tensor, param: Tensor, like: Tensor) -> bool:
-    """Whether it is state of ``param``, in memory that torch allocated for it alone."""
-    if not fits(tensor, param, like) or type(local_of(tensor)) is not Tensor:
+def _is_alone(tensor: Tensor, param: Tensor, like: Tensor, stream: Stream) -> bool:
+    """Whether it is a stream of ``param``, in memory that torch allocated for it alone."""
+    if not fits(tensor, param, like, stream.codec.dtype) or type(local_of(tensor)) is not Tensor:
         return False
     local = local_of(tensor)
     storage = local.untyped_storage()
@@ -164,10 +185,16 @@ def _is_alone(tensor: Tensor, param: Tensor, like: Tensor) -> bool:
     return whole and not local.is_inference() and not tensor.requires_grad
 
 
-def _is_reusable(optimizer: SharingOptimizer, param: Tensor, name: str, like: Tensor) -> bool:
+def _is_reusable(
+    optimizer: SharingOptimizer, param: Tensor, like: Tensor, stream: Stream, wish: Stream
+) -> bool:
     """Whether the optimizer has such a tensor, and nobody else refers to it."""
+    name = wish.name
     tensor = _own(optimizer, param, name)
-    if tensor is None or not _is_alone(tensor, param, like):
+    both_plain = not (stream.codec.suffix or wish.codec.suffix or wish.codec.dithers)
+    if stream != wish and not both_plain:
+        return False
+    if tensor is None or not _is_alone(tensor, param, like, wish):
         return False
     del tensor  # this reference would count as an owner
     nobody_else = SimpleNamespace(state={param: {name: wrapped(torch.empty(1), param)}})

@@ -11,12 +11,14 @@ from torch.nn.parameter import is_lazy
 from .options import literal
 from .plan.checks import is_served
 from .plan.groups import check_group, refuse_differentiable
+from .plan.kept import kept_of
+from .plan.plan import Kept
 from .plan.rows import label_of
 from .plan.state import MASTER, STEP, ParamState, as_ours, check_state
 from .rules.declaration import OF_SOME_RULE, Group
 from .shared import SharingOptimizer
 
-Wanted = dict[Any, tuple[Tensor, tuple[str, ...]]]  # by a checkpoint's key: parameter, state names
+Wanted = dict[Any, tuple[Tensor, Kept]]  # by a checkpoint's key: parameter, its states
 
 
 def check(optimizer: SharingOptimizer, groups: list[Group], state_dict: dict[str, Any]) -> Wanted:
@@ -29,7 +31,10 @@ def check(optimizer: SharingOptimizer, groups: list[Group], state_dict: dict[str
         return wanted  # torch's load_state_dict refuses it
     _check_keys(state_dict)
     for g, (own, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        names = optimizer._shared.line.state_names({**optimizer.defaults, **saved})
+        options, names_of_group = optimizer._shared.options, optimizer._shared.line.state_names
+        whole = {**optimizer.defaults, **saved}
+        kept = kept_of(optimizer.rule, names_of_group, options, whole)
+        names = kept.names
         for i, (param, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
             if key in state_dict["state"]:
                 label = label_of(own, g, i, optimizer._shared.names)
@@ -45,7 +50,7 @@ def check(optimizer: SharingOptimizer, groups: list[Group], state_dict: dict[str
                     turned_on = {n: saved[n] for n in _turned_on(optimizer, own, saved)}
                     _check_taken(label, (g, key), found, names, turned_on)
                 _check_saved(label, key, param, found, names, saved)
-                wanted[key] = (param, names)
+                wanted[key] = (param, kept)
     return wanted
 
 

@@ -31,13 +31,15 @@ from .plan.groups import (
     take_out_options,
     torch_defaults,
 )
+from .plan.kept import check_masters, check_precision, kept_of
 from .plan.options_table import Line, pack
-from .plan.plan import N_STEP_SCALARS, Plan, StepInputs
+from .plan.plan import N_STEP_SCALARS, Layout, Plan, StepInputs
 from .plan.rows import checked_rows, complete_rows, label_of
 from .plan.shards import has_fsdp1_shards, made_by_zero, refuse_own_norm
 from .rules.declaration import Group
 from .scaler.attributes import ours
 from .shared import Shared
+from .sizes import advice
 
 # Attempts to build a plan: another thread may change gradients and states meanwhile.
 BUILDS = 8
@@ -64,6 +66,7 @@ class FusedOptimizer(AgreeingOptimizer):
             scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device="cpu")
         self._shared = Shared(options, scalars, Line(self.rule), made_by_zero=made_by_zero())
         super().__init__(params, defaults)
+        check_masters(self.param_groups, options)
         prepare(options.backend, list(served_params(self.param_groups)))
 
     # ---- the step -------------------------------------------------------------------------------
@@ -206,7 +209,7 @@ class FusedOptimizer(AgreeingOptimizer):
 
     def _current_plan(self, inputs: StepInputs) -> Plan:
         shared = self._shared
-        layout = list(map(shared.line.state_names, inputs.groups))
+        layout = self._layout(inputs.groups)
         former = shared.plan
         if former is not None and former.layout == layout:
             inputs.held = former.refresh(inputs.groups, self.state)
@@ -230,10 +233,15 @@ class FusedOptimizer(AgreeingOptimizer):
                 return plan
         raise RuntimeError("parameters or gradients changed while step() was preparing")
 
+    def _layout(self, groups: list[Group]) -> Layout:
+        shared = self._shared
+        names, options = shared.line.state_names, shared.options
+        return [kept_of(self.rule, names, options, group) for group in groups]
+
     def _build_plan(self, groups: list[Group], state: dict[Tensor, Any], every_param: bool) -> Plan:
         """Make a plan for copies of the optimizer's groups and state; create missing state."""
         shared, options = self._shared, self._shared.options
-        layout = list(map(shared.line.state_names, groups))
+        layout = self._layout(groups)
         rows = checked_rows(groups, state, layout, shared.names)
         ranks = ranks_of(groups, options, shared.names)
         for index in uncounted(ranks):
@@ -244,7 +252,10 @@ class FusedOptimizer(AgreeingOptimizer):
             backend = choose(options.backend, [row.param for row in rows if row.served])
             # Moved here, too: the first step may run under graph capture.
             shared.scalars = shared.scalars.to(self._flag_device(shared.scalars.device))
-            new = complete_rows(rows, state, layout, options.master_weights, every_param)
+            try:
+                new = complete_rows(rows, state, layout, options, every_param)
+            except RuntimeError as error:
+                raise self._with_advice(error, groups) from error
             self.state.update({param: dict(own) for param, own in new.items()})
             wanted = (backend.name, layout)
             if plan is None or (plan.backend, plan.layout) != wanted or not plan.rebind(rows):
@@ -261,6 +272,15 @@ class FusedOptimizer(AgreeingOptimizer):
             plan.look_at(groups, state)
         shared.take_up(plan)
         return plan
+
+    def _with_advice(self, error: RuntimeError, groups: list[Group]) -> RuntimeError:
+        """If memory has run out, the same error with what would take less."""
+        text = str(error)
+        of_cpu = "not enough memory" in text or "can't allocate memory" in text
+        if not of_cpu and not isinstance(error, torch.OutOfMemoryError):
+            return error
+        added = advice(type(self).__name__, self.rule, groups, self._shared.options)
+        return type(error)(f"{text}; {added}")
 
     @untraced
     def init_state(self) -> None:
@@ -302,7 +322,9 @@ class FusedOptimizer(AgreeingOptimizer):
             for i, p in enumerate(self.param_groups[index]["params"]):
                 if is_served(p):
                     check_param(label_of(self.param_groups[index], index, i, {}), p)
-        except TypeError:
+            names, options = self._shared.line.state_names, self._shared.options
+            check_precision(self.rule, names, options, self.param_groups[index])
+        except (TypeError, ValueError):
             del self.param_groups[index]
             raise
 

@@ -37,7 +37,10 @@ _REMEDIES = {
     "max_grad_norm": "use None for no clipping, or a number >= 0 (inf measures without clipping)",
     "norm_type": "use 2 or inf",
     "max_grad_value": "use None for no clipping, or a number > 0",
-    "master_weights": "use None or True for fp32 masters of half parameters, False for none",
+    "master_weights": "use None or True for fp32 masters of half parameters, False for none, "
+    "'remainder', or for bf16 'remainder8' or 'dither'",
+    "state_dtype": "use None for fp32, 'bf16', '8bit', or a dict of these by the names of states",
+    "min_8bit_size": "use a whole number of elements >= 0",
     "amp_scaling": "use None for the default, True or False",
     "skip_nonfinite": "use True or False",
     "backend": f"use one of {', '.join(BACKEND_NAMES)}",
@@ -50,6 +53,8 @@ _OTHERS: dict[str, Callable[[Any], bool]] = {
     "backend": lambda value: isinstance(value, str) and value in BACKEND_NAMES,
     "norm_bits": lambda value: isinstance(value, str) and value == "exact",
     "norm_group": lambda value: _is_group(value) or value == NOT_PICKLED,
+    "state_dtype": lambda value: is_state_dtype(value),
+    "min_8bit_size": lambda value: isinstance(value, int) and value >= 0,
 }
 # Ranges of the options that are numbers. The others are flags.
 _ALLOWED: dict[str, Callable[[float], bool]] = {
@@ -66,12 +71,14 @@ class Options:
     max_grad_norm: float | None = None
     norm_type: float = 2.0
     max_grad_value: float | None = None
-    master_weights: bool | None = None
+    master_weights: bool | str | None = None
     skip_nonfinite: bool = False
     amp_scaling: bool | None = None
     backend: str | None = None
     norm_group: Any = None
     norm_bits: str | None = None
+    state_dtype: Any = None
+    min_8bit_size: int = 4096
 
     def __post_init__(self) -> None:
         for name, remedy in _REMEDIES.items():
@@ -87,6 +94,15 @@ class Options:
         return {k: v for k, v in values.items() if v != getattr(Options, k)}
 
 
+STATE_DTYPES = (None, "fp32", "bf16", "8bit")
+MASTERS_BESIDE = ("remainder", "remainder8", "dither")
+
+
+def is_state_dtype(value: Any) -> bool:
+    forms = value.values() if isinstance(value, dict) else (value,)
+    return all(form is None or form in STATE_DTYPES for form in forms if not isinstance(form, dict))
+
+
 def _is_group(value: Any) -> bool:
     import torch.distributed as dist
 
@@ -98,9 +114,12 @@ def _is_group(value: Any) -> bool:
 
 
 OPTION_NAMES = frozenset(Options.__dataclass_fields__)
+OF_GROUPS = frozenset({"state_dtype"})  # these a group may have, too, and then its own counts
 
 
 def _converted(name: str, value: Any, remedy: str) -> Any:
+    if name == "master_weights" and isinstance(value, str) and value in MASTERS_BESIDE:
+        return value
     if name in _OTHERS:
         if _OTHERS[name](value):
             return value

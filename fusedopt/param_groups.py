@@ -44,7 +44,11 @@ _OF_WRAPPERS = re.compile(
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float, *, decay_embeddings: bool = True
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    decay_embeddings: bool = True,
+    fp32_state_for: type[nn.Module] | tuple[type[nn.Module], ...] = (),
 ) -> list[dict[str, Any]]:
     """Return the parameter groups of ``model``: weights decay, biases and norms do not.
 
@@ -82,6 +86,9 @@ def param_groups(
         model: the module to take the parameters of.
         weight_decay: the decay of the first group, at least 0.
         decay_embeddings: False leaves embedding weights out of weight decay too.
+        fp32_state_for: classes of modules, such as ``nn.Embedding``. What they own keeps fp32
+            state, whatever the optimizer's ``state_dtype``: it goes to groups of its own, after the
+            others, with ``"state_dtype": None``.
 
     Returns:
         ``[{"params": [...], "weight_decay": weight_decay}, {"params": [...],
@@ -90,7 +97,8 @@ def param_groups(
         groups to the optimizer.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, ``weight_decay`` is no number, or what
+        TypeError: ``model`` is no ``nn.Module``, ``weight_decay`` is no number,
+            ``fp32_state_for`` has something that is no class of modules, or what
             ``no_weight_decay()`` or ``no_weight_decay_keywords()`` returns is no set of str.
         ValueError: ``weight_decay`` is negative or not finite, one of those names is empty, or the
             shape of a parameter that is not frozen cannot be told: it is of a lazy module, of FSDP1
@@ -101,16 +109,31 @@ def param_groups(
         >>> optimizer = fusedopt.FusedAdamW(groups, lr=3e-4, max_grad_norm=1.0)
     """
     _check(model, weight_decay)
+    wide = _classes(fp32_state_for)
     decays: dict[nn.Parameter, bool] = {}
+    of_wide: set[nn.Parameter] = set()
     exempt = _exempt(model)
     for module, name, dims, param in _owned_parameters(model):
         decay = param not in exempt and _decays(module, name, dims, decay_embeddings)
         decays[param] = decays.get(param, True) and decay
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p, decay in decays.items() if decay], "weight_decay": weight_decay},
-        {"params": [p for p, decay in decays.items() if not decay], "weight_decay": 0.0},
-    ]
+        if isinstance(module, wide):
+            of_wide.add(param)
+    groups: list[dict[str, Any]] = []
+    for is_wide, extra in ((False, {}), (True, {"state_dtype": None})):
+        for decay, number in ((True, weight_decay), (False, 0.0)):
+            params = [p for p, d in decays.items() if d is decay and (p in of_wide) is is_wide]
+            groups.append({"params": params, "weight_decay": number, **extra})
     return [group for group in groups if group["params"]]
+
+
+def _classes(given: Any) -> tuple[type[nn.Module], ...]:
+    classes = given if isinstance(given, tuple) else (given,)
+    if not all(isinstance(each, type) and issubclass(each, nn.Module) for each in classes):
+        raise TypeError(
+            f"param_groups: fp32_state_for must be a class of modules or a tuple of them, got "
+            f"{given!r}: use torch.nn.Embedding, say"
+        )
+    return classes
 
 
 def _check(model: nn.Module, weight_decay: float) -> None:

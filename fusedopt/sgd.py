@@ -39,7 +39,7 @@ class FusedSGD(FusedOptimizer):
         maximize: maximize the objective.
         decoupled_weight_decay: False adds the decay to the gradient, as torch.optim.SGD does.
         max_grad_norm, norm_type, max_grad_value, master_weights, skip_nonfinite, amp_scaling,
-            backend, norm_group, norm_bits: as in :class:`FusedAdamW`.
+            backend, norm_group, norm_bits, state_dtype, min_8bit_size: as in :class:`FusedAdamW`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :class:`FusedAdamW`.
@@ -65,12 +65,14 @@ class FusedSGD(FusedOptimizer):
         max_grad_norm: float | None = None,
         norm_type: float = 2.0,
         max_grad_value: float | None = None,
-        master_weights: bool | None = None,
+        master_weights: bool | str | None = None,
         skip_nonfinite: bool = False,
         amp_scaling: bool | None = None,
         backend: str | None = None,
         norm_group: Any = None,
         norm_bits: str | None = None,
+        state_dtype: str | dict[str, str | None] | None = None,
+        min_8bit_size: int = 4096,
     ) -> None:
         super().__init__(params, locals())
 

@@ -22,13 +22,16 @@ from .modes import untraced
 from .options import NOT_PICKLED, Options
 from .plan.checks import served_params
 from .plan.exchange import REPLICATED, Ranks, Refusal, ranks_of, same_objects
-from .plan.local import local_of
+from .plan.kept import check_masters, check_precision
+from .plan.local import is_dtensor, local_of
 from .plan.options_table import Line
 from .plan.plan import CLIP_COEF, GRAD_NORM, SKIPPED_STEPS, Plan
+from .plan.state import for_other_ranks
 from .rules.declaration import Group, Rule
 from .scaler.exchange import ScalerExchange
 
 PLANS_ASIDE = 8
+OF_PRECISION = ("state_dtype", "master_weights", "min_8bit_size")
 
 
 @dataclass
@@ -81,7 +84,12 @@ def _option(name: str) -> property:
     @untraced  # a trace would lose the new value
     def write(self: SharingOptimizer, value: Any) -> None:
         options = self._shared.options.changed(**{name: value})
-        if name in ("master_weights", "norm_group"):
+        if name in OF_PRECISION:
+            names = self._shared.line.state_names
+            check_masters(self.param_groups, options)
+            for group in self.param_groups:
+                check_precision(self.rule, names, options, group)
+        if name in (*OF_PRECISION, "norm_group"):
             self._shared.drop_plans()
         self._shared.options = options
 
@@ -171,12 +179,17 @@ class SharingOptimizer(Optimizer):
     amp_scaling = _option("amp_scaling")
     norm_group = _option("norm_group")
     norm_bits = _option("norm_bits")
+    state_dtype = _option("state_dtype")
+    min_8bit_size = _option("min_8bit_size")
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with states in the order of the parameters.
 
         A state is made when its parameter first has a gradient, which may be in another order on
         another rank. Ranks that gather a checkpoint would meet at different tensors.
+
+        The state of a DTensor is saved so that other ranks can take any part of it: 8-bit states
+        with the scale of each element, and 16-bit remainders as int32.
         """
         saved: dict[str, Any] = super().state_dict()
         if "state" not in saved or "param_groups" not in saved:  # a hook has returned another
@@ -184,6 +197,11 @@ class SharingOptimizer(Optimizer):
         keys = [key for group in saved["param_groups"] for key in group["params"]]
         state = saved["state"]
         in_order = {key: state[key] for key in keys if key in state}
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(params) == len(keys):
+            for key, param in zip(keys, params, strict=True):
+                if key in in_order and is_dtensor(param) and isinstance(in_order[key], dict):
+                    in_order[key] = for_other_ranks(in_order[key], param)
         saved["state"] = {**in_order, **{k: v for k, v in state.items() if k not in in_order}}
         return saved
 

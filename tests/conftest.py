@@ -27,6 +27,16 @@ hypothesis.settings.load_profile("fusedopt")
 BACKENDS = ["cpu", "reference"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `exhaustive`, unless -m or -k or the test's own name asks for it."""
+    asked = (config.option.markexpr, config.option.keyword, *config.args)
+    if any("exhaustive" in str(word) for word in asked):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
 def require_cpu_backend() -> None:
     """Skip where the native module is not built; with FUSEDOPT_REQUIRE_CPU=1 that is a failure."""
     if importlib.util.find_spec("fusedopt._cpu") is not None:

@@ -8,7 +8,9 @@
    A step also has scalars common to all its elements (step size, bias corrections), each rounded
    to float32 once; on those one of the two may be lucky. They are worth one ulp of a param.
    (The clip coefficient is compared by itself.)
-3. A norm is right to a few eps. Chunk sums are added in float64, so the bound does not grow with
+3. States of fewer bits are held to the error of the update against float64, over whole traces of
+   gradients, and to the largest update: a state that stalls or becomes zero shows there.
+4. A norm is right to a few eps. Chunk sums are added in float64, so the bound does not grow with
    the number of chunks.
 """
 
@@ -30,6 +32,13 @@ NORM_EPS = 4.0
 NORM_EPS_FLOAT32 = NORM_EPS * 2.0**-24
 # float64 against float64: the oracle has rounding errors of the same size as what it judges.
 FLOAT64_RTOL = 1e-12
+# By how the states are stored: ||u - u64|| / ||u64||, and gradients of any size in the last.
+UPDATE_ERROR = {"bf16": 0.02, "8bit": 0.13}
+UPDATE_ERROR_OF_ANY_SIZE = 0.08
+LARGEST_UPDATE = 4.0  # in units of lr; float32 has about 3
+# exp_avg_sq over float64's after a long decay.
+DECAYED = {"bf16": (0.97, 1.03), "8bit": (0.8, 1.05)}
+STANDS_STILL = 1e-3  # the update of an element without gradients, in units of lr
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -197,7 +197,7 @@ def call(function: Any, *arguments: Any, length: int = 1) -> Any:
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
-    names = ("float32", "float64", "int32", "int64")
+    names = ("float32", "float64", "int32", "int64", "uint8", "uint16", "uint32")
     types = {np.dtype(bool): tl.int1, **{np.dtype(name): getattr(tl, name) for name in names}}
 
     n = max((a.size for a in arguments if isinstance(a, np.ndarray)), default=length)

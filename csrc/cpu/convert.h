@@ -4,6 +4,8 @@
 // namespace: nothing in here may be shared between the copies.
 #pragma once
 
+#include <type_traits>
+
 #include "../records.h"
 
 #if defined(__F16C__)
@@ -97,6 +99,97 @@ void narrow(const float* in, Codec codec, int64_t n, uint16_t* out) {
 #pragma omp simd
     for (int64_t i = first; i < n; ++i) out[i] = C::narrowed(in[i]);
   });
+}
+
+// Of a bf16 state; element: the place of the first one in its tensor. Dithers are counted in 32
+// bits here and below: from a count in 64 bits compilers would make two vectors.
+void narrow_dithered(const float* in, uint32_t seed, uint32_t element, int64_t n, uint16_t* out) {
+  const uint32_t first = dither(seed, element);
+  const int count = static_cast<int>(n);
+#pragma omp simd
+  for (int i = 0; i < count; ++i) {
+    out[i] = Dithered::narrowed(in[i], dither(first, static_cast<uint32_t>(i)));
+  }
+}
+
+// Log8 states from the first element of a block on.
+template <class C>
+void widen_log8(const uint8_t* in, const uint8_t* scales, int64_t n, float* out) {
+  prefetch<Fetch::kNear>(in, n);
+  for (int64_t at = 0; at < n; at += kScaleBlock) {
+    const float down = C::down(scales[at / kScaleBlock]);
+    const int64_t last = min(at + kScaleBlock, n);
+#pragma omp simd
+    for (int64_t i = at; i < last; ++i) out[i] = C::widened(in[i], down);
+  }
+}
+
+// One block, or what a tensor has of its last one. A constant count needs no loop for a rest.
+template <class C, class Count>
+void narrow_log8_block(const float* in, uint32_t first, Count n, uint8_t* out, uint8_t* scale) {
+  const int count = n;
+  int32_t largest = 0;
+  for (int i = 0; i < count; ++i) {  // with a pragma, gcc keeps the largest in memory
+    const int32_t magnitude = C::magnitude(in[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const uint32_t e = C::scale_of(largest);
+  const float up = C::up(e);
+  *scale = static_cast<uint8_t>(e);
+#pragma omp simd
+  for (int i = 0; i < count; ++i) {
+    const uint32_t t = dither(first, static_cast<uint32_t>(i));
+    out[i] = static_cast<uint8_t>(C::narrowed(in[i], up, t));
+  }
+}
+
+template <class C>
+void narrow_log8(const float* in, uint32_t seed, uint32_t element, int64_t n, uint8_t* out,
+                 uint8_t* scales) {
+  for (int64_t at = 0; at < n; at += kScaleBlock) {
+    const uint32_t first = dither(seed, element + static_cast<uint32_t>(at));
+    uint8_t* scale = scales + at / kScaleBlock;
+    if (n - at >= kScaleBlock) {
+      narrow_log8_block<C>(in + at, first, std::integral_constant<int, kScaleBlock>(), out + at,
+                           scale);
+    } else {
+      narrow_log8_block<C>(in + at, first, static_cast<int>(n - at), out + at, scale);
+    }
+  }
+}
+
+// Masters that lie beside a half param.
+template <class Param>
+void join16(const uint16_t* param, const int16_t* remainder, int64_t n, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = Remainder16::joined(Param{param[i]}, remainder[i]);
+}
+
+template <class Param>
+void split16(const float* in, int64_t n, uint16_t* param, int16_t* remainder) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    Param p;
+    remainder[i] = Remainder16::split(in[i], p);
+    param[i] = p.bits;
+  }
+}
+
+void join8(const uint16_t* param, const int8_t* remainder, int64_t n, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = Remainder8::joined(BFloat16{param[i]}, remainder[i]);
+}
+
+void split8(const float* in, uint32_t seed, uint32_t element, int64_t n, uint16_t* param,
+            int8_t* remainder) {
+  const uint32_t first = dither(seed, element);
+  const int count = static_cast<int>(n);
+#pragma omp simd
+  for (int i = 0; i < count; ++i) {
+    BFloat16 p;
+    remainder[i] = Remainder8::split(in[i], dither(first, static_cast<uint32_t>(i)), p);
+    param[i] = p.bits;
+  }
 }
 
 // fp32 data is used where it lies; anything else is widened into buffer.

@@ -3,12 +3,13 @@
 //   for each chunk, by one thread:                           update_chunk()
 //     g = grad[i]                                            fp32 in place, or widened into L1
 //     p = master[i], or param[i] where there is none         likewise
-//     if (param[i] != narrowed(p)) p = widened(param[i])     someone wrote to the param
+//     if (param[i] != narrowed(p)) p = widened(param[i])     someone wrote to the param; not with
+//                                                            a remainder, which is beside it
 //     s[k] = state[k][i]
 //     for each element, vectorised:                          run()
 //       g = clip(g * grad_mult, max_grad_value)              unscale, clip, maximize: one factor
 //       R::update(hyper, kind, g, p, s...)                   the rule, in registers
-//     master[i] = p, param[i] = narrowed(p)
+//     master[i] = p, param[i] = narrowed(p)                  a remainder holds what is left of p
 //     state[k][i] = narrowed(s[k])                           nothing to do where it is fp32
 //
 // Included by kernels.cpp alone, which is compiled once per instruction set; hence the anonymous
@@ -92,44 +93,123 @@ void follow_external_writes(const uint16_t* param, Codec codec, int64_t n, float
 // A stream of the row that is read and written, from element `begin` on.
 class Stream {
  public:
-  Stream(const Row& row, int number, int64_t begin)
+  Stream(const Row& row, int number, int64_t begin, float step)
       : data_(static_cast<char*>(row.data[number]) + begin * bytes_of(row.codec(number))),
-        codec_(row.codec(number)) {}
-  float* load(int64_t n, float* buffer) const {
+        codec_(row.codec(number)),
+        row_(row),
+        number_(number),
+        begin_(begin),
+        step_(step) {}
+
+  // param: of a master that is a remainder, else ignored.
+  float* load(int64_t n, float* buffer, const Stream& param) const {
     if (codec_ == Codec::kFloat32) return static_cast<float*>(data_);
-    widen<Fetch::kNear>(half(), codec_, n, buffer);
+    if (codec_ <= Codec::kBFloat16) {
+      widen<Fetch::kNear>(half(), codec_, n, buffer);
+    } else {
+      decode(n, buffer, param);
+    }
     return buffer;
   }
-  // x: the result of this stream's load(), or of another's.
-  void store(int64_t n, const float* x) const {
-    if (data_ != x) narrow(x, codec_, n, half());
+
+  // x: the result of this stream's load(), or of another's. A remainder writes the param, too.
+  void store(int64_t n, const float* x, const Stream& param) const {
+    if (codec_ == Codec::kFloat32) return;  // x is where the data lies
+    if (codec_ <= Codec::kBFloat16) {
+      narrow(x, codec_, n, half());
+    } else {
+      encode(n, x, param);
+    }
   }
+
   uint16_t* half() const { return static_cast<uint16_t*>(data_); }
   Codec codec() const { return codec_; }
+  bool is_remainder() const {
+    return codec_ == Codec::kRemainder16 || codec_ == Codec::kRemainder8;
+  }
 
  private:
+  // Codecs of states and masters: apart, so that plans without them do not carry their code.
+  __attribute__((noinline)) void decode(int64_t n, float* buffer, const Stream& param) const {
+    switch (codec_) {
+      case Codec::kDithered:
+        widen<Fetch::kNear>(half(), Codec::kBFloat16, n, buffer);
+        break;
+      case Codec::kLog8:
+        widen_log8<Log8<true>>(bytes(), scales(), n, buffer);
+        break;
+      case Codec::kLog8Positive:
+        widen_log8<Log8<false>>(bytes(), scales(), n, buffer);
+        break;
+      case Codec::kRemainder16:
+        HalfCodecs::with(param.codec_, [=, &param](auto p) {
+          join16<decltype(p)>(param.half(), static_cast<int16_t*>(data_), n, buffer);
+        });
+        break;
+      default:  // kRemainder8
+        join8(param.half(), static_cast<int8_t*>(data_), n, buffer);
+    }
+  }
+
+  __attribute__((noinline)) void encode(int64_t n, const float* x, const Stream& param) const {
+    switch (codec_) {
+      case Codec::kDithered:
+        narrow_dithered(x, seed(), at(), n, half());
+        break;
+      case Codec::kLog8:
+        narrow_log8<Log8<true>>(x, seed(), at(), n, bytes(), scales());
+        break;
+      case Codec::kLog8Positive:
+        narrow_log8<Log8<false>>(x, seed(), at(), n, bytes(), scales());
+        break;
+      case Codec::kRemainder16:
+        HalfCodecs::with(param.codec_, [=, &param](auto p) {
+          split16<decltype(p)>(x, n, param.half(), static_cast<int16_t*>(data_));
+        });
+        break;
+      default:  // kRemainder8
+        split8(x, seed(), at(), n, param.half(), static_cast<int8_t*>(data_));
+    }
+  }
+
+  uint8_t* bytes() const { return static_cast<uint8_t*>(data_); }
+  uint8_t* scales() const { return row_.scales[number_] + begin_ / kScaleBlock; }
+  uint32_t at() const { return static_cast<uint32_t>(begin_); }
+  uint32_t seed() const {
+    const int stream = number_ < kStates ? 0 : number_ - kStates + 1;
+    return dither_seed(static_cast<uint32_t>(row_.first), step_, static_cast<uint32_t>(stream));
+  }
+
   void* const data_;
   const Codec codec_;
+  const Row& row_;
+  const int number_;
+  const int64_t begin_;
+  const float step_;
 };
 
 // For any codecs: streams that are not fp32 go through buffers.
 template <class RunRule>
-void update_block(const Row& row, const Grad& grad, int64_t begin, int64_t n, int n_states,
-                  const RunRule& run_rule) {
+void update_block(const Row& row, const Grad& grad, float step, int64_t begin, int64_t n,
+                  int n_states, const RunRule& run_rule) {
   alignas(64) float buffers[kStreams][kBlock];
   alignas(64) float grad_buffer[kBlock];
   const bool has_master = row.data[kMaster] != nullptr;
-  const Stream param(row, kParam, begin), primary(row, has_master ? kMaster : kParam, begin);
+  const Stream param(row, kParam, begin, step);
+  const Stream primary(row, has_master ? kMaster : kParam, begin, step);
+  const bool follows = has_master && !primary.is_remainder();  // the param is a rounded copy
   Run run = {n, as_float<Fetch::kNear>(grad.data, grad.codec, begin, n, grad_buffer), nullptr, {}};
   for (int s = 0; s < n_states; ++s) {
-    run.state[s] = Stream(row, kStates + s, begin).load(n, buffers[kStates + s]);
+    run.state[s] = Stream(row, kStates + s, begin, step).load(n, buffers[kStates + s], param);
   }
-  run.param = primary.load(n, buffers[kParam]);
-  if (has_master) follow_external_writes(param.half(), param.codec(), n, run.param);
+  run.param = primary.load(n, buffers[kParam], param);
+  if (follows) follow_external_writes(param.half(), param.codec(), n, run.param);
   run_rule(run);
-  primary.store(n, run.param);
-  if (has_master) param.store(n, run.param);
-  for (int s = 0; s < n_states; ++s) Stream(row, kStates + s, begin).store(n, run.state[s]);
+  primary.store(n, run.param, param);
+  if (follows) param.store(n, run.param, param);
+  for (int s = 0; s < n_states; ++s) {
+    Stream(row, kStates + s, begin, step).store(n, run.state[s], param);
+  }
 }
 
 template <class R>
@@ -138,7 +218,8 @@ void update_chunk(const PlanView& plan, const Chunk& chunk, const StepRecord& st
   const Grad& grad = plan.grads[chunk.row];
   if (!grad.present) return;
   const auto& options = static_cast<const typename R::Options*>(plan.options)[row.group];
-  const auto& hyper = static_cast<const RowStep<R>*>(plan.row_steps)[chunk.row].hyper;
+  const auto& row_step = static_cast<const RowStep<R>*>(plan.row_steps)[chunk.row];
+  const auto& hyper = row_step.hyper;
   const Kind kind = kind_of<R>(options);
   const RunFn<R> fn = run_of<R>(kind, std::make_integer_sequence<int, kDecays * R::kVariants>());
   const float grad_mult = options.maximize ? -step.scalars->grad_mult : step.scalars->grad_mult;
@@ -154,7 +235,7 @@ void update_chunk(const PlanView& plan, const Chunk& chunk, const StepRecord& st
   }
   const auto run_rule = [=, &hyper](const Run& run) { fn(hyper, run, grad_mult, max_grad_value); };
   for (int64_t at = 0; at < n; at += kBlock) {
-    update_block(row, grad, first + at, min(kBlock, n - at), n_states, run_rule);
+    update_block(row, grad, row_step.step, first + at, min(kBlock, n - at), n_states, run_rule);
   }
 }
 

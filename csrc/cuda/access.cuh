@@ -1,10 +1,10 @@
 // Eight elements of a stream in one thread's registers.
 //
 // A warp takes 256 consecutive elements, in two halves. Of each half thread t holds the group of
-// elements 4t..4t+3. Its access to a group is 16 bytes of an fp32 stream, or 8 of a 16-bit one: one
-// run of memory for the warp. Where a 16-bit stream is accessed 16 bytes at a time, elements
-// 8t..8t+7 are the thread's; two shuffles a register bring them to the threads that hold the same
-// elements in fp32, and back.
+// elements 4t..4t+3. Its access to a group of an fp32 stream is 16 bytes: one run of memory for the
+// warp. Of a 16-bit stream, which is accessed 16 bytes at a time, elements 8t..8t+7 are the
+// thread's; two shuffles a register bring them to the threads that hold the same elements in fp32,
+// and back. Streams of other codecs are in coded.cuh.
 #pragma once
 
 #include "../records.h"
@@ -49,55 +49,24 @@ FUSEDOPT_DEVICE void narrow_group(const float* x, Codec codec, uint32_t* pair) {
   pair[1] = narrowed_pair(x[2], x[3], codec);
 }
 
-// Loads a group of a stream as bits in memory; widen_group() converts it to fp32 after all loads.
-// Without kAnyCodec the stream is known to be fp32. The step does not read it again: evict first.
-template <bool kAnyCodec>
+// A group of an fp32 stream. The step does not read it again: evict first.
 FUSEDOPT_DEVICE void load_group(const Stream& s, int at, int t, float* x) {
-  if (kAnyCodec && s.codec != Codec::kFloat32) {
-    const uint2 v = __ldcs(reinterpret_cast<const uint2*>(s.half() + at) + t);
-    x[0] = float_of(v.x), x[1] = float_of(v.y);
-    return;
-  }
   const float4 v =
       __ldcs(reinterpret_cast<const float4*>(static_cast<const float*>(s.data) + at) + t);
   x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-template <bool kAnyCodec>
-FUSEDOPT_DEVICE void widen_group(const Stream& s, float* x) {
-  if (!kAnyCodec || s.codec == Codec::kFloat32) return;
-  const uint32_t low = bits_of(x[0]), high = bits_of(x[1]);
-  x[0] = widened_low(low, s.codec), x[1] = widened_high(low, s.codec);
-  x[2] = widened_low(high, s.codec), x[3] = widened_high(high, s.codec);
-}
-
-template <bool kAnyCodec>
 FUSEDOPT_DEVICE void store_group(const Stream& s, int at, int t, const float* x) {
-  if (kAnyCodec && s.codec != Codec::kFloat32) {
-    uint32_t pair[2];
-    narrow_group(x, s.codec, pair);
-    __stcs(reinterpret_cast<uint2*>(s.half() + at) + t, make_uint2(pair[0], pair[1]));
-    return;
-  }
   __stcs(reinterpret_cast<float4*>(static_cast<float*>(s.data) + at) + t,
          make_float4(x[0], x[1], x[2], x[3]));
 }
 
-// One element, whatever its alignment.
+// One element, whatever its alignment. Without kAnyCodec the stream is known to be fp32.
 template <bool kAnyCodec>
 FUSEDOPT_DEVICE float load_element(const Stream& s, int i) {
   if (!kAnyCodec || s.codec == Codec::kFloat32)
     return __ldcs(static_cast<const float*>(s.data) + i);
   return widened(__ldcs(static_cast<const unsigned short*>(s.data) + i), s.codec);
-}
-
-template <bool kAnyCodec>
-FUSEDOPT_DEVICE void store_element(const Stream& s, int i, float x) {
-  if (!kAnyCodec || s.codec == Codec::kFloat32) {
-    static_cast<float*>(s.data)[i] = x;
-  } else {
-    s.half()[i] = narrowed(x, s.codec);
-  }
 }
 
 FUSEDOPT_DEVICE uint4 load_eight(const Stream& s, int at, int t) {
@@ -132,6 +101,15 @@ FUSEDOPT_DEVICE uint4 gather(const uint32_t (&pair)[4], int t) {
     out[k] = high ? high_half : low_half;
   }
   return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+FUSEDOPT_DEVICE uint32_t largest_of_warp(uint32_t x) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllThreads, x, distance);
+    x = other > x ? other : x;
+  }
+  return x;
 }
 
 }  // namespace fusedopt

@@ -52,7 +52,7 @@ DeviceStep device_step(const std::string& rule, const py::dict& tables) {
                            count_of(tables, "own_number"),
                            rule_named(rule),
                            count_of(tables, "n_states"),
-                           tables["half_states"].cast<bool>()};
+                           tables["coded"].cast<bool>()};
   FUSEDOPT_CHECK(step.own_number < step.n_devices, "own_number lies outside of words");
   return step;
 }

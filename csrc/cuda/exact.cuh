@@ -48,15 +48,6 @@ struct Squares {
   uint32_t below;    // the largest magnitude below the window
 };
 
-FUSEDOPT_DEVICE uint32_t largest_of_warp(uint32_t x) {
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const uint32_t other = __shfl_xor_sync(kAllThreads, x, distance);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
 FUSEDOPT_DEVICE Squares squares(const ChunkOfGrads& c, int t, float inv_scale, int top) {
   Squares s = {};
   for_each_element(c, t, [&](int, float grad) {

@@ -1,6 +1,8 @@
 // The kernels and their launches; with exact.cu, the files that know of grids.
 #include <cstring>
+#include <type_traits>
 
+#include "coded_update.cuh"
 #include "finalize.cuh"
 #include "grid.cuh"
 #include "launch.h"
@@ -57,8 +59,8 @@ FUSEDOPT_DEVICE void write_step_counts(const PlanView& plan, int64_t first, int6
 }
 
 // Step counts are written in the last launch of a step, so that a step that raised has not counted.
-// With 64 registers four blocks are resident.
-template <class R, int n, bool kHalfStates>
+// With 64 registers four blocks are resident. Without kCoded all states and masters are fp32.
+template <class R, int n, bool kCoded>
 __global__ void __launch_bounds__(kThreads, 4)
     update_kernel(const __grid_constant__ DeviceStep step) {
   const float skip = step.record.scalars->skip;
@@ -69,24 +71,25 @@ __global__ void __launch_bounds__(kThreads, 4)
     return;
   }
   write_step_counts<R>(step.plan, blockIdx.x * kThreads + threadIdx.x, gridDim.x * kThreads);
-  update_chunks<Compiled<R, n, kHalfStates>>(step);
+  using K = Compiled<R, n>;
+  update_chunks<std::conditional_t<kCoded, CodedWork<K>, Work<K>>>(step);
 }
 
 using UpdateKernel = void (*)(DeviceStep);
 
 // Each rule has a kernel for each number of states that a tensor may have.
 template <class R, int n = R::kStates>
-UpdateKernel update_kernel_of(int n_states, bool half_states) {
+UpdateKernel update_kernel_of(int n_states, bool coded) {
   if constexpr (n > 1 && n > R::kAlways) {
-    if (n_states < n) return update_kernel_of<R, n - 1>(n_states, half_states);
+    if (n_states < n) return update_kernel_of<R, n - 1>(n_states, coded);
   }
-  return half_states ? update_kernel<R, n, true> : update_kernel<R, n, false>;
+  return coded ? update_kernel<R, n, true> : update_kernel<R, n, false>;
 }
 
 UpdateKernel update_kernel_of(const DeviceStep& step) {
   UpdateKernel kernel = nullptr;
   Rules::with(step.rule, [&](auto tag) {
-    kernel = update_kernel_of<typename decltype(tag)::Rule>(step.n_states, step.half_states);
+    kernel = update_kernel_of<typename decltype(tag)::Rule>(step.n_states, step.coded);
   });
   return kernel;
 }

@@ -24,7 +24,7 @@ struct DeviceStep {
   int32_t own_number;  // of the device whose words reduce writes
   int32_t rule;        // number in Rules
   int32_t n_states;    // of a tensor, at most
-  bool half_states;    // some state or master is 16 bits wide
+  bool coded;          // some row has streams that kernels for fp32 state cannot read
 };
 
 // Bytes passed in a kernel's parameters; every toolkit and GPU allows 4,096 of parameters.

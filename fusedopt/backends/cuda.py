@@ -33,7 +33,7 @@ class CudaDriver(Driver):
                 "n_input_bytes": len(tables.host_inputs),
                 "device": self.index(tables.device),
                 "n_states": tables.n_states,
-                "half_states": tables.half_states,
+                "coded": tables.coded,
             },
         )
         return plan

@@ -33,7 +33,7 @@ class DeviceTables:
         arguments: addresses and counts, by the names that kernels have for them.
         n_states: of a parameter, at most.
         half_params: some param is fp16 or bf16.
-        half_states: some state or master is fp16 or bf16.
+        coded: some row has streams that the kernels for fp32 state cannot read.
     """
 
     def __init__(self, plan: DevicePlan, device: torch.device, number: int, count: int) -> None:
@@ -67,8 +67,7 @@ class DeviceTables:
         }
         self.n_states = max((len(row.states) for row in plan.rows), default=0)
         self.half_params = any(row.dense.dtype in HALF_DTYPES for row in own)
-        states = [t for row in own for t in (row.master, *row.states) if t is not None]
-        self.half_states = any(t.dtype in HALF_DTYPES for t in states)
+        self.coded = any(row.is_coded for row in own)
         # The first part uses the optimizer's own scalars; the others have scalars of their own.
         self.scalars = torch.zeros(N_STEP_SCALARS, dtype=torch.float32, device=device)
         self.launches = plan.driver.launches(self)

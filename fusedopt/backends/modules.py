@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import installation
+from ..codecs import CODECS, SCALE_BLOCK
 from ..rules import RULES
 from ..rules.declaration import OPTIONS_BYTES, declared
 from . import records
@@ -56,8 +57,8 @@ def check_mirrors(module: Any) -> None:
     """
     names = (*_CONSTANTS, *(_ROW_KINDS if hasattr(module, "Watch") else ()))
     constants = {name: getattr(records, name) for name in names} | {"OPTIONS_BYTES": OPTIONS_BYTES}
-    for dtype, code in records.CODECS.items():  # torch.float16 is the module's FLOAT16
-        constants[str(dtype).removeprefix("torch.").upper()] = code
+    constants |= {codec.name: codec.number for codec in CODECS}
+    constants["SCALE_BLOCK"] = SCALE_BLOCK
     found = {name: getattr(module, name, None) for name in constants}
     compare(module, "a constant", found.items(), constants.items())
     their_records = getattr(module, "RECORDS", {})

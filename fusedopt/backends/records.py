@@ -17,7 +17,7 @@ MAX_STATES = STREAMS - 2
 WORDS = 24  # the norm as integers, 8 bytes each (csrc/words.h)
 DIGITS, LOWEST = 20, -352  # of the words; digit d counts 2^(32 d + LOWEST)
 INF_CHUNKS, NAN_CHUNKS, LARGEST, VOTES = range(DIGITS, WORDS)
-CODECS = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}  # enum class Codec
+CODECS = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}  # of params and gradients
 CODEC_BITS = 4  # of a stream in Row.codecs
 
 NORM_IS_TWO, MEASURED, SKIP_NONFINITE, UNCOUNTED, EXACT = 1, 2, 4, 8, 16  # StepRecord::Flag
@@ -48,7 +48,7 @@ class Record:
 
 ROW = Record(
     **{"data": f"{STREAMS}Q", "step": "Q", "numel": "q", "group": "i", "codecs": "I"},
-    **{"scales": f"{STREAMS}Q", "uncounted": "q", "reserved": "16x"},
+    **{"scales": f"{STREAMS}Q", "uncounted": "q", "first": "q", "reserved": "8x"},
 )
 GRAD = Record(data="Q", codec="i", present="i")
 CHUNK = Record(row="i", index="i", position="q")
@@ -103,13 +103,15 @@ def pack_row(row: Row) -> bytes:
     """The row as a ``Row`` record."""
     streams: list[Tensor | None] = [row.dense, row.master, *row.states]
     streams += [None] * (STREAMS - len(streams))
-    codecs = [0 if t is None else CODECS[t.dtype] for t in streams]
+    scales = [None, None, *row.scales]
+    scales += [None] * (STREAMS - len(scales))
     return ROW.pack(
         *map(address, streams),
         address(row.step),
         row.dense.numel(),
         row.group,
-        sum(codec << CODEC_BITS * stream for stream, codec in enumerate(codecs)),
-        *[0] * STREAMS,
+        sum(codec.number << CODEC_BITS * stream for stream, codec in enumerate(row.codecs)),
+        *map(address, scales),
         not row.counted,
+        row.first,
     )

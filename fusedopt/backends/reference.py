@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codecs import FLOAT32, Codec, decode, dither, encode
 from ..plan.local import dtensor_type, local_of
 from ..plan.memory import state_dtype
 from ..plan.plan import (
@@ -222,19 +223,51 @@ class ReferencePlan(Plan):
             grad = grad.clamp(-most, most)
         if group["maximize"]:
             grad = -grad
+        own, of_master, *of_states = row.codecs
         p = row.dense.to(dtype)
-        if row.master is not None:
+        if row.master is not None and of_master is not FLOAT32:
+            p = decode(of_master, row.master, None, row.dense)
+        elif row.master is not None:
             unwritten = row.dense == row.master.to(row.dense.dtype)
             p = torch.where(unwritten, row.master, p)
-        states = [state.clone() for state in row.states]
+        stored = list(zip(of_states, row.states, row.scales, strict=True))
+        states = [
+            data.clone() if codec.dtype == dtype else decode(codec, data, scales, None)
+            for codec, data, scales in stored
+        ]
         count = 0 if row.step is None else int((row.step + 1).item())
         p = self.rule.reference(p, grad, states, group, count)
-        new = [(row.dense, p.to(row.dense.dtype)), *zip(row.states, states, strict=True)]
-        if row.master is not None:
-            new.append((row.master, p))
+        new: list[tuple[Tensor, Tensor]] = []
+        for k, ((codec, data, scales), value) in enumerate(zip(stored, states, strict=True), 1):
+            new += encoded(codec, value, (data, scales, None), row, count, stream=k)
+        if row.master is not None and of_master is not FLOAT32:
+            new += encoded(of_master, p, (row.master, None, row.dense), row, count, stream=0)
+        else:
+            new += encoded(own, p, (row.dense, None, None), row, count, stream=0)
+            if row.master is not None:
+                new.append((row.master, p))
         if row.step is not None:
             new.append((row.step, row.step + 1))
         return new
+
+
+def encoded(
+    codec: Codec,
+    value: Tensor,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    row: Row,
+    step: int,
+    stream: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """A stream's data, scales and param, as far as it has them, each with its new value."""
+    data = tensors[0]
+    if codec.dtype.is_floating_point and not codec.dithers:
+        return [(data, value.to(data.dtype))]
+    t = dither(data.numel(), data.device, row.first, step, stream) if codec.dithers else None
+    new = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
+    encode(codec, value, new[0], new[1], new[2], t)  # type: ignore[arg-type]
+    pairs = zip(tensors, new, strict=True)
+    return [(old, now) for old, now in pairs if old is not None and now is not None]
 
 
 def vector_norm(x: Tensor, norm_type: float) -> Tensor:

@@ -15,18 +15,39 @@ from ..plan.plan import Layout, Look, Plan, Row, StepInputs
 from ..rules.declaration import DEVICE_NUMBERS, OPTIONS_BYTES, Group, Rule
 from . import modules
 from .records import (
+    CHUNK,
+    CHUNK_ELEMENTS,
     CODECS,
     DEVICE_NUMBER,
     EXACT,
     GRAD,
     MEASURED,
     NORM_IS_TWO,
+    ROW,
     SKIP_NONFINITE,
     STEP,
     UNCOUNTED,
+    WORDS,
     address,
 )
 from .watch import PythonWatch, row_kind
+
+
+def plan_nbytes(rule: Rule, numels: Sequence[int], n_groups: int, on_device: bool) -> int:
+    """What ``nbytes()`` of a plan will be, without the copies of what has gaps.
+
+    Args:
+        numels: elements of each row; 0 for one that no step touches.
+        on_device: of a GPU backend with one device, else of the CPU's.
+    """
+    n_rows, groups = max(len(numels), 1), max(n_groups, 1)
+    inputs = STEP.size + groups * (OPTIONS_BYTES + DEVICE_NUMBERS * DEVICE_NUMBER.size)
+    inputs += n_rows * GRAD.size
+    n_chunks = sum(-(-n // CHUNK_ELEMENTS) for n in numels)
+    tables = n_rows * (ROW.size + rule.row_step_bytes) + max(n_chunks, 1) * CHUNK.size
+    if on_device:
+        return 2 * inputs + tables + 2 * 8 * WORDS + 16  # the words, their sums and the ticket
+    return inputs + tables + 8 * WORDS
 
 
 class TablePlan(Plan):

@@ -144,7 +144,7 @@ class TritonLaunches:
         codec_at = {name: offset for name, offset, *_ in GRAD.fields}["codec"]
         self._grad_codecs = slice(tables.grads_at + codec_at, None, GRAD.size)  # their low bytes
         halves = "any" if tables.half_params else "float32"
-        self._streams_at_least = "any-states" if tables.half_states else halves
+        self._streams_at_least = "coded" if tables.coded else halves
         self._programs = max(1, tables.arguments["n_chunks"])
         self._reduce_programs = min(self._programs, driver.reduce_programs(tables.device))
         rule = tables.rule

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..options import (
     NOT_PICKLED,
+    OF_GROUPS,
     OPTION_NAMES,
     Options,
     invalid,
@@ -116,7 +117,7 @@ def take_out_options(
     In place of a process group a text is left: ZeroRedundancyOptimizer copies the keys of groups
     back into its own, and saves them.
     """
-    for name in OPTION_NAMES & group.keys():
+    for name in (OPTION_NAMES - OF_GROUPS) & group.keys():
         value, own = group[name], getattr(options, name)
         if name == "norm_group" and value is not None and value in (own, NOT_PICKLED):
             group[name] = NOT_PICKLED

@@ -60,6 +60,21 @@ def wrapped(local: Tensor, param: Any) -> Tensor:
     return whole
 
 
+def first_element(param: Any) -> int:
+    """The place of this rank's first element in all of ``param``, in row-major order."""
+    if not is_dtensor(param):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    place = 0
+    for size, at in zip(param.shape, offset, strict=True):
+        place = place * size + at
+    return place
+
+
 def part_for(param: Any, value: Any) -> Tensor:
     """The part of ``value`` that belongs to this rank's part of ``param``.
 

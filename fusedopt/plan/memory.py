@@ -22,7 +22,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def unfilled_state(likes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def unfilled_state(likes: Sequence[tuple[Tensor, torch.dtype]]) -> Iterator[list[Tensor]]:
     """Allocate state laid out like each of ``likes``; the ``with`` block writes the first values.
 
     A step streams through all state. With pages of 4 KiB it would also wait for page tables. So the
@@ -33,15 +33,16 @@ def unfilled_state(likes: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     one. It is made huge after the block.
 
     Args:
-        likes: their elements are dense in memory (no gaps, no overlap).
+        likes: tensors whose elements are dense in memory (no gaps, no overlap), with the dtypes of
+            the new ones.
 
     Raises:
         RuntimeError: there is not enough memory.
     """
     # torch's record of a tensor is where the C library found room. So all records are made first:
     # scattered between the memory of small tensors, they would lie in as many pages at every look.
-    tensors = [torch.empty(0, dtype=state_dtype(like), device=like.device) for like in likes]
-    for tensor, like in zip(tensors, likes, strict=True):
+    tensors = [torch.empty(0, dtype=dtype, device=like.device) for like, dtype in likes]
+    for tensor, (like, _) in zip(tensors, likes, strict=True):
         tensor.resize_(like.numel()).as_strided_(like.size(), like.stride())
     runs = _runs([t for t in tensors if t.device.type == "cpu"])
     for start, end in runs:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import OPTION_NAMES, flag, number
+from ..options import OF_GROUPS, OPTION_NAMES, flag, number
 from ..rules.declaration import DEVICE_NUMBERS, OPTIONS_BYTES, Group, Rule
 
 # Stands in the table for a number that is on the device. It is a NaN with bits that no number has,
@@ -18,6 +18,7 @@ from ..rules.declaration import DEVICE_NUMBERS, OPTIONS_BYTES, Group, Rule
 ON_DEVICE: float = struct.unpack("=d", struct.pack("=Q", 0x7FF8_0000_0F05_ED00))[0]
 _DEVICE_DTYPES = (torch.float32, torch.float64)
 
+_ONLY_WHOLE = OPTION_NAMES - OF_GROUPS  # options that a group may not have
 _NUMBER = struct.Struct("=d")
 
 # Options that the user keeps on the device: index of the double in the table, and tensor.
@@ -91,7 +92,7 @@ def pack(
             for i, value in there.items():
                 _NUMBER.pack_into(table, offset + 8 * i, ON_DEVICE)
                 device_numbers.append((offset // 8 + i, value))
-        if isnan(sum(values)) or group.get("differentiable") or not OPTION_NAMES.isdisjoint(group):
+        if isnan(sum(values)) or group.get("differentiable") or not _ONLY_WHOLE.isdisjoint(group):
             check(offset // OPTIONS_BYTES, group)
         offset += OPTIONS_BYTES
     return table, device_numbers

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..codecs import BFLOAT16, DITHERED, FLOAT16, FLOAT32, FLOAT64, Codec
 from ..options import Options
 from ..rules.declaration import Group, Rule
 from .checks import DTYPES, check_grad, is_of_inference, is_served
@@ -30,7 +31,18 @@ N_STEP_SCALARS = 8  # one is spare
 KERNEL_DTYPES = tuple(dtype for dtype in DTYPES if dtype.itemsize <= 4)  # in order of their codecs
 HALF_DTYPES = tuple(dtype for dtype in KERNEL_DTYPES if dtype.itemsize == 2)
 
-Layout = list[tuple[str, ...]]  # names of the states that a parameter of each group has
+# What each codec of params and gradients is, by dtype; fp64 is for the reference backend.
+CODEC_OF = {codec.dtype: codec for codec in (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)}
+
+
+class Kept(NamedTuple):
+    """How the states of a group's parameters are kept."""
+
+    names: tuple[str, ...]  # the rule's
+    forms: tuple[str | None, ...]  # of each: "bf16", "8bit", or None for fp32
+
+
+Layout = list[Kept]  # for each group
 
 
 class Row:
@@ -41,7 +53,9 @@ class Row:
 
     ``local`` is this rank's part of the parameter. ``dense`` is the tensor that the kernels update:
     the local part itself, or a copy without gaps that is written back after the update. ``states``
-    are in the rule's order, and local. ``counted`` is False if another rank counts the gradient.
+    are in the rule's order, and local, as stored; ``scales`` are those of each. ``codecs`` are
+    those of the param, the master and each state. ``counted`` is False if another rank counts the
+    gradient. ``first`` is the place of a shard's first element in the whole tensor.
 
     The optimizer owns the state. A row has weak references to state, and none to the parameter's
     memory. So memory that a user drops or moves between two steps is freed at once, as with torch.
@@ -52,16 +66,26 @@ class Row:
         self.param, self.label, self.group = param, label, group
         self.served = is_served(param)
         self.copy: Tensor | None = None if self.served else torch.empty(0, device="cpu")
-        self.awaits_state, self.counted = False, True
+        self.awaits_state, self.counted, self.first = False, True, 0
         self.set_state((), None, None)
 
     def set_state(
-        self, states: Sequence[Tensor], master: Tensor | None, step: Tensor | None
+        self,
+        states: Sequence[Tensor],
+        master: Tensor | None,
+        step: Tensor | None,
+        scales: Sequence[Tensor | None] = (),
+        codecs: Sequence[Codec] = (),
     ) -> None:
+        """``scales``: of each state; ``codecs``: of the param, of the master (FLOAT32 where there
+        is none) and of each state. Without them, all are as their dtypes say."""
         self._states = [weakref.ref(t) for t in states]
         self._master = None if master is None else weakref.ref(master)
         self._step = None if step is None else weakref.ref(step)
-        self._dtypes = [t.dtype for t in (*states, master) if t is not None]
+        self._scales = [
+            None if t is None else weakref.ref(t) for t in scales or [None] * len(states)
+        ]
+        self._codecs = tuple(codecs)
 
     @property
     def local(self) -> Tensor:
@@ -74,6 +98,24 @@ class Row:
     @property
     def states(self) -> tuple[Tensor, ...]:
         return tuple(local_of(_alive(ref)) for ref in self._states)
+
+    @property
+    def scales(self) -> tuple[Tensor | None, ...]:
+        return tuple(None if ref is None else local_of(_alive(ref)) for ref in self._scales)
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        if self._codecs:
+            return self._codecs
+        master = FLOAT32 if self._master is None else CODEC_OF[_alive(self._master).dtype]
+        states = (CODEC_OF[state.dtype] for state in self.states)
+        return (CODEC_OF[self.dense.dtype], master, *states)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether a kernel for fp32 states and masters cannot update the row."""
+        param, *others = self.codecs
+        return param is DITHERED or any(codec is not FLOAT32 for codec in others)
 
     @property
     def master(self) -> Tensor | None:
@@ -105,10 +147,11 @@ class Row:
         """Everything that a plan's tables depend on, except addresses."""
         dense, states = self.dense, len(self._states)
         which = (self.served, self.awaits_state, self.group, states, self._master is None)
-        return (*which, self.counted, *self._dtypes, dense.numel(), dense.dtype, dense.device)
+        return (*which, self.counted, self.first, self.codecs, dense.numel(), dense.device)
 
     def _refs(self) -> list[weakref.ref[Tensor]]:
-        return [ref for ref in (*self._states, self._master, self._step) if ref is not None]
+        every = (*self._states, *self._scales, self._master, self._step)
+        return [ref for ref in every if ref is not None]
 
 
 def _alive(ref: weakref.ref[Tensor]) -> Tensor:

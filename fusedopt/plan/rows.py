@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..codecs import DITHERED, REMAINDER8, SCALE
+from ..options import Options
 from ..rules.declaration import Group
 from .checks import check_grad, check_memory, check_param, is_of_inference
 from .groups import is_plain_dict
+from .local import first_element
 from .memory import extent, is_dense
-from .plan import Layout, Row
+from .plan import Kept, Layout, Row
 from .state import (
     MASTER,
     STEP,
     ParamState,
+    Streams,
     check_state,
     complete_all,
     copy_without_gaps,
     is_complete,
+    names_of,
+    streams_of,
 )
 
 
@@ -36,13 +42,13 @@ def label_of(group: Group, g: int, i: int, names_given: Mapping[Tensor, str | No
 def checked_rows(
     groups: Sequence[Group],
     state: dict[Tensor, ParamState],
-    names: Layout,
+    layout: Layout,
     names_given: Mapping[Tensor, str | None],
 ) -> list[Row]:
     """Rows of all params in order, as far as they can be used; nothing is created yet.
 
     Args:
-        names: state names the rule wants, for each group.
+        layout: the states that the rule wants, for each group.
         names_given: names for messages, where a checkpoint has replaced the groups' own.
 
     Raises:
@@ -57,9 +63,9 @@ def checked_rows(
     inference = torch.is_inference_mode_enabled()
     for row in served:
         own = state.get(row.param, {})
-        _check_row(row, own, names[row.group])
+        _check_row(row, own, layout[row.group].names)
         if row.param.grad is not None and not inference:
-            _check_writable(row, own, names[row.group])
+            _check_writable(row, own, layout[row.group].names)
     _check_disjoint(served)
     return rows
 
@@ -67,8 +73,8 @@ def checked_rows(
 def complete_rows(
     rows: Sequence[Row],
     state: dict[Tensor, ParamState],
-    names: Layout,
-    master_weights: bool | None,
+    layout: Layout,
+    options: Options,
     every_param: bool,
 ) -> dict[Tensor, ParamState]:
     """Create the state that is missing, and let the rows refer to all of it.
@@ -88,20 +94,50 @@ def complete_rows(
     due = []
     for row in served:
         row.copy = copy_without_gaps(row.local)
-        own = state.get(row.param, {})
-        if not is_complete(row, own, names[row.group], master_weights):
+        own, streams = state.get(row.param, {}), streams_of(row.param, layout[row.group], options)
+        _check_kept(row, layout[row.group], streams)
+        if not is_complete(row, own, streams):
             wanted = row.param.grad is not None or (every_param and row.param.requires_grad)
             row.awaits_state = not wanted
             if wanted:
                 due.append(row)
-    new = complete_all(due, state, names, master_weights)
+    new = complete_all(due, state, layout, options)
     state.update(new)
     for row in served:
         if not row.awaits_state:
-            own = state.get(row.param, {})
-            states = [own[name] for name in names[row.group]]
-            row.set_state(states, own.get(MASTER), own[STEP] if states else None)
+            own, streams = (
+                state.get(row.param, {}),
+                streams_of(row.param, layout[row.group], options),
+            )
+            tensors = {stream.of: own[stream.name] for stream in streams.all}
+            master = tensors.pop(MASTER, None)
+            scales = [own[s.name + SCALE] if s.codec.scaled else None for s in streams.states]
+            step = own[STEP] if streams.counts else None
+            row.set_state([*tensors.values()], master, step, scales, streams.codecs)
+            if any(codec.dithers for codec in streams.codecs):
+                row.first = first_element(row.param)
     return new
+
+
+def _check_kept(row: Row, kept: Kept, streams: Streams) -> None:
+    """Refuse forms that the parameter, as it is now, cannot have."""
+    dtype, scaled = row.param.dtype, any(codec.scaled for codec in streams.codecs)
+    if scaled and getattr(row.param, "_fsdp_flattened", False):
+        # FSDP1 cuts every state as it cuts the flat parameter, and scales are no such state.
+        raise RuntimeError(
+            f"{row.label}: state_dtype='8bit' is not supported for parameters of FSDP1, which "
+            "could not save the scales; use FSDP2, or 16 bits: `optimizer.state_dtype = 'bf16'`"
+        )
+    if dtype == torch.float16 and (streams.master is REMAINDER8 or streams.param is DITHERED):
+        raise RuntimeError(
+            f"{row.label} is fp16, and its master_weights are a form for bf16 alone; use 16 bits "
+            "beside it: `optimizer.master_weights = 'remainder'`"
+        )
+    if dtype == torch.float64 and any(form is not None for form in kept.forms):
+        raise RuntimeError(
+            f"{row.label} is float64, which keeps its state in float64; say so: "
+            f"`optimizer.param_groups[{row.group}]['state_dtype'] = None`"
+        )
 
 
 def _check_row(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
@@ -129,7 +165,7 @@ def _check_writable(row: Row, own: ParamState, names: tuple[str, ...]) -> None:
             "step() in inference mode, or put another in its place: "
             "`param = torch.nn.Parameter(param.detach().clone())`"
         )
-    for name in (*names, MASTER, STEP):
+    for name in (*chain.from_iterable(names_of(n) for n in (*names, MASTER)), STEP):
         value = own.get(name)
         if isinstance(value, Tensor) and is_of_inference(value):
             raise RuntimeError(

@@ -10,12 +10,13 @@ from ..callers import running
 from ..options import Options
 from ..rules.declaration import Group
 from .checks import is_served
+from .exchange import REPLICATED
 
 
 def has_fsdp1_shards(groups: list[Group]) -> bool:
     """Whether a step updates parameters of FSDP1, except replicas (``replicated=True``)."""
     return any(
-        getattr(param, "_fsdp_flattened", False) and not group.get("replicated")
+        getattr(param, "_fsdp_flattened", False) and not group.get(REPLICATED)
         for group in groups
         for param in group["params"]
         if is_served(param)

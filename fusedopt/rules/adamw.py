@@ -35,8 +35,15 @@ RULE = Rule(
     flags=("amsgrad",),
     states=(
         State("exp_avg"),
-        State("exp_avg_sq"),
-        State("max_exp_avg_sq", when="amsgrad", absent=-math.inf, starts_later=True),
+        State("exp_avg_sq", positive=True),
+        State(
+            "max_exp_avg_sq",
+            when="amsgrad",
+            absent=-math.inf,
+            starts_later=True,
+            positive=True,
+            ratchets=True,
+        ),
     ),
     hyper=(
         *("lerp_weight", "beta2", "one_minus_beta2", "step_size", "eps", "decay"),

@@ -27,6 +27,10 @@ OF_SOME_RULE = frozenset(
 UNCOUNTED: set[str] = set()
 # States that a parameter may lack although it has others: they then start as zero.
 STARTS_LATER: set[str] = set()
+# States that are never below zero.
+POSITIVE: set[str] = set()
+# States that are a maximum over steps.
+RATCHETS: set[str] = set()
 # By the states of a rule: see Rule.not_beside.
 NOT_BESIDE: dict[tuple[str, ...], tuple[str, ...]] = {}
 
@@ -41,6 +45,8 @@ class State:
         absent: the value that a kernel reads in place of an absent state.
         starts_later: a parameter may lack it although it has other states, and then gets zeros.
         uncounted: torch keeps no step count with it.
+        positive: it is never below zero.
+        ratchets: it is a maximum over steps, so it would keep whatever was rounded up.
     """
 
     name: str
@@ -48,12 +54,18 @@ class State:
     absent: float = 0.0
     starts_later: bool = False
     uncounted: bool = False
+    positive: bool = False
+    ratchets: bool = False
 
     def __post_init__(self) -> None:
         if self.starts_later:
             STARTS_LATER.add(self.name)
         if self.uncounted:
             UNCOUNTED.add(self.name)
+        if self.positive:
+            POSITIVE.add(self.name)
+        if self.ratchets:
+            RATCHETS.add(self.name)
 
 
 # A rule in plain torch: parameter, gradient, states (changed in place), group, number of the step

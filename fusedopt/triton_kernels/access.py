@@ -119,8 +119,7 @@ def values_of(loaded, stream, ALIGNED: tl.constexpr):
 @triton.jit
 def or_absent(stream, values, ABSENT: tl.constexpr):
     """``ABSENT`` where there is no such stream."""
-    _, _, there = stream  # in a nested tuple, Triton 3.6 loses the names
-    return tl.where(there, values, ABSENT)
+    return tl.where(stream[2], values, ABSENT)  # in a nested tuple, Triton 3.6 loses the names
 
 
 @triton.jit
@@ -153,3 +152,12 @@ def gradient_of(loaded, grad, aligned, block, ALIGNED: tl.constexpr):
     if is_half:
         values = widened(bits, grad.codec)
     return values
+
+
+@triton.jit
+def current_param(master, half, has_master, codec):
+    """The param before this step. If it is not its master's rounding, someone wrote to it."""
+    written = widened(half, codec)
+    if has_master:
+        written = tl.where(narrowed(master, codec) == half, master, written)
+    return written

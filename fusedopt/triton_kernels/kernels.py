@@ -21,17 +21,12 @@ from .words import WORDS, add_words, load_words, no_words, store_words
 
 
 @triton.jit
-def reduce_kernel(
-    step, options, numbers, grads, rows, chunks, row_steps, sums, words, ticket,
-    n_rows, n_chunks, n_devices, own_number,
+def hand_in(
+    own, record, step, options, numbers, grads, rows, row_steps, sums, words, ticket,
+    n_rows, n_devices, own_number,
     RULE: tl.constexpr,
 ):  # fmt: skip
     """Programs add their words to ``sums``; the last program takes the total from there."""
-    record = read(STEP, step)
-    inv_scale = inverse_scale(record.grad_scale)
-    own = no_words()
-    for c in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        own = reduce_chunk(chunks, c, rows, grads, inv_scale, record.flags, own)
     add_words(sums, own)
     tl.debug_barrier()
     drawn = ticket.to(tl.pointer_type(tl.int32))
@@ -45,6 +40,23 @@ def reduce_kernel(
         store_words(words + own_number * WORDS * 8, total)
         if (n_devices == 1) & (record.n_ranks == 0):
             finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, RULE)
+
+
+@triton.jit
+def reduce_kernel(
+    step, options, numbers, grads, rows, chunks, row_steps, sums, words, ticket,
+    n_rows, n_chunks, n_devices, own_number,
+    RULE: tl.constexpr,
+):  # fmt: skip
+    record = read(STEP, step)
+    inv_scale = inverse_scale(record.grad_scale)
+    own = no_words()
+    for c in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        own = reduce_chunk(chunks, c, rows, grads, inv_scale, record.flags, own)
+    hand_in(
+        own, record, step, options, numbers, grads, rows, row_steps, sums, words, ticket,
+        n_rows, n_devices, own_number, RULE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -62,19 +74,10 @@ def reduce_exactly_kernel(
         own, guess = reduce_chunk_exactly(
             chunks, c, rows, grads, inv_scale, record.flags, own, guess
         )
-    add_words(sums, own)
-    tl.debug_barrier()
-    drawn = ticket.to(tl.pointer_type(tl.int32))
-    if tl.atomic_add(drawn, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-        total = load_words(sums)
-        tl.debug_barrier()
-        store_words(sums, no_words())
-        tl.store(drawn, 0)
-        if own_number == 0:
-            total += words_of_rank(record)
-        store_words(words + own_number * WORDS * 8, total)
-        if (n_devices == 1) & (record.n_ranks == 0):
-            finalize_step(step, total, options, numbers, grads, rows, n_rows, row_steps, RULE)
+    hand_in(
+        own, record, step, options, numbers, grads, rows, row_steps, sums, words, ticket,
+        n_rows, n_devices, own_number, RULE,
+    )  # fmt: skip
 
 
 @triton.jit

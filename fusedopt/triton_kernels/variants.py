@@ -2,7 +2,7 @@
 
 ``reduce``, ``reduce_exactly`` (for ``norm_bits="exact"``) and ``finalize`` have one variant for
 each rule. ``update`` has three for each number of states: ``float32`` for plans of fp32 params,
-gradients and states, ``any`` for plans of fp32 states and masters, and ``any-states``. All else
+gradients and states, ``any`` for plans of fp32 states and masters, and ``coded``. All else
 that differs between steps (codecs, masters, lengths, alignment, clipping, decay, a rule's own
 variants) is read from tables at run time.
 """
@@ -24,7 +24,7 @@ from .rules import TEXTS
 THREADS = 128  # of update
 BLOCK = 8 * THREADS  # elements: 16 bytes of 16-bit values a thread
 SHARED = ("reduce", "reduce_exactly", "finalize")
-STREAMS = ("float32", "any", "any-states")
+STREAMS = ("float32", "any", "coded")
 COUNTS = ("n_rows", "n_chunks", "n_devices", "own_number")
 
 
@@ -55,7 +55,7 @@ class Variant:
             **rule,
             "STATES": self.states,
             "STREAMS": self.streams,
-            "BLOCK": BLOCK // 2 if self.streams == "any-states" else BLOCK,
+            "BLOCK": BLOCK // 2 if self.streams == "coded" else BLOCK,
         }
 
     def options(self, target: GPUTarget) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Variant:
         options = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
         if target.backend == "cuda":
             # 80 registers: six blocks of update on a multiprocessor; 96: five
-            options["maxnreg"] = 96 if self.streams == "any-states" else 80
+            options["maxnreg"] = 96 if self.streams == "coded" else 80
         elif target.warp_size == 32:
             options["waves_per_eu"] = 16  # on RDNA, 96 registers
         return options

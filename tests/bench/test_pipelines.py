@@ -229,9 +229,12 @@ BYTES = {
     "megatron_fp16": 60,
     "fusedopt_adamw": 32,
     "fusedopt_adamw_amp_scaling": 40,
+    "fusedopt_adamw_exact": 32,
     "fusedopt_adamw_fp16": 32,
     "fusedopt_adamw_fp16_amp_scaling": 36,
     "fusedopt_adamw_bf16": 32,
+    "fusedopt_adamw_8bit": 20 + 4 / 128,
+    "fusedopt_adamw_bf16_8bit": 16 + 4 / 128,
     "fusedopt_sgd": 24,
 }
 

@@ -114,10 +114,12 @@ def test_pictures_of_the_documents_are_drawn_on_request(
 
 @pytest.mark.parametrize("picture", PICTURES, ids=[path.stem for path in PICTURES])
 def test_pictures_are_of_the_rows(picture: Path, tmp_path: Path) -> None:
-    name = next(name for name in plot.PICTURE_OF if picture.stem.endswith(f"-{name}"))
+    names = (*plot.PICTURE_OF, plot.FIDELITY)
+    name = next(name for name in names if picture.stem.endswith(f"-{name}"))
     found = ROOT / "benchmarks" / "results" / f"{picture.stem.removesuffix(f'-{name}')}.csv"
     drawn = tmp_path / "picture.png"
-    digest = plot.draw(name, plot.read_figures(found), drawn)
+    read = plot.read_fidelity if name == plot.FIDELITY else plot.read_figures
+    digest = plot.draw(name, read(found), drawn)
     assert text_chunks(picture)[plot.CHECKSUM] == digest
     if text_chunks(picture)["Software"] != text_chunks(drawn)["Software"]:
         return  # another matplotlib sets its text elsewhere

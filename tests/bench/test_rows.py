@@ -20,7 +20,8 @@ from benchmarks.gpu import machine
 
 np = pytest.importorskip("numpy")
 CPU, GPU = "A CPU (R) 7", "NVIDIA H100 80GB"
-WRITERS = ("cpu", "host", "distributed", "kernels", "gpu", "instructions", "memory", "profile")
+WRITERS = ("cpu", "host", "distributed", "kernels", "gpu", "instructions", "memory", "profile",
+           "fidelity")  # fmt: skip
 writers = pytest.mark.parametrize("command", WRITERS)
 
 

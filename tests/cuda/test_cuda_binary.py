@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class Kind(NamedTuple):
 
     rule: str
     states: int = -1
-    half_states: bool = False
+    coded: bool = False
 
 
 REDUCE, EXACT = Kind(""), Kind("exact")
@@ -67,7 +68,7 @@ def expected_kinds() -> set[Kind]:
     kinds = {REDUCE, EXACT}
     for name in importlib.import_module("fusedopt._cuda").RULES:
         for n in range(declared(name).fewest_states, len(declared(name).states) + 1):
-            kinds |= {Kind(name, n, half) for half in (False, True)}
+            kinds |= {Kind(name, n, coded) for coded in (False, True)}
     return kinds
 
 
@@ -81,7 +82,7 @@ def hot(kernels: dict) -> dict:
 
 def of_floats(code: dict[Key, list[Instruction]]) -> dict[Key, list[Instruction]]:
     """Those whose states and masters are fp32."""
-    return {key: kernel for key, kernel in code.items() if not kind(key).half_states}
+    return {key: kernel for key, kernel in code.items() if not kind(key).coded}
 
 
 def accesses(kind: Kind) -> tuple[int, int, int]:
@@ -145,16 +146,24 @@ def test_fp32_tensors_go_16_bytes_at_a_time(code):
         assert accesses(kind(key)) in shapes, (key, shapes)
 
 
-def test_half_states_use_8_bytes_or_16(code):
-    """Four elements by a thread: a warp's access is one run of memory, whatever the codec."""
+def test_coded_streams_go_four_elements_at_a_time(code):
+    """By a thread: a warp's access is one run of memory, whatever the codec. What is left over of a
+    row, and streams off their boundaries, have a loop of their own. Codes are 4 bytes then, and
+    their scale one byte, which one thread writes."""
     for key in code.keys() - of_floats(code).keys():
-        loops = vector_loops(code[key])
-        assert loops, key
-        for loop in loops:
-            assert not [i for i in loop if i.is_generic_or_local], key
-            assert all(i.bits in (64, 128) for i in loop if i.is_store), key
-            narrow = [i for i in loop if i.is_load and i.bits < 64]
-            assert len(narrow) in (0, 8, 16), key  # a gradient, of either width
+        states = kind(key).states
+        whole, single = [], []
+        for loop in sass.innermost_loops(code[key]):
+            (whole if any(i.is_store and i.is_wide for i in loop) else single).append(loop)
+        (loop,) = whole
+        assert not [i for i in loop if i.is_generic_or_local], key
+        stores = Counter(i.bits for i in loop if i.is_store)
+        # param, master and states, whatever the width of each; and each state's scale
+        streams = 2 + states
+        assert stores == {128: streams, 64: streams, 32: streams, 8: 2 * states}, (key, stores)
+        loads = Counter(i.bits for i in loop if i.is_load)
+        assert loads[128] == loads[64] == streams + 1, (key, loads)  # the gradient, too
+        assert any(i.is_store and i.bits == 8 for part in single for i in part), key
 
 
 def test_old_drivers_can_unpack_it(binary):

@@ -35,7 +35,7 @@ def test_the_module_answers_without_a_gpu(tmp_path: Path) -> None:
     if spec is None or spec.origin is None:
         pytest.skip("the native module fusedopt._cuda is not built")
     tables = {"n_groups": 1, "n_rows": 1, "n_chunks": 1, "n_devices": 1, "own_number": 0}
-    tables |= {"n_states": 2, "half_states": False, "n_input_bytes": 208}
+    tables |= {"n_states": 2, "coded": False, "n_input_bytes": 208}
     names = ("inputs", "host_inputs", "options", "numbers", "grads", "rows", "chunks", "row_steps")
     tables |= dict.fromkeys((*names, "sums", "words", "ticket"), 16)
     code = (

@@ -1,23 +1,17 @@
 """What only the shim shows of the CUDA backend: grids and schedules, every launch with its device
-and stream, memory that the host must leave alone, states of 16 bits."""
+and stream, memory that the host must leave alone."""
 
 from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Sequence
 
 import pytest
 import torch
 from cases import (
     CHUNK,
-    DTYPE_PAIRS,
     FLOATS,
     FULL_CASES,
-    HALVES,
-    KERNEL_CASES,
-    OptimizerCase,
-    parametrize,
 )
 from cuda_shim import CudaShim, Launch
 from gpu_helpers import runners, two_devices
@@ -28,7 +22,6 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt.backends import cpu, cuda, device, records
-from fusedopt.plan import state as plan_state
 
 shim = runners("shim")
 
@@ -200,47 +193,3 @@ def test_carries_are_kept() -> None:
     twins.check()
     (part,) = twins.opt._shared.plan.parts
     assert max(part.tensors["words"].view(torch.int64).tolist()) >= 2**32
-
-
-# ---- states of 16 bits --------------------------------------------------------------------------
-
-
-def narrow_states(twins: Twins, codecs: Sequence[torch.dtype]) -> None:
-    """Every state and master gets one of `codecs` in turn, the same in both optimizers."""
-    turn = itertools.count()
-    for param, other in zip(twins.params, twins.twin_params, strict=True):
-        for name in sorted(twins.opt.state[param].keys() - {"step"}):
-            dtype = codecs[next(turn) % len(codecs)]
-            for optimizer, key in ((twins.opt, param), (twins.twin, other)):
-                optimizer.state[key][name] = optimizer.state[key][name].to(dtype)
-
-
-@pytest.mark.parametrize("codecs", [HALVES[:1], HALVES[1:], [*FLOATS, torch.bfloat16]], ids=str)
-@pytest.mark.parametrize("master_weights", [None, False])
-@parametrize("case", KERNEL_CASES)
-def test_half_states(
-    case: OptimizerCase,
-    master_weights: bool | None,
-    codecs: list[torch.dtype],
-    shim: CudaShim,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """No option makes such states yet: they are put in the place of those that are there."""
-    fits = plan_state.fits
-
-    def fits_narrow(value: object, *like: Tensor) -> bool:
-        return fits(value.float() if isinstance(value, Tensor) else value, *like)
-
-    monkeypatch.setattr(plan_state, "fits", fits_narrow)
-    own = list(zip(itertools.cycle(FEW_LENGTHS), DTYPE_PAIRS * 2, strict=False))
-    values = [randn(n, n, dtype) for n, (dtype, _) in own]
-    twins = Twins.of(case, values, master_weights=master_weights)
-    twins.run(steps=1)
-    narrow_states(twins, codecs)
-    shim.reset()
-    twins.run([dtype for _, (_, dtype) in own], steps=2)
-    states = [twins.opt.state[p].items() for p in twins.params]
-    found = {value.dtype for items in states for name, value in items if name != "step"}
-    assert found == (set(codecs) if found else set())
-    updates = [e.kernel for e in shim.launches() if e.kernel.startswith("update_kernel")]
-    assert [kernel.endswith("true>") for kernel in updates] == [bool(found)] * 2, updates

@@ -55,7 +55,7 @@ constexpr bool is_one_of = (std::is_same_v<T, Among> || ...);
 template <class T>
 void check_access(const T* address) {
   static_assert(is_one_of<T, float4, uint4, uint2, float, double, unsigned long long, unsigned,
-                          unsigned short>);
+                          unsigned short, unsigned char>);
   check_aligned(address, sizeof(T));
 }
 

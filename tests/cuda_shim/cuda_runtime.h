@@ -98,6 +98,11 @@ void __stcs(T* address, T value) {
   __builtin_memcpy(address, &value, sizeof value);
 }
 
+template <class T>
+void __stcg(T* address, T value) {
+  __stcs(address, value);
+}
+
 // ---- runtime ------------------------------------------------------------------------------------
 
 enum cudaError_t {

@@ -20,6 +20,13 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "amsgrad": (fusedopt.FusedAdamW, {"lr": 0.1, "amsgrad": True}),
     "sgd": (fusedopt.FusedSGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
     "lion": (fusedopt.FusedLion, {"lr": 0.1}),
+    # Dithered by the place of an element in the whole tensor, so that shards change nothing.
+    "bf16": (fusedopt.FusedAdamW, {"lr": 0.1, "state_dtype": "bf16"}),
+    "beside": (fusedopt.FusedAdamW, {"lr": 0.1, "master_weights": "remainder8"}),
+    "momentum": (
+        fusedopt.FusedSGD,
+        {"lr": 0.1, "momentum": 0.9, "state_dtype": "bf16", "master_weights": "remainder"},
+    ),
 }
 Values = dict[tuple[str, str], Tensor]  # by names of parameter and state, all elements
 
@@ -55,6 +62,8 @@ def train(model: Any, optimizer: Any, *steps: int) -> None:
 
 
 def full(tensor: Any) -> Tensor:
+    if tensor.dtype == torch.int16:  # which collectives do not know
+        tensor = tensor.int()
     whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
     return whole.clone()
 

@@ -44,6 +44,9 @@ TASKS = [
     ("amsgrad", torch.bfloat16, ("sharded", "full, flat")),
     ("sgd", torch.bfloat16, ("flat", "of rank 0")),
     ("lion", torch.bfloat16, SHARDED),
+    ("bf16", torch.float32, ("sharded", "full")),
+    ("beside", torch.bfloat16, ("flat", "full")),
+    ("momentum", torch.bfloat16, SHARDED),  # torch cannot scatter int16
     ("lion", torch.float32, ("full",)),
 ]
 Run = dict[int, Values]  # by the number of steps

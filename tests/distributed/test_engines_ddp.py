@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import math
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -188,6 +189,23 @@ def refused(rank: int) -> None:
         assert_norm(optimizer.optim.grad_norm, norm_of(model.parameters()))
 
 
+def copies_are_refused(rank: int) -> None:
+    """A copy or a pickle has the parameters of one rank's share, as what it was made of."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    cls: Any = functools.partial(FusedAdamW, max_grad_norm=1.0)
+    optim = ZeroRedundancyOptimizer(make_model().parameters(), cls, lr=0.1).optim
+    for other in (copy.deepcopy(optim), pickle.loads(pickle.dumps(optim))):
+        for param in (param for group in other.param_groups for param in group["params"]):
+            param.grad = torch.ones_like(param)
+        with pytest.raises(RuntimeError, match="share of a ZeroRedundancyOptimizer"):
+            other.step()
+        other.norm_group = dist.group.WORLD
+        other.step()
+        everything = sum(param.numel() for param in make_model().parameters())
+        assert_norm(other.grad_norm, math.sqrt(everything))
+
+
 def zero_with_scalers(rank: int) -> None:
     """ZeRO is no optimizer of ours, so that both scalers treat it as they treat any other."""
     for make in (torch.amp.GradScaler, fusedopt.GradScaler):
@@ -211,7 +229,10 @@ def zero_with_scalers(rank: int) -> None:
         same_everywhere([param.detach().tolist() for param in model.parameters()])
 
 
-@pytest.mark.parametrize("function", [plain, with_a_group, deals_out, refused, zero_with_scalers])
+@pytest.mark.parametrize(
+    "function",
+    [plain, with_a_group, deals_out, refused, copies_are_refused, zero_with_scalers],
+)
 def test_two_ranks(function: Callable[[int], None]) -> None:
     ranks.run(2, function)
 

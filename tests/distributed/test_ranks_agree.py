@@ -261,6 +261,32 @@ def test_a_rank_that_fails_before_the_first_step() -> None:
     ranks.run(2, fails_before_there_is_a_plan)
 
 
+def fails_in_a_plan_of_before(rank: int) -> None:
+    """One group at a time, as with DeepSpeed's ZeRO: its plan has joined the message before."""
+    mesh = init_device_mesh("cpu", (2,))
+    wholes = [Whole((5, 3), ROWS), Whole((4,), ROWS)]
+    twins = Twins(mesh, wholes, groups=lambda params: [{"params": [p]} for p in params])
+    twins.give(0)
+    optimizer = twins.optimizer
+    groups = optimizer.param_groups
+    optimizer.init_state()
+    optimizer.param_groups = groups[:1]
+    optimizer.step()
+    plan = optimizer._shared.plan
+    optimizer.param_groups = groups[1:]
+    optimizer.init_state()
+    assert optimizer._shared.plan is not plan
+    optimizer.param_groups = groups[:1]
+    fails_on(rank, 0, twins, (interrupted, KeyboardInterrupt, None))
+    assert optimizer._shared.plan is plan
+    optimizer.step()
+    alike_everywhere(optimizer.grad_norm)
+
+
+def test_a_rank_that_fails_in_a_plan_that_was_set_aside() -> None:
+    ranks.run(2, fails_in_a_plan_of_before)
+
+
 # ---- nobody asked --------------------------------------------------------------------------------
 
 

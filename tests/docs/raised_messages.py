@@ -19,6 +19,8 @@ def words_of(node: ast.expr, constants: dict[str, ast.expr]) -> str:
     """The message, with an ellipsis for what is filled in."""
     if isinstance(node, ast.JoinedStr):
         return "".join(words_of(value, constants) for value in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return words_of(node.left, constants) + words_of(node.right, constants)
     if isinstance(node, ast.Name) and node.id in constants:
         return words_of(constants[node.id], {})
     return str(node.value) if isinstance(node, ast.Constant) else "…"

@@ -82,6 +82,7 @@ REFUSALS = {
     "clear it after resharding": "a gradient that lies on another mesh than its parameter",
     "another rank refused this step": "a rank that fails in `step()`",
     "the ranks' options differ": "options that differ between ranks",
+    "this step or one before it was refused": "a rank that fails in `step()`",
     "use True or False": "plain tensors beside DTensors",
     "is a plain tensor beside DTensors": "plain tensors beside DTensors",
     "norm_group has not all ranks of": "a `norm_group` without some ranks",
@@ -111,6 +112,10 @@ REFUSALS = {
     "the checkpoint has no … of …": "a flattened load of `torch.distributed.checkpoint`",
     "in the checkpoint depend on": "a flattened load of `torch.distributed.checkpoint`",
     "it had no state for torch.distributed": "a flattened load of `torch.distributed.checkpoint`",
+    "is not supported for parameters of FSDP1": 'state_dtype="8bit"` for parameters of FSDP1',
+    "a form for bf16 alone": '"dither"` for an fp16 parameter',
+    "keeps its state in float64": "a `state_dtype` for a float64 one",
+    "scales of torch.uint8": "codes without their scales",
     "make it whole, on all ranks": "a state on another mesh than its parameter",
 }
 # The same in torch: a gradient always has its parameter's shape and device, a state dict is a dict.

@@ -208,6 +208,27 @@ def broken_state(s: Training) -> Iterator[str]:
         yield shape
     s.step_once()["exp_avg"].untyped_storage().resize_(0)
     yield "state 'exp_avg' has no memory"
+    small = {"state_dtype": "8bit", "min_8bit_size": 1}
+    s.start(**small)
+    s.optimizer.step()
+    s.optimizer.state[s.param]["exp_avg_log8_scale"] = torch.zeros(2, dtype=torch.uint8)
+    yield "scales of torch.uint8"
+    for dtype, words in (
+        (torch.float16, "a form for bf16 alone"),
+        (torch.float64, "keeps its state in float64"),
+    ):
+        s.start(**({"state_dtype": "bf16"} if dtype == torch.float64 else {}))
+        s.optimizer._shared.options = s.optimizer._shared.options.changed(
+            master_weights=None if dtype == torch.float64 else "remainder8"
+        )
+        s.param.grad = None
+        s.param.data = s.param.data.to(dtype)
+        s.fails = s.helps = lambda: s.optimizer.init_state()
+        yield words
+    s.start(**small)
+    s.param._fsdp_flattened = True  # type: ignore[attr-defined]
+    s.fails = s.helps = lambda: s.optimizer.init_state()
+    yield "is not supported for parameters of FSDP1"
 
 
 def lost_by_dcp(s: Training) -> Iterator[str]:

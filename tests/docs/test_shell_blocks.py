@@ -72,6 +72,8 @@ ELSEWHERE = {
         "tests/bench/test_end_to_end.py", "def test_quick_profile(", "--quick"),
     "python -m benchmarks memory": (
         "tests/bench/test_peak_memory.py", "def test_quick_memory(", "--quick"),
+    "python -m benchmarks fidelity": (
+        "tests/bench/test_fidelity.py", "def test_quick_fidelity(", "--quick, three steps"),
     "python -m benchmarks distributed": (
         "tests/bench/test_distributed_benchmark.py", "def test_a_quick_run_writes_rows(", "quick"),
     "bash benchmarks/gpu.sh": (*GPU, "the programs it starts, as dry runs"),

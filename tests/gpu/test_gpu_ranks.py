@@ -27,12 +27,15 @@ from tolerances import assert_norm, assert_same_bits
 from torch import Tensor
 
 from fusedopt.backends.device import DevicePlan
-from fusedopt.plan.exchange import LATE
 
 runner = runners()
 every_norm = pytest.mark.parametrize("norm_type", [2.0, math.inf])
 INF, NAN = math.inf, math.nan
 VERBS = ("reduce", "finalize", "update")
+LATE = (
+    "this step or one before it was refused and has changed nothing on any rank; the others count, "
+    "so put the cause right and go on, without repeating a step. The cause: "
+)
 
 
 # ---- one norm, one decision ---------------------------------------------------------------------
@@ -142,7 +145,11 @@ def answers_late(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 def check_refusal(
-    pairs: Pairs, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[Pair], None], late: int
+    pairs: Pairs,
+    monkeypatch: pytest.MonkeyPatch,
+    refuse: Callable[[Pair], None],
+    late: int,
+    cause: str = "another rank refused this step",
 ) -> None:
     """No bit has moved; the device's rank raises once, ``late`` steps after; all goes on."""
     before = pairs.ours.bits()
@@ -159,7 +166,7 @@ def check_refusal(
         found.append(pairs.ours.errors[0])
         pairs.check()
     assert [k for k, error in enumerate(found) if error is not None] == [late]
-    assert str(found[late]).startswith(LATE)
+    assert str(found[late]) == f"{LATE}{cause}"
 
 
 @pytest.mark.parametrize("late", [0, 1, 2])
@@ -175,7 +182,9 @@ def test_another_rank_fails(norm_type: float, late: int, monkeypatch: pytest.Mon
 def test_options_differ(norm_type: float, late: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = Pairs(monkeypatch, norm_type=norm_type)
     pairs.run(grads_of_ranks(1))
-    check_refusal(pairs, monkeypatch, differ, late)
+    words = "clipping, skipping, or an option of a param group such as lr"
+    cause = f"the ranks' options differ ({words})"
+    check_refusal(pairs, monkeypatch, differ, late, cause)
 
 
 @every_norm

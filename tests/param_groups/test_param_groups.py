@@ -297,3 +297,26 @@ def test_the_nearest_class_whose_name_tells_decides() -> None:
     assert is_norm(owner("Gain", Norm))
     assert not is_norm(owner("Gain", NormMLP))
     assert is_norm(owner("Norm", NormMLP))
+
+
+# ---- fp32_state_for ------------------------------------------------------------------------------
+
+
+def test_modules_that_keep_fp32_state_have_groups_of_their_own():
+    model = torch.nn.Sequential(torch.nn.Embedding(90, 64), torch.nn.Linear(64, 90))
+    groups = fusedopt.param_groups(model, 0.1, fp32_state_for=torch.nn.Embedding)
+    found = [(len(g["params"]), g["weight_decay"], "state_dtype" in g) for g in groups]
+    assert found == [(1, 0.1, False), (1, 0.0, False), (1, 0.1, True)]
+    assert groups[2]["params"][0] is model[0].weight and groups[2]["state_dtype"] is None
+    opt = fusedopt.FusedAdamW(groups, state_dtype="8bit")
+    opt.init_state()
+    assert "exp_avg" in opt.state[model[0].weight]
+    assert "exp_avg_log8" in opt.state[model[1].weight]
+    both = (torch.nn.Embedding, torch.nn.Linear)
+    wide = fusedopt.param_groups(model, 0.1, fp32_state_for=both)
+    assert all(group["state_dtype"] is None for group in wide)
+
+
+def test_what_is_no_class_of_modules_is_refused():
+    with pytest.raises(TypeError, match="fp32_state_for must be a class of modules"):
+        fusedopt.param_groups(torch.nn.Linear(2, 2), 0.1, fp32_state_for="embedding")

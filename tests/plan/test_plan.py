@@ -273,8 +273,8 @@ def test_two_fields_that_change_places_are_named(cpu_backend, where, one, other)
 
 
 def test_constants_and_rules_that_differ_are_named(cpu_backend, monkeypatch):
-    from fusedopt import _cpu
-    from fusedopt.backends import records
+    from fusedopt import _cpu, codecs
+    from fusedopt.backends import modules
 
     sizes = {"CODEC_BITS": 8, "OPTIONS_BYTES": 128, "LOWEST": -320}
     for name, value in {"FLOAT16": 2, "FROZEN": 2, **sizes}.items():
@@ -284,8 +284,9 @@ def test_constants_and_rules_that_differ_are_named(cpu_backend, monkeypatch):
     assert "other" in told(RULES={**rules, "other": rules["sgd"]})
     other_text = {**rules["adamw"], "absent": [0.0]}
     assert "rule adamw" in told(RULES={**rules, "adamw": other_text})
-    monkeypatch.setitem(records.CODECS, torch.float8_e5m2, 3)
-    assert "the module has FLOAT8_E5M2 None, fusedopt has FLOAT8" in told()
+    strange = codecs.Codec(15, "FLOAT8", torch.float8_e5m2)
+    monkeypatch.setattr(modules, "CODECS", (*codecs.CODECS, strange))
+    assert "the module has FLOAT8 None, fusedopt has FLOAT8 15" in told()
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_rows_hold_the_addresses_of_the_tensors(cpu_backend):
         address = [state[n].data_ptr() if n in state else 0 for n in names]
         master = state["master_param"].data_ptr() if "master_param" in state else 0
         expected = (p.data_ptr(), master, *address, state["step"].data_ptr())
-        assert row == (*expected, p.numel(), i // 2, codes[p.dtype], *[0] * 5, 0)
+        assert row == (*expected, p.numel(), i // 2, codes[p.dtype], *[0] * 5, 0, 0)
         if p.grad is None:
             assert grad[2] == 0
         elif p.numel():

@@ -208,3 +208,18 @@ def test_errors_name_the_parameter_and_not_the_checkpoints(given, saved_names, c
     name = r" \('b'\)" if given else ""
     with pytest.raises(RuntimeError, match=rf"param 1 of group 0{name}: "):
         opt.step()
+
+
+def test_8_bit_states_of_other_packages_are_refused_by_name():
+    """bitsandbytes keeps codes of a map of its own under names of its own."""
+    params, opt = make()
+    run(params, opt, range(1))
+    saved = copy.deepcopy(opt.state_dict())
+    for own, p in zip(saved["state"].values(), params, strict=True):
+        codes = torch.zeros(p.shape, dtype=torch.uint8)
+        own.clear()
+        own.update(
+            step=1, state1=codes, state2=codes, qmap1=torch.zeros(256), absmax1=torch.ones(1)
+        )
+    with pytest.raises(KeyError, match=r"state1.*state2.*lacks"):
+        opt.load_state_dict(saved)

@@ -211,6 +211,8 @@ COMMON = {
     "backend": None,
     "norm_group": None,
     "norm_bits": None,
+    "state_dtype": None,
+    "min_8bit_size": 4096,
 }
 
 

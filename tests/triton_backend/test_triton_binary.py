@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 import triton
 from triton_compile import AMD, KERNELS, NVIDIA, TARGETS, VARIANTS, kernel
 
+from fusedopt.triton_kernels.rules import TEXTS
 from fusedopt.triton_kernels.variants import Variant
 
 REGISTERS = 96  # five blocks of update on a multiprocessor
@@ -54,8 +55,15 @@ def wide_accesses(variant: Variant, target: str) -> tuple[Counter[int], Counter[
     loads, stores = Counter({128: read * n // 4}), Counter({128: written * n // 4})
     if variant.streams == "any":  # besides: the gradient and the param; the param
         return loads + Counter({128: 2 * n // 8}), stores + Counter({128: n // 8})
-    if variant.streams == "any-states":  # and a half param beside its master
-        return loads + Counter({16 * n: read + 1}), stores + Counter({16 * n: written + 1})
+    if variant.streams == "coded":  # n is four
+        # 16 bits: and a half param beside its master. Codes: of a master, and of states but a
+        # maximum over steps; with a scale for each block of them.
+        states = sum(code != 0 for code in TEXTS[variant.rule].codes[: variant.states])
+        codes = Counter({8 * n: states + 1, 8: states})
+        return (
+            loads + Counter({16 * n: read + 1}) + codes,
+            stores + Counter({16 * n: written + 1}) + codes,
+        )
     return loads, stores
 
 
@@ -102,6 +110,8 @@ def assert_update_is_wide(
     n = elements(variant, target)
     expected, stores = wide_accesses(variant, target)
     widest = 0
+    if variant.streams == "coded":
+        return assert_coded_is_wide(loops, expected, stores)
     for loop in loops:
         loads = Counter(i.bits for i in loop if i.is_load)
         assert Counter(i.bits for i in loop if i.is_store) == stores
@@ -118,6 +128,23 @@ def assert_update_is_wide(
             assert not [i for i in loop if re.match(r"(BAR|LDS|STS|SHFL)\b", i.opcode)]
     assert widest == expected[128]
     assert variant.streams == "any" or kernel(variant.name, target).metadata.shared == 0
+
+
+def assert_coded_is_wide(
+    loops: list[list[sass.Instruction]], expected: Counter[int], stores: Counter[int]
+) -> None:
+    """All loads of streams are on their way before a value is used, by threads of their own.
+
+    What is read beside streams, and in their time again, are the records of the tensor.
+    """
+    (loop,) = loops
+    loop = [i for i in loop if not i.is_load or ".EF" in i.opcode]  # streams are evicted first
+    assert Counter(i.bits for i in loop if i.is_load) == expected
+    assert Counter(i.bits for i in loop if i.is_store) == stores
+    assert len(sass.batches(loop)) == 1 and not sass.late_loads(loop)
+    assert not [i for i in loop if i.is_generic_or_local]
+    # the largest of a block of scales is found in a warp
+    assert not [i for i in loop if re.match(r"(BAR|LDS|STS)\b", i.opcode)]
 
 
 def assert_reduce_is_wide(loops: list[list[sass.Instruction]]) -> None:
@@ -172,6 +199,13 @@ def test_no_spills_and_accesses_of_16_bytes_on_amd(name, target):
         assert_reduce_is_wide_on_amd(target, amdgcn.parse_code(text))
 
 
+def amd_bits(instruction: amdgcn.Instruction) -> int:
+    """Width of a load."""
+    narrow = {"ubyte": 8, "u8": 8, "ushort": 16, "b16": 16, "dword": 32, "b32": 32}
+    name = instruction.opcode.rpartition("_")[2]
+    return narrow.get(name) or 32 * amdgcn.WORDS[name]
+
+
 def widest_ways(blocks: list[amdgcn.Block]) -> dict[str, list[amdgcn.Instruction]]:
     """Through the loops that read streams 16 bytes at a time."""
     ways = {header: amdgcn.widest_way(blocks, header) for header in amdgcn.loops(blocks)}
@@ -189,13 +223,18 @@ def assert_update_is_wide_on_amd(variant: Variant, target: str, blocks: list[amd
         assert sum(i.is_wide for i in loop if i.is_store) == stores[128]
         widest = max(widest, sum(i.is_load and i.is_wide for i in way))
         most = max(most, sum(i.is_load and i.is_wide for i in loop))
+        if variant.streams == "coded":
+            assert Counter(amd_bits(i) for i in loop if i.is_load) == loads
+            assert not [i for i in loop if i.opcode.startswith("s_barrier")]
         if variant.streams == "float32":
             assert not sass.late_loads(way)
             assert not [i for i in way if i.between_threads]
     if variant.streams == "any":  # no step takes the ways of an fp32 gradient and of a 16-bit one
         assert most >= loads[128]
+    elif variant.streams == "coded":
+        assert most == loads[128]
     else:
-        assert (most if variant.streams == "any-states" else widest) == loads[128]
+        assert widest == loads[128]
         assert kernel(variant.name, target).metadata.shared == 0
 
 

@@ -142,9 +142,11 @@ def test_each_variant_is_compiled_once(driver):
             optimizer.norm_bits = bits
             step(optimizer, params, grads_like(params, 0))
             assert driver.names[-2] == f"reduce{'_exactly' if bits else ''}-{case.rule}"
-    served = [name for name in NAMES if not name.endswith("any-states")]  # no plan has such states
-    assert sorted(driver.asked) == sorted(served)
-    assert set(driver.names) == set(served)
+    for case in (*FULL_CASES, adamw("plain")):
+        common = {**case.common, "state_dtype": "bf16"}
+        run(OptimizerCase("coded", case.rule, case.hyper, common), [7], steps=1)
+    assert sorted(driver.asked) == sorted(NAMES)
+    assert set(driver.names) == set(NAMES)
 
 
 # Whatever a number may be that a compiler could want to know: 0, 1, multiples of 16.
@@ -215,6 +217,30 @@ def test_the_variant_follows_the_gradients(driver, case):
     for grads, streams in steps:
         step(optimizer, params, grads)
         assert driver.names[-1] == f"update-{case.rule}-{states}-{streams}"
+
+
+CODED: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (torch.float32, {"state_dtype": "bf16"}),
+    (torch.float32, {"state_dtype": "8bit", "min_8bit_size": 5}),
+    (torch.float32, {"state_dtype": {"momentum_buffer": "bf16"}}),
+    (torch.float16, {"master_weights": "remainder"}),
+    *((torch.bfloat16, {"master_weights": w}) for w in ("remainder", "remainder8", "dither")),
+]
+
+
+@pytest.mark.parametrize(("dtype", "common"), CODED, ids=case_id)
+def test_one_variant_serves_every_codec(driver, dtype, common):
+    """Whatever the gradients are, and where only one row is coded."""
+    case = OptimizerCase("coded", "sgd", {"momentum": 0.9}, common)
+    for grad_dtype in (torch.float32, torch.float16):
+        run(case, [5, 3], dtype, grad_dtype)
+    assert driver.asked == ["reduce-sgd", "finalize-sgd", "update-sgd-1-coded"]
+
+
+def test_small_tensors_need_no_codes(driver):
+    case = OptimizerCase("small", "sgd", {"momentum": 0.9}, {"state_dtype": "8bit"})
+    run(case, [5, 4095])
+    assert driver.asked == ["reduce-sgd", "finalize-sgd", "update-sgd-1-float32"]
 
 
 def test_a_variant_that_did_not_compile_is_tried_again(driver):

@@ -17,7 +17,7 @@ from pathlib import Path
 import amdgcn
 import pytest
 import torch
-from cases import FULL_CASES, parametrize
+from cases import FULL_CASES, OptimizerCase, parametrize
 
 pytest.importorskip("triton")
 
@@ -178,3 +178,13 @@ def test_the_bits_of_the_cpu_backend(cpu_backend, interpreter, case, dtype):
     twins = TritonTwins.of_lengths(case, [5, 0, 2050], dtype)
     twins.run(steps=2)
     assert {name.partition("-")[0] for name, _ in interpreter.launched} == {"reduce", "update"}
+
+
+@parametrize("case", FULL_CASES)
+def test_the_bits_of_coded_streams(cpu_backend, interpreter, case):
+    hyper = {name: value for name, value in case.hyper.items() if name != "amsgrad"}
+    case = OptimizerCase(case.name, case.rule, hyper, case.common)
+    options = {"state_dtype": "8bit", "min_8bit_size": 9, "master_weights": "remainder8"}
+    twins = TritonTwins.of_lengths(case, [5, 0, 650], torch.bfloat16, **options)
+    twins.run(steps=2)
+    assert interpreter.launched[-1][0].endswith("coded")

@@ -13,7 +13,8 @@ import triton.language as tl
 # By its full name: tests import this folder a second time, for Triton's interpreter.
 from fusedopt.backends.modules import compare
 from fusedopt.backends.records import Record
-from fusedopt.rules.declaration import OPTIONS_BYTES, Rule, declared
+from fusedopt.codecs import LOG8, LOG8_POSITIVE
+from fusedopt.rules.declaration import OPTIONS_BYTES, Rule, State, declared
 
 from ..tables import layout
 from .common import Kind
@@ -35,6 +36,7 @@ class Text:
         self.row_step = tl.constexpr(layout(row_step, rule.row_step_bytes))
         self.n_always = rule.n_always
         self.absent = tuple(state.absent for state in rule.states)
+        self.codes = tuple(map(_codec_of_8_bits, rule.states))
 
     def __repr__(self) -> str:
         return self.name
@@ -44,7 +46,14 @@ class Text:
         """Everything of the rule that decides what is compiled; a kernel's own key lacks it."""
         functions = [f.cache_key for f in (self.prepare, self.variant, self.update)]
         layouts = (self.Hyper._fields, Kind._fields, self.options, self.row_step)
-        return repr((self.name, *functions, *layouts, self.n_always, self.absent))
+        return repr((self.name, *functions, *layouts, self.n_always, self.absent, self.codes))
+
+
+def _codec_of_8_bits(state: State) -> int:
+    """The number of the one that the state may have; 0: it is never stored in 8 bits."""
+    if state.ratchets:
+        return 0
+    return (LOG8_POSITIVE if state.positive else LOG8).number
 
 
 def check(module: ModuleType, rule: Rule) -> None:
