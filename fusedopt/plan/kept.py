@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def kept_of(
     own = names(group)
     wish = group.get(STATE_DTYPE, options.state_dtype)
     if wish is None:
-        return Kept(own, (None,) * len(own))
+        return _in_fp32(own)
     _check_state_dtype(rule, wish, error)
     forms = tuple(wish.get(name) if isinstance(wish, dict) else wish for name in own)
     if "8bit" in forms and not RATCHETS.isdisjoint(own):
@@ -41,6 +42,12 @@ def kept_of(
             "every second moment that was rounded up; use 'bf16', or amsgrad=False"
         )
     return Kept(own, tuple(None if form == "fp32" else form for form in forms))
+
+
+@cache
+def _in_fp32(names: tuple[str, ...]) -> Kept:
+    """One object for all steps: new tuples would fill the free lists."""
+    return Kept(names, (None,) * len(names))
 
 
 def _check_state_dtype(rule: Rule, wish: Any, error: type[Exception]) -> None:
