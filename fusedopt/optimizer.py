@@ -7,6 +7,7 @@ copy, as the verbs of a cached plan. Every refusal comes before anything is chan
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -255,7 +256,10 @@ class FusedOptimizer(AgreeingOptimizer):
             try:
                 new = complete_rows(rows, state, layout, options, every_param)
             except RuntimeError as error:
-                raise self._with_advice(error, groups) from error
+                advised = self._with_advice(error, groups)
+                if advised is None:
+                    raise
+                raise advised from error
             self.state.update({param: dict(own) for param, own in new.items()})
             wanted = (backend.name, layout)
             if plan is None or (plan.backend, plan.layout) != wanted or not plan.rebind(rows):
@@ -273,14 +277,16 @@ class FusedOptimizer(AgreeingOptimizer):
         shared.take_up(plan)
         return plan
 
-    def _with_advice(self, error: RuntimeError, groups: list[Group]) -> RuntimeError:
+    def _with_advice(self, error: RuntimeError, groups: list[Group]) -> RuntimeError | None:
         """If memory has run out, the same error with what would take less."""
         text = str(error)
         of_cpu = "not enough memory" in text or "can't allocate memory" in text
         if not of_cpu and not isinstance(error, torch.OutOfMemoryError):
-            return error
-        added = advice(type(self).__name__, self.rule, groups, self._shared.options)
-        return type(error)(f"{text}; {added}")
+            return None
+        with suppress(ValueError, RuntimeError):  # params of other dtypes than the options are for
+            added = advice(type(self).__name__, self.rule, groups, self._shared.options)
+            return type(error)(f"{text}; {added}")
+        return None
 
     @untraced
     def init_state(self) -> None:

@@ -512,7 +512,7 @@ def cut_anywhere(own: ParamState, param: Tensor) -> ParamState:
     spreads = {}
     for name, scales in own.items():
         of_blocks = isinstance(scales, Tensor) and scales.shape == (n_scales(param.numel()),)
-        if of_blocks and name.endswith(SCALE) and not is_dtensor(scales) and is_dtensor(param):
+        if of_blocks and str(name).endswith(SCALE) and not is_dtensor(scales) and is_dtensor(param):
             whole = torch.empty(param.shape, dtype=torch.uint8, device=scales.device)
             spreads[name] = spread(scales, whole)
     return {**own, **spreads}
@@ -525,10 +525,12 @@ def for_other_ranks(own: ParamState, param: Tensor) -> ParamState:
     """
     saved = dict(own)
     for name, value in own.items():
+        if not is_dtensor(value):
+            continue
         scales = own.get(f"{name}{SCALE}")
-        if scales is not None and not is_dtensor(scales):
+        if value.dtype == torch.uint8 and isinstance(scales, Tensor) and not is_dtensor(scales):
             saved[f"{name}{SCALE}"] = wrapped(spread(scales, local_of(value)), param)
-        elif is_dtensor(value) and value.dtype == torch.int16:
+        elif value.dtype == torch.int16:
             saved[name] = wrapped(local_of(value).int(), param)
     return saved
 

@@ -218,6 +218,10 @@ def test_when_there_is_no_room_the_error_says_what_takes_less(
     opt = fusedopt.FusedAdamW([param], master_weights="dither", state_dtype="8bit")
     with pytest.raises(torch.OutOfMemoryError, match="and there is no smaller one"):
         opt.init_state()
+    param.grad, param.data = None, param.data.float()  # "dither" has no meaning for it: no advice
+    with pytest.raises(torch.OutOfMemoryError, match=r"2\.00 MiB$") as error:
+        opt.init_state()
+    assert error.value.__cause__ is not error.value
 
 
 @pytest.mark.parametrize(("n", "text"), [(5, "5 B"), (2048, "2.00 KiB"), (3 << 40, "3.00 TiB")])
